@@ -1,0 +1,1 @@
+"""Wire contract of fedshare: protobuf messages and gRPC services, generated and committed."""
