@@ -1,0 +1,1 @@
+"""The hub of a federation: state, merging, broadcast, identity, and the Flower fleet around it."""

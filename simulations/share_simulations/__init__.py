@@ -1,0 +1,1 @@
+"""Local federations of real processes, their metrics and plots."""
