@@ -1,0 +1,45 @@
+"""Who is who: member names, the federation's certificate authority, and join tokens.
+
+Everything here is pure: the clock is passed in as an aware ``datetime``, keys and certificates are PEM bytes,
+and nothing touches a disk or a socket.
+"""
+
+from share_core.identity.authority import (
+    certificate_fingerprint,
+    certificate_to_der,
+    certificate_to_pem,
+    check_validity,
+    identity_of,
+    make_authority,
+    make_csr,
+    new_private_key_pem,
+    not_after,
+    public_key_pem,
+    public_key_pem_of_certificate,
+    sign_csr,
+)
+from share_core.identity.names import ROLES, Identity, parse_identity_uri
+from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, token_decode, token_encode
+
+__all__ = [
+    "ROLES",
+    "TOKEN_PREFIX",
+    "Identity",
+    "JoinToken",
+    "certificate_fingerprint",
+    "certificate_to_der",
+    "certificate_to_pem",
+    "check_token",
+    "check_validity",
+    "identity_of",
+    "make_authority",
+    "make_csr",
+    "new_private_key_pem",
+    "not_after",
+    "parse_identity_uri",
+    "public_key_pem",
+    "public_key_pem_of_certificate",
+    "sign_csr",
+    "token_decode",
+    "token_encode",
+]

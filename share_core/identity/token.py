@@ -1,0 +1,187 @@
+"""Join tokens: one line of text that lets one machine enrol once.
+
+Form: ``fs1.`` followed by base64url (without padding) of a compact ASCII JSON object with exactly the keys
+``address``, ``ca`` (hexadecimal SHA-256 of the authority's DER), ``organisation``, ``name``, ``role``,
+``expires`` (seconds since 1970), ``nonce`` (32 hexadecimal digits) and ``mac``.
+
+``mac`` is HMAC-SHA256 under the server's enrolment key over ``fedshare join token 1`` and the other seven
+fields in that order, each preceded by its length as eight big-endian bytes, so that no two field lists give
+the same bytes. Nothing is written down when a token is made; the hub remembers the nonces it has seen.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+
+from share_core.errors import CertificateError, TokenError
+from share_core.identity.names import Identity
+
+TOKEN_PREFIX = "fs1."
+"""Every token of this form begins with it."""
+
+_DOMAIN = "fedshare join token 1"
+_LONGEST = 2048
+_HEX_64 = re.compile(r"[0-9a-f]{64}")
+_HEX_32 = re.compile(r"[0-9a-f]{32}")
+_ADDRESS = re.compile(r"[!-~]{1,255}:[0-9]{1,5}")
+
+
+@dataclass(frozen=True)
+class JoinToken:
+    """What a join token says."""
+
+    address: str
+    """``host:port`` of the enrolment listener."""
+    ca_sha256: str
+    """Hexadecimal SHA-256 of the authority's DER: whom to trust."""
+    organisation: str
+    """Organisation the new member belongs to."""
+    name: str
+    """Its name inside the organisation."""
+    role: str
+    """Its role."""
+    expires: int
+    """Seconds since 1970 after which the token is refused."""
+    nonce: str
+    """32 hexadecimal digits that make the token work only once."""
+    mac: str
+    """Hexadecimal HMAC-SHA256 of all of the above."""
+
+    @property
+    def identity(self) -> Identity:
+        """The identity that the certificate will carry."""
+        return Identity(self.role, self.organisation, self.name)
+
+
+def token_encode(
+    key: bytes, address: str, ca_sha256: str, identity: Identity, expires: datetime, nonce: str
+) -> str:
+    """Return a join token for ``identity``.
+
+    Args:
+        key: the server's enrolment key, 32 random bytes.
+        address: ``host:port`` of the enrolment listener.
+        ca_sha256: fingerprint of the authority.
+        identity: whom the certificate will name.
+        expires: aware moment after which the token is refused.
+        nonce: 32 random hexadecimal digits, never used before.
+    """
+    seconds = int(expires.timestamp())
+    unsigned = JoinToken(
+        address, ca_sha256, identity.organisation, identity.name, identity.role, seconds, nonce, mac=""
+    )
+    _check_fields(unsigned)
+    fields = {
+        "address": address,
+        "ca": ca_sha256,
+        "organisation": identity.organisation,
+        "name": identity.name,
+        "role": identity.role,
+        "expires": seconds,
+        "nonce": nonce,
+        "mac": _mac(key, unsigned),
+    }
+    packed = json.dumps(fields, separators=(",", ":")).encode("ascii")
+    return TOKEN_PREFIX + base64.urlsafe_b64encode(packed).rstrip(b"=").decode("ascii")
+
+
+def token_decode(text: str) -> JoinToken:
+    """Return what ``text`` says, whoever wrote it: a client has no key to check it with.
+
+    Raises:
+        TokenError: if it does not have the form of a token.
+    """
+    text = text.strip()
+    if not text.startswith(TOKEN_PREFIX):
+        raise TokenError(f"this is no join token: expected one line beginning with {TOKEN_PREFIX!r}")
+    if len(text) > _LONGEST:
+        raise TokenError(f"join token has {len(text)} characters, at most {_LONGEST} are allowed")
+    body = text[len(TOKEN_PREFIX) :]
+    try:
+        raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+        fields = json.loads(raw.decode("ascii"))
+    except (binascii.Error, ValueError, RecursionError) as error:
+        raise TokenError(
+            "join token is damaged: copy the whole line that share-server invite printed"
+        ) from error
+    expected = {
+        "address": str,
+        "ca": str,
+        "organisation": str,
+        "name": str,
+        "role": str,
+        "expires": int,
+        "nonce": str,
+    }
+    expected["mac"] = str
+    if (
+        not isinstance(fields, dict)
+        or set(fields) != set(expected)
+        or any(type(fields[key]) is not kind for key, kind in expected.items())
+    ):
+        raise TokenError("join token is damaged: its fields are not those of a token")
+    token = JoinToken(
+        address=fields["address"],
+        ca_sha256=fields["ca"],
+        organisation=fields["organisation"],
+        name=fields["name"],
+        role=fields["role"],
+        expires=fields["expires"],
+        nonce=fields["nonce"],
+        mac=fields["mac"],
+    )
+    _check_fields(token)
+    return token
+
+
+def check_token(text: str, key: bytes, now: datetime) -> JoinToken:
+    """Return what ``text`` says after checking that this server made it and that it is not expired.
+
+    Whether it was used before is for the caller to check, in the same transaction that marks it used.
+
+    Raises:
+        TokenError: if it is damaged, forged or expired.
+    """
+    token = token_decode(text)
+    if not hmac.compare_digest(_mac(key, token), token.mac):
+        raise TokenError("join token was not made by this server")
+    if now.timestamp() > token.expires:
+        raise TokenError(
+            f"join token for {token.organisation}/{token.name} is expired: ask the operator for a new one"
+        )
+    return token
+
+
+def _check_fields(token: JoinToken) -> None:
+    if not _ADDRESS.fullmatch(token.address):
+        raise TokenError(f"join token names no usable address: {token.address[:80]!r} is not host:port")
+    if not _HEX_64.fullmatch(token.ca_sha256):
+        raise TokenError("join token is damaged: its fingerprint is not 64 hexadecimal digits")
+    if not _HEX_32.fullmatch(token.nonce):
+        raise TokenError("join token is damaged: its nonce is not 32 hexadecimal digits")
+    try:
+        _ = token.identity
+    except CertificateError as error:
+        raise TokenError(f"join token names nobody: {error}") from error
+
+
+def _mac(key: bytes, token: JoinToken) -> str:
+    parts = (
+        _DOMAIN,
+        token.address,
+        token.ca_sha256,
+        token.organisation,
+        token.name,
+        token.role,
+        str(token.expires),
+        token.nonce,
+    )
+    message = b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
+    return hmac.new(key, message, hashlib.sha256).hexdigest()
