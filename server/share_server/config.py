@@ -1,0 +1,198 @@
+"""``server.toml``: everything the operator may set, as frozen values.
+
+Unknown keys, wrong types and values outside their bounds are refused with the name of the key: a misspelt
+limit must not silently be no limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from share_core.errors import ConfigError
+
+T = TypeVar("T")
+
+DEFAULT_PORT = 7443
+"""First of the three ports unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class LeaseConfig:
+    """How work is handed out."""
+
+    minutes: float = 10.0
+    """Life of one lease. A node takes no new work after it."""
+    max_updates: int = 0
+    """A node ends its lease after this many submissions; 0 means no limit."""
+    idle_retry_s: float = 15.0
+    """Seconds until a node that returned its lease idle is asked again."""
+    grace_s: float = 120.0
+    """Seconds after its deadline at which an open lease counts as lost."""
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """What one caller, or all together, may cost the hub."""
+
+    max_payload_bytes: int = 64 * 2**20
+    """Largest update payload."""
+    concurrent_calls: int = 512
+    """Most calls in progress at once, streams included; more are shed with RESOURCE_EXHAUSTED."""
+    concurrent_uploads: int = 16
+    """Most updates being received at once; more are told to try again."""
+    upload_idle_s: float = 30.0
+    """Longest pause between two messages of an upload."""
+    upload_total_s: float = 600.0
+    """Longest time for one upload."""
+    write_timeout_s: float = 30.0
+    """A subscriber that does not take a message within this time is cut."""
+    recheck_s: float = 30.0
+    """How often the certificate behind an open stream is checked again."""
+    enrolments_per_minute: int = 60
+    """Enrolment calls per minute and peer address."""
+    free_space_bytes: int = 256 * 2**20
+    """Uploads are refused below this much free disk, so that merges can always commit."""
+    drain_s: float = 20.0
+    """Longest wait for calls in progress when the hub is asked to stop."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One server."""
+
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
+    """Names and addresses under which clients reach this server. The first one is printed into join tokens."""
+    listen: str = "127.0.0.1"
+    """Address to bind: ``0.0.0.0`` for every IPv4 interface, ``[::]`` for all."""
+    hub_port: int = DEFAULT_PORT
+    """Port of the Hub, Fleet and Health services. Client certificate required."""
+    enrol_port: int = DEFAULT_PORT + 1
+    """Port of the Enrolment service, the only one without a client certificate."""
+    gateway_port: int = DEFAULT_PORT + 2
+    """Port of the Flower gateway. Client certificate required."""
+    certificate_days: float = 90.0
+    """Life of a member's certificate in days."""
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
+    """How work is handed out."""
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    """What callers may cost."""
+
+    @property
+    def hub_address(self) -> str:
+        """``host:port`` of the hub as clients see it."""
+        return join_address(self.hosts[0], self.hub_port)
+
+    @property
+    def enrol_address(self) -> str:
+        """``host:port`` of the enrolment listener as clients see it."""
+        return join_address(self.hosts[0], self.enrol_port)
+
+    @property
+    def gateway_address(self) -> str:
+        """``host:port`` of the Flower gateway as clients see it."""
+        return join_address(self.hosts[0], self.gateway_port)
+
+    @property
+    def local_hub_address(self) -> str:
+        """``host:port`` under which processes on this machine reach the hub."""
+        any_interface = self.listen in {"0.0.0.0", "[::]", "::"}
+        return join_address("127.0.0.1" if any_interface else self.listen, self.hub_port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Return ``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def listen_address_for(hosts: tuple[str, ...]) -> str:
+    """Return the address to bind for these names: loopback if all of them are, else every IPv4 interface."""
+    return "127.0.0.1" if all(_is_loopback(host) for host in hosts) else "0.0.0.0"
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Read ``server.toml``.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or holds a key or value that is not allowed.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist: run 'share-server init {path.parent}' first") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    lease = _section(LeaseConfig, values.pop("lease", {}), f"{path}: [lease]")
+    limits = _section(LimitConfig, values.pop("limits", {}), f"{path}: [limits]")
+    config = _section(ServerConfig, values, str(path), lease=lease, limits=limits)
+    if not config.hosts or not all(isinstance(host, str) and host for host in config.hosts):
+        raise ConfigError(f"{path}: hosts must be a list of names or addresses with at least one entry")
+    ports = [config.hub_port, config.enrol_port, config.gateway_port]
+    if not all(1 <= port <= 65535 for port in ports) or len(set(ports)) != 3:
+        raise ConfigError(f"{path}: hub_port, enrol_port and gateway_port must be three ports, got {ports}")
+    return config
+
+
+def config_to_toml(config: ServerConfig) -> str:
+    """Return ``config`` as the text of a ``server.toml`` that :func:`read_config` reads back unchanged."""
+    lines = ["# fedshare server. Every key may be left out; share-server init wrote the values in force."]
+    lines += [f"{name} = {_literal(value)}" for name, value in _plain(config).items()]
+    for section, part in (("lease", config.lease), ("limits", config.limits)):
+        lines += ["", f"[{section}]"]
+        lines += [f"{name} = {_literal(value)}" for name, value in _plain(part).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: ServerConfig | LeaseConfig | LimitConfig) -> dict[str, Any]:
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: item for name, item in fields.items() if not dataclasses.is_dataclass(item)}
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _section(cls: type[T], values: Any, where: str, **parts: Any) -> T:
+    """Build ``cls`` from a TOML table, checking every key, type and bound."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a table")
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields or name in parts:
+            allowed = ", ".join(sorted(set(fields) - set(parts)))
+            raise ConfigError(f"{where}: unknown key {name!r}; allowed are {allowed}")
+        checked[name] = _value(fields[name].default, value, f"{where}: {name}")
+    return cls(**checked, **parts)
+
+
+def _value(default: Any, value: Any, where: str) -> Any:
+    """Return ``value`` with the type of ``default``; numbers must be positive, or zero where the default is."""
+    if isinstance(default, tuple):
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        return tuple(value)
+    if isinstance(default, str):
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{where} must be text, got {value!r}")
+        return value
+    whole = isinstance(default, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ConfigError(f"{where} must be a {'whole number' if whole else 'number'}, got {value!r}")
+    if not (value > 0 or (value == 0 and default == 0)):
+        raise ConfigError(f"{where} must be greater than zero, got {value!r}")
+    return value if whole else float(value)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
