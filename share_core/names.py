@@ -18,7 +18,8 @@ def check_name(name: str, what: str = "name") -> str:
     """
     if not _PART.fullmatch(name):
         raise TaskNameError(
-            f"{what} {name[:80]!r} is not allowed: use 1 to 64 of a-z 0-9 . _ - beginning and ending with a letter or digit"
+            f"{what} {name[:80]!r} is not allowed: use 1 to 64 of a-z 0-9 . _ - "
+            "beginning and ending with a letter or digit"
         )
     return name
 

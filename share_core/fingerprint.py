@@ -1,0 +1,82 @@
+"""Fingerprints of frozen backbones: what makes two parties sure that they adapt the same matrices.
+
+The fingerprint of one site is the SHA-256 of::
+
+    "fedshare/site/1" NUL  name (UTF-8) NUL  d_out (u64 LE)  d_in (u64 LE)  weight as bfloat16, row-major, LE
+
+bfloat16 because a backbone is the same backbone whether it was loaded in float32, float16 or bfloat16 from bfloat16
+weights. The space id is the SHA-256 of ``"fedshare/space/1" NUL`` and the site fingerprints (32 bytes each) in the
+order of their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from share_core.errors import SpaceMismatchError, TensorShapeError
+from share_core.types import SiteSpec, SpaceSpec
+
+
+def fingerprint_weight(name: str, weight: Tensor) -> str:
+    """Return the hexadecimal fingerprint of one frozen weight (d_out, d_in).
+
+    Raises:
+        TensorShapeError: if the weight is not a matrix.
+    """
+    if weight.ndim != 2:
+        raise TensorShapeError(f"site {name!r}: expected a matrix, got a weight of shape {tuple(weight.shape)}")
+    digest = hashlib.sha256(b"fedshare/site/1\0" + name.encode() + b"\0")
+    digest.update(struct.pack("<QQ", *weight.shape))
+    bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+    digest.update(bits.numpy().astype("<i2", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def space_id_of(sites: Mapping[str, SiteSpec]) -> str:
+    """Return ``sha256:<hex>`` over the site fingerprints."""
+    digest = hashlib.sha256(b"fedshare/space/1\0")
+    for name in sorted(sites):
+        digest.update(bytes.fromhex(sites[name].sha256))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def describe_space(
+    backbone: str, weights: Mapping[str, Tensor], *, k_max: int = 64, tau: float = 0.05, rank_limit: int = 64
+) -> SpaceSpec:
+    """Return the description of a space over these frozen weights (d_out, d_in) by site name."""
+    sites = {
+        name: SiteSpec(name, int(w.shape[0]), int(w.shape[1]), fingerprint_weight(name, w))
+        for name, w in sorted(weights.items())
+    }
+    return SpaceSpec(space_id_of(sites), backbone, sites, k_max=k_max, tau=tau, rank_limit=rank_limit)
+
+
+def check_backbone(spec: SpaceSpec, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a backbone that is not the one of the space.
+
+    Raises:
+        SpaceMismatchError: naming the first site that differs, both fingerprints and the likely cause.
+    """
+    for name, site in spec.sites.items():
+        if name not in weights:
+            raise SpaceMismatchError(
+                f"this backbone has no site {name!r}, which the space over {spec.backbone!r} adapts: it is another "
+                f"architecture; load {spec.backbone!r}"
+            )
+        shape = tuple(weights[name].shape)
+        if shape != (site.d_out, site.d_in):
+            raise SpaceMismatchError(
+                f"site {name!r}: the space has {site.d_out} x {site.d_in}, this backbone {shape[0]} x {shape[1]}: "
+                f"it is another size of the architecture; load {spec.backbone!r}"
+            )
+        found = fingerprint_weight(name, weights[name])
+        if found != site.sha256:
+            raise SpaceMismatchError(
+                f"site {name!r}: the space has fingerprint {site.sha256[:16]}, this backbone {found[:16]}: same "
+                f"shapes, other weights, so probably another revision or a fine-tuned copy of {spec.backbone!r}"
+            )

@@ -1,0 +1,126 @@
+"""Merging one update into a space: a pure function from state to state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from share_core.append import append
+from share_core.compaction import compact, compaction_losses, task_weight
+from share_core.errors import ConfigError, TensorShapeError
+from share_core.ledger import TaskLedger, charge, measure
+from share_core.linalg import require_finite
+from share_core.space import advance, carry_core, empty_space, task_adapter
+from share_core.types import Adapter, Cores, Delta, SiteTransition, Space, SpaceSpec
+
+
+@dataclass(frozen=True)
+class MergePolicy:
+    """How a space grows."""
+
+    k_max: int = 64
+    """Largest number of basis vectors per site and side."""
+    tau: float = 0.05
+    """Share of a task's norm that appending may leave out."""
+    sweeps: int = 3
+    """HOOI sweeps per compaction."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if self.k_max < 1:
+            raise ConfigError(f"k_max must be at least 1, got {self.k_max}")
+        if not 0 <= self.tau < 1:
+            raise ConfigError(f"tau must be at least 0 and below 1, got {self.tau}")
+
+
+@dataclass(frozen=True)
+class HubState:
+    """Everything merging needs and changes."""
+
+    space: Space
+    ledger: Mapping[str, TaskLedger]
+    """By task id."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Result of one merge."""
+
+    state: HubState
+    delta: Delta
+    """What to publish."""
+    relative_error: float
+    """Measured relative error that this merge left on the merged task."""
+
+
+def empty_state(spec: SpaceSpec) -> HubState:
+    """Return the state before any update."""
+    return HubState(space=empty_space(spec), ledger={})
+
+
+def merge(state: HubState, task_id: str, adapter: Adapter, policy: MergePolicy) -> Merged:
+    """Merge one adapter as the new content of ``task_id`` and return the next version.
+
+    Append, then compact where a site has outgrown ``k_max``. Old tasks do not move at all unless a site compacts; then
+    each loses at most what its ledger is charged.
+
+    Args:
+        state: the current version and ledger; not changed.
+        task_id: the task that this adapter becomes; an older content of the task is replaced.
+        adapter: ambient factors, see :func:`share_core.space.update_adapter`. Zero and rank 0 are allowed and give a
+            task that changes nothing.
+        policy: caps and budgets.
+
+    Raises:
+        NonFiniteError: if a factor holds NaN or infinity.
+        TensorShapeError: if a site is unknown or a factor does not fit it.
+    """
+    _check(state.space, adapter)
+    grown = append(state.space.bases, adapter, policy.tau)
+    others = {task: own for task, own in state.space.cores.items() if task != task_id}
+    before = {task: _grown_cores(own, grown.transition) for task, own in others.items()}
+    before[task_id] = dict(grown.cores)
+    weights = {task: task_weight(state.ledger[task].norm) for task in others}
+    weights[task_id] = task_weight(measure(adapter, {}).norm)
+    transition = compact(state.space.bases, grown.transition, before, weights, policy.k_max, policy.sweeps)
+    stored = {site: carry_core(core, _rotation_only(transition.get(site))) for site, core in grown.cores.items()}
+    delta = Delta(version=state.space.version + 1, transition=transition, cores={task_id: stored})
+    space = advance(state.space, delta)
+    ledger = dict(state.ledger)
+    if delta.compacts:
+        losses = compaction_losses({t: before[t] for t in others}, space.cores, transition)
+        ledger.update({task: charge(ledger[task], lost) for task, lost in losses.items() if lost})
+    ledger[task_id] = measure(adapter, task_adapter(space, task_id))
+    return Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
+
+
+def recompute_ledger(state: HubState, task_id: str, original: Adapter) -> HubState:
+    """Measure a task's error against its retained original and replace its bound by the measurement."""
+    ledger = {**state.ledger, task_id: measure(original, task_adapter(state.space, task_id))}
+    return HubState(state.space, ledger)
+
+
+def _check(space: Space, adapter: Adapter) -> None:
+    for site, factors in adapter.items():
+        basis = space.bases.get(site)
+        if basis is None:
+            raise TensorShapeError(f"site {site!r} is not part of this space")
+        expected = (basis.left.shape[0], basis.right.shape[0])
+        got = (factors.out.shape[0], factors.in_.shape[0])
+        if expected != got or factors.out.shape[1] != factors.in_.shape[1]:
+            raise TensorShapeError(
+                f"adapter at {site!r}: expected factors {expected[0]} x r and {expected[1]} x r, "
+                f"got {tuple(factors.out.shape)} and {tuple(factors.in_.shape)}"
+            )
+        require_finite(factors.out, f"adapter at {site!r}, output factor")
+        require_finite(factors.in_, f"adapter at {site!r}, input factor")
+
+
+def _grown_cores(cores: Cores, appended: Mapping[str, SiteTransition]) -> Cores:
+    return {site: carry_core(core, appended.get(site)) for site, core in cores.items()}
+
+
+def _rotation_only(step: SiteTransition | None) -> SiteTransition | None:
+    if step is None:
+        return None
+    return SiteTransition(step.append_left[:, :0], step.append_right[:, :0], step.rotate_left, step.rotate_right)
