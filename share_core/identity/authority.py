@@ -125,9 +125,7 @@ def sign_csr(
         .add_extension(usage, critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
     )
     return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
@@ -163,9 +161,7 @@ def check_validity(certificate: bytes, now: datetime) -> None:
     """Raise CertificateError if ``now`` lies outside the life of ``certificate`` (PEM or DER)."""
     loaded = _load(certificate)
     if now < loaded.not_valid_before_utc:
-        raise CertificateError(
-            f"certificate is not valid before {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
-        )
+        raise CertificateError(f"certificate is not valid before {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
     if now > loaded.not_valid_after_utc:
         raise CertificateError(
             f"certificate expired {loaded.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: "
@@ -217,9 +213,7 @@ def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
     except (ValueError, TypeError, InvalidSignature) as error:
         raise CertificateError(f"certificate request cannot be read: {error}") from error
     if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
-        raise CertificateError(
-            f"certificate request holds a {type(public).__name__}, expected an EC P-256 key"
-        )
+        raise CertificateError(f"certificate request holds a {type(public).__name__}, expected an EC P-256 key")
     if not proven:
         raise CertificateError("certificate request is not signed with its own key: no proof of possession")
     return public

@@ -60,9 +60,7 @@ class JoinToken:
         return Identity(self.role, self.organisation, self.name)
 
 
-def token_encode(
-    key: bytes, address: str, ca_sha256: str, identity: Identity, expires: datetime, nonce: str
-) -> str:
+def token_encode(key: bytes, address: str, ca_sha256: str, identity: Identity, expires: datetime, nonce: str) -> str:
     """Return a join token for ``identity``.
 
     Args:
@@ -108,9 +106,7 @@ def token_decode(text: str) -> JoinToken:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
         fields = json.loads(raw.decode("ascii"))
     except (binascii.Error, ValueError, RecursionError) as error:
-        raise TokenError(
-            "join token is damaged: copy the whole line that share-server invite printed"
-        ) from error
+        raise TokenError("join token is damaged: copy the whole line that share-server invite printed") from error
     expected = {
         "address": str,
         "ca": str,
@@ -153,9 +149,7 @@ def check_token(text: str, key: bytes, now: datetime) -> JoinToken:
     if not hmac.compare_digest(_mac(key, token), token.mac):
         raise TokenError("join token was not made by this server")
     if now.timestamp() > token.expires:
-        raise TokenError(
-            f"join token for {token.organisation}/{token.name} is expired: ask the operator for a new one"
-        )
+        raise TokenError(f"join token for {token.organisation}/{token.name} is expired: ask the operator for a new one")
     return token
 
 

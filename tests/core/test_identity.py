@@ -82,9 +82,7 @@ def test_other_keys_are_refused(kind: str) -> None:
     requests: dict[str, Callable[[], bytes]] = {
         "rsa": lambda: builder.sign(rsa.generate_private_key(65537, 2048), hashes.SHA256()).public_bytes(pem),
         "ed25519": lambda: builder.sign(ed25519.Ed25519PrivateKey.generate(), None).public_bytes(pem),
-        "p384": lambda: builder.sign(ec.generate_private_key(ec.SECP384R1()), hashes.SHA256()).public_bytes(
-            pem
-        ),
+        "p384": lambda: builder.sign(ec.generate_private_key(ec.SECP384R1()), hashes.SHA256()).public_bytes(pem),
         "rubbish": lambda: b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n",
     }
     with pytest.raises(CertificateError):
@@ -97,9 +95,7 @@ def test_listener_certificate_cannot_call() -> None:
     certificate = ids.sign_csr(AUTHORITY, AUTHORITY_KEY, csr, hub, NOW, 1, ["localhost", "127.0.0.1", "::1"])
     with pytest.raises(CertificateError, match="client authentication"):
         ids.identity_of(certificate)
-    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
-        x509.SubjectAlternativeName
-    )
+    names = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     assert [str(a) for a in names.value.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
     assert names.value.get_values_for_type(x509.DNSName) == ["localhost"]
 

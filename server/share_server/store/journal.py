@@ -1,0 +1,179 @@
+"""The journal file: one SQLite connection on one thread, and a hash chain over everything that was promised.
+
+The connection takes the file exclusively (``locking_mode=EXCLUSIVE`` before WAL), so that no second
+connection exists anywhere, and commits with ``synchronous=FULL``: when :meth:`Journal.transaction` has ended,
+its rows survive a power cut.
+
+Chain: every promise (an accepted or refused update, a version, an enrolment) is an entry
+``hash = SHA-256("fedshare journal 1" || previous || len(kind) || kind || len(body) || body)`` with eight-byte
+big-endian lengths and ``body`` canonical JSON. The first ``previous`` is 32 zero bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from share_core.errors import ConfigError, StorageError
+from share_server.store.blobs import storage, sync_directory
+from share_server.store.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
+
+_DOMAIN = b"fedshare journal 1"
+_GENESIS = bytes(32)
+
+
+class Journal:
+    """An open journal. Every method must be called from the thread that opened it."""
+
+    def __init__(self, path: Path, space_id: str) -> None:
+        """Open or create the journal of one space.
+
+        Raises:
+            StorageError: the file is damaged or the disk refused.
+            ConfigError: it belongs to another space or another version of this program.
+        """
+        self._last = (0, _GENESIS)
+        with _database("opening the journal"):
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            for pragma in (
+                "locking_mode=EXCLUSIVE",
+                "journal_mode=WAL",
+                "synchronous=FULL",
+                "foreign_keys=ON",
+                "trusted_schema=OFF",
+                "cell_size_check=ON",
+            ):
+                self._db.execute(f"PRAGMA {pragma}").fetchall()
+            fresh = not self._scalar("SELECT count(*) FROM sqlite_schema")
+        if fresh:
+            self._create(space_id)
+        with _database("checking the journal"):
+            problems = self._scalar("PRAGMA quick_check(1)")
+        if problems != "ok":
+            raise StorageError(f"the journal is damaged: {problems}; restore it from a backup")
+        with storage("opening the journal"):
+            sync_directory(path.parent)
+        self._check(space_id)
+        self._last = self._read_last()
+
+    def _create(self, space_id: str) -> None:
+        with self.transaction():
+            for statement in SCHEMA.split(";"):
+                if statement.strip():
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            self._db.execute("INSERT INTO meta VALUES ('space_id', ?)", (space_id,))
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _check(self, space_id: str) -> None:
+        found = (self._scalar("PRAGMA application_id"), self._scalar("PRAGMA user_version"))
+        if found != (APPLICATION_ID, SCHEMA_VERSION):
+            raise ConfigError(
+                f"the journal has format {found[1]} of application {found[0]:#x}, expected format {SCHEMA_VERSION} of "
+                f"{APPLICATION_ID:#x}: use the release of fedshare that wrote it"
+            )
+        owner = self._scalar("SELECT value FROM meta WHERE name = 'space_id'")
+        if owner != space_id:
+            raise ConfigError(f"the store belongs to space {owner}, but space.toml describes {space_id}")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run one transaction; it is durable when the block has ended and undone when the block raises."""
+        with _database("beginning a transaction"):
+            self._db.execute("BEGIN IMMEDIATE")
+        last = self._last
+        try:
+            yield
+        except BaseException:
+            self._last = last
+            if self._db.in_transaction:
+                with _database("undoing a transaction"):
+                    self._db.execute("ROLLBACK")
+            raise
+        with _database("committing to the journal"):
+            self._db.execute("COMMIT")
+
+    def change(self, statement: str, values: Sequence[Any] = ()) -> int:
+        """Run a statement inside a transaction and return how many rows it changed."""
+        if not self._db.in_transaction:
+            raise StorageError("the journal is changed outside a transaction: this is a fault in the program")
+        with _database("writing to the journal"):
+            return self._db.execute(statement, values).rowcount
+
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """Return all rows of a query."""
+        with _database("reading the journal"):
+            return self._db.execute(statement, values).fetchall()
+
+    def row(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Row | None:
+        """Return the first row of a query, or None."""
+        with _database("reading the journal"):
+            found: sqlite3.Row | None = self._db.execute(statement, values).fetchone()
+            return found
+
+    def append_entry(self, kind: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Add one entry to the chain inside a transaction; return (its number, its hash)."""
+        text = canonical(body)
+        seq, previous = self._last[0] + 1, self._last[1]
+        digest = entry_hash(previous, kind, text)
+        self.change("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (seq, kind, text, previous, digest))
+        self._last = (seq, digest)
+        return self._last
+
+    def verify_chain(self) -> dict[int, tuple[str, dict[str, Any], str]]:
+        """Re-hash every entry; return (kind, body, hexadecimal hash) by number.
+
+        Raises:
+            StorageError: an entry was changed, removed or inserted.
+        """
+        previous, expected = _GENESIS, 1
+        found: dict[int, tuple[str, dict[str, Any], str]] = {}
+        for row in self.rows("SELECT * FROM entries ORDER BY seq"):
+            digest = entry_hash(previous, row["kind"], row["body"])
+            if row["seq"] != expected or row["previous"] != previous or row["hash"] != digest:
+                raise StorageError(
+                    f"the journal's hash chain breaks at entry {row['seq']} (expected entry {expected}): "
+                    "the store was damaged or tampered with; restore it from a backup"
+                )
+            found[expected] = (row["kind"], json.loads(row["body"]), digest.hex())
+            previous, expected = digest, expected + 1
+        return found
+
+    def close(self) -> None:
+        """Close the file; the write-ahead log is folded in."""
+        with _database("closing the journal"):
+            self._db.close()
+
+    def _read_last(self) -> tuple[int, bytes]:
+        row = self.row("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
+        return (row["seq"], row["hash"]) if row else (0, _GENESIS)
+
+    def _scalar(self, statement: str) -> Any:
+        row = self._db.execute(statement).fetchone()
+        return None if row is None else row[0]
+
+
+def canonical(body: dict[str, Any]) -> str:
+    """Return ``body`` as the one JSON text that is hashed for it."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def entry_hash(previous: bytes, kind: str, body: str) -> bytes:
+    """Return the hash of an entry that follows ``previous``; the formula stands in the module's docstring."""
+    parts = b"".join(len(text.encode()).to_bytes(8, "big") + text.encode() for text in (kind, body))
+    return hashlib.sha256(_DOMAIN + previous + parts).digest()
+
+
+@contextmanager
+def _database(what: str) -> Iterator[None]:
+    """Turn every SQLite error into a StorageError: whatever went wrong, nothing may be acknowledged any more."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(f"the hub's storage failed while {what}: {error}") from error

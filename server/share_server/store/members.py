@@ -1,0 +1,126 @@
+"""Members, their nodes and the join tokens that were used."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable
+
+from share_core.errors import AccessError, RequestError, TokenError
+from share_server.store.journal import Journal
+from share_server.store.records import MemberRow, NodeRow
+
+
+def key_digest(public_key_pem: bytes) -> str:
+    """Return the hexadecimal SHA-256 by which a public key (PEM) is remembered."""
+    return hashlib.sha256(public_key_pem).hexdigest()
+
+
+def enrol_member(journal: Journal, row: MemberRow, node_key: bytes, nonce: str, now_ms: int) -> None:
+    """Record a member, its node's key and the used token in one transaction.
+
+    A token works once. The same token with the same key is the same request sent again, because its answer
+    was lost, and succeeds. Enrolling a known member replaces its certificate key and its node key.
+
+    Raises:
+        TokenError: the token was used for another key.
+        AccessError: the member is shut out.
+        RequestError: the node key belongs to another member.
+    """
+    with journal.transaction():
+        used = journal.row("SELECT key_sha256 FROM used_tokens WHERE nonce = ?", (nonce,))
+        if used is not None and used["key_sha256"] != row.key_sha256:
+            raise TokenError(f"join token for {row.member} was used already: ask the operator for a new one")
+        known = journal.row("SELECT revoked FROM members WHERE member = ?", (row.member,))
+        if known is not None and known["revoked"]:
+            raise AccessError(f"member {row.member} is shut out of this federation")
+        if used is None:
+            journal.change("INSERT INTO used_tokens VALUES (?, ?, ?, ?)", (nonce, row.member, row.key_sha256, now_ms))
+        journal.change(
+            "INSERT INTO members VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT (member) DO UPDATE SET role = excluded.role, "
+            "key_sha256 = excluded.key_sha256, certificate = excluded.certificate, "
+            "enrolled_ms = excluded.enrolled_ms",
+            (row.member, row.role, row.key_sha256, row.certificate, now_ms),
+        )
+        _replace_node(journal, row.member, node_key)
+        body = {"member": row.member, "role": row.role, "key_sha256": row.key_sha256, "at_ms": now_ms}
+        journal.append_entry("enrolled", body)
+
+
+def list_members(journal: Journal) -> list[MemberRow]:
+    """Return every member, sorted."""
+    return [_member(row) for row in journal.rows("SELECT * FROM members ORDER BY member")]
+
+
+def list_nodes(journal: Journal) -> list[NodeRow]:
+    """Return the nodes of all members, sorted by member."""
+    query = "SELECT n.*, m.revoked FROM nodes n JOIN members m USING (member) ORDER BY n.member"
+    return [_node(row) for row in journal.rows(query)]
+
+
+def find_node(journal: Journal, member: str) -> NodeRow | None:
+    """Return the node of one member, or None."""
+    query = "SELECT n.*, m.revoked FROM nodes n JOIN members m USING (member) WHERE n.member = ?"
+    row = journal.row(query, (member,))
+    return None if row is None else _node(row)
+
+
+def bind_node(journal: Journal, member: str, node_id: int) -> None:
+    """Record Flower's id of a member's node.
+
+    Raises:
+        RequestError: the member has no node, or the id is bound to another member.
+    """
+    with journal.transaction():
+        other = journal.row("SELECT member FROM nodes WHERE node_id = ? AND member <> ?", (str(node_id), member))
+        if other is not None and node_id != 0:
+            raise RequestError(f"node id {node_id} is bound to {other['member']} already")
+        changed = journal.change("UPDATE nodes SET node_id = ? WHERE member = ?", (str(node_id), member))
+        if changed != 1:
+            raise RequestError(f"member {member[:160]!r} has no node to bind: it enrolled without a node key")
+
+
+def add_traffic(journal: Journal, down: Iterable[tuple[str, int, int]]) -> None:
+    """Add (member, delta bytes, snapshot bytes) to the counters."""
+    with journal.transaction():
+        for member, deltas, snapshots in down:
+            journal.change(
+                "INSERT INTO traffic VALUES (?, ?, ?) ON CONFLICT (member) DO UPDATE SET "
+                "down_deltas = down_deltas + excluded.down_deltas, "
+                "down_snapshots = down_snapshots + excluded.down_snapshots",
+                (member, deltas, snapshots),
+            )
+
+
+def _replace_node(journal: Journal, member: str, node_key: bytes) -> None:
+    if not node_key:
+        journal.change("DELETE FROM nodes WHERE member = ?", (member,))
+        return
+    owner = journal.row("SELECT member FROM nodes WHERE public_key = ?", (node_key,))
+    if owner is not None and owner["member"] != member:
+        raise RequestError("this node key belongs to another member: make a fresh one")
+    journal.change(
+        "INSERT INTO nodes (member, public_key) VALUES (?, ?) ON CONFLICT (member) DO UPDATE SET "
+        "node_id = CASE public_key WHEN excluded.public_key THEN node_id ELSE '0' END, "
+        "public_key = excluded.public_key",
+        (member, node_key),
+    )
+
+
+def _member(row: sqlite3.Row) -> MemberRow:
+    return MemberRow(
+        member=row["member"],
+        role=row["role"],
+        key_sha256=row["key_sha256"],
+        certificate=row["certificate"],
+        revoked=bool(row["revoked"]),
+    )
+
+
+def _node(row: sqlite3.Row) -> NodeRow:
+    return NodeRow(
+        member=row["member"],
+        public_key=row["public_key"],
+        node_id=int(row["node_id"]),
+        revoked=bool(row["revoked"]),
+    )

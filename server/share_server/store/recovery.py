@@ -1,0 +1,139 @@
+"""Coming back: from what lies on disk to the state the hub had when it last committed.
+
+A version whose step only appends is kept as its delta alone: replaying it is concatenation and zero padding,
+exact to the bit. A step that rotates a basis multiplies matrices, whose last bits depend on the machine and
+its thread count; such a version is kept whole, and so is every :data:`SNAPSHOT_EVERY`-th, which bounds the
+replay. The stored bytes are the
+authority: a running hub continues from what it stored, not from what it computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from share_core.errors import StorageError
+from share_core.merge import HubState
+from share_core.space import advance, empty_space
+from share_core.types import Space, SpaceSpec
+from share_core.wire import decode_delta, decode_snapshot
+from share_server.store.blobs import BlobStore
+from share_server.store.journal import Journal
+from share_server.store.records import UpdateRow, VersionRow
+from share_server.store.updates import list_updates, update_entry
+from share_server.store.versions import (
+    head_version,
+    list_versions,
+    nearest_snapshot,
+    read_ledger,
+    read_version,
+    version_entry,
+)
+
+SNAPSHOT_EVERY = 64
+"""A full snapshot is stored at least this often, in versions."""
+
+_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class ReplayPlan:
+    """Which payloads give one version."""
+
+    version: int
+    """The version they give."""
+    snapshot: VersionRow | None
+    """Start from its snapshot; None: from version 0."""
+    deltas: tuple[VersionRow, ...]
+    """Then apply these, in order."""
+
+
+def plan_replay(journal: Journal, version: int) -> ReplayPlan:
+    """Return how to rebuild a version: the nearest snapshot, then the deltas after it.
+
+    Raises:
+        VersionError: there is no such version; RebaseError: it is no longer kept.
+    """
+    if version:
+        read_version(journal, version)
+    start = nearest_snapshot(journal, version)
+    first = start.version if start else 0
+    deltas = list_versions(journal, first, version)
+    if [row.version for row in deltas] != list(range(first + 1, version + 1)):
+        raise StorageError(f"versions between {first} and {version} are missing: the store is damaged")
+    return ReplayPlan(version, start, tuple(deltas))
+
+
+def replay(blobs: BlobStore, spec: SpaceSpec, plan: ReplayPlan) -> Space:
+    """Rebuild one version from stored payloads, bit for bit."""
+    space = empty_space(spec)
+    if plan.snapshot is not None and plan.snapshot.snapshot_sha256 is not None:
+        space = decode_snapshot(blobs.read(plan.snapshot.snapshot_sha256), spec)
+    for row in plan.deltas:
+        space = advance(space, decode_delta(blobs.read(row.delta_sha256), spec))
+    if space.version != plan.version:
+        raise StorageError(f"replay ended at version {space.version}, expected {plan.version}: the store is damaged")
+    return space
+
+
+def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
+    """Verify the whole store and return the newest committed state.
+
+    Checked, in order: the hash chain; that every update and version says what its chained entry says; that
+    the versions are 1 to head without a gap; that every payload they refer to is there and has its digest.
+    Updates that were accepted and not merged need nothing: the merge loop takes them in ingest order.
+
+    Raises:
+        StorageError: any of it does not hold.
+    """
+    entries = journal.verify_chain()
+    head = head_version(journal)
+    versions = list_versions(journal, 0, head)
+    updates = _all_updates(journal)
+    _check_entries(entries, updates, versions)
+    if [row.version for row in versions] != list(range(1, head + 1)):
+        raise StorageError(f"the journal's head is {head} but its versions do not lead there without a gap")
+    for update in updates:
+        blobs.verify(update.new.sha256, update.new.size)
+    for version in versions:
+        blobs.verify(version.delta_sha256, version.delta_size)
+        if version.snapshot_sha256 is not None:
+            blobs.verify(version.snapshot_sha256, version.snapshot_size)
+    space = replay(blobs, spec, plan_replay(journal, head))
+    return HubState(space=space, ledger=read_ledger(journal))
+
+
+def sizes_of(space: Space) -> dict[str, tuple[int, int]]:
+    """Return (k_out, k_in) of every site."""
+    return {site: (basis.k_out, basis.k_in) for site, basis in space.bases.items()}
+
+
+def _all_updates(journal: Journal) -> list[UpdateRow]:
+    found: list[UpdateRow] = []
+    while page := list_updates(journal, found[-1].ingest_seq if found else 0, _PAGE):
+        found.extend(page)
+    return found
+
+
+def _check_entries(
+    entries: Mapping[int, tuple[str, dict[str, Any], str]],
+    updates: list[UpdateRow],
+    versions: list[VersionRow],
+) -> None:
+    """Compare the rows with the entries that were chained when they were written."""
+    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "version": {}}
+    for kind, body, digest in entries.values():
+        if kind in chained:
+            chained[kind][body["update_id"] if kind == "update" else body["version"]] = (body, digest)
+    if len(chained["update"]) != len(updates) or len(chained["version"]) != len(versions):
+        raise StorageError("the journal's rows and its hash chain differ in number: the store is damaged")
+    for update in updates:
+        expected = update_entry(replace(update.new, create=False), update.ingest_seq, update.received_ms)
+        body, digest = chained["update"].get(update.new.update_id, ({}, ""))
+        if body != expected or digest != update.entry_hash:
+            raise StorageError(f"update {update.new.update_id} does not say what was chained: the store is damaged")
+    for version in versions:
+        body, _ = chained["version"].get(version.version, ({}, ""))
+        if body != version_entry(version):
+            raise StorageError(f"version {version.version} does not say what was chained: the store is damaged")

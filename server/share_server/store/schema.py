@@ -1,0 +1,107 @@
+"""The tables of the journal. STRICT: a value of the wrong type is an error, not a surprise."""
+
+from __future__ import annotations
+
+SCHEMA_VERSION = 1
+"""Written as ``user_version``. A store with another number is refused, never guessed at."""
+
+APPLICATION_ID = 0x66736872
+"""Marks the file as a fedshare journal (``fshr``)."""
+
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+CREATE TABLE entries (
+  seq INTEGER PRIMARY KEY,
+  kind TEXT NOT NULL,
+  body TEXT NOT NULL,
+  previous BLOB NOT NULL CHECK (length(previous) = 32),
+  hash BLOB NOT NULL CHECK (length(hash) = 32)
+) STRICT;
+
+CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL) STRICT;
+INSERT INTO head VALUES (1, 0);
+
+CREATE TABLE updates (
+  update_id TEXT PRIMARY KEY,
+  ingest_seq INTEGER NOT NULL UNIQUE,
+  entry_seq INTEGER NOT NULL UNIQUE REFERENCES entries (seq),
+  member TEXT NOT NULL,
+  organisation TEXT NOT NULL,
+  task_id TEXT NOT NULL REFERENCES tasks (task_id),
+  state TEXT NOT NULL CHECK (state IN ('ACCEPTED', 'MERGED', 'REFUSED')),
+  reason TEXT NOT NULL DEFAULT '',
+  base_version INTEGER NOT NULL CHECK (base_version >= 0),
+  version INTEGER NOT NULL DEFAULT 0 CHECK ((state = 'MERGED') = (version > 0)),
+  sha256 TEXT NOT NULL CHECK (length(sha256) = 64),
+  size INTEGER NOT NULL CHECK (size > 0),
+  coefficients INTEGER NOT NULL,
+  directions INTEGER NOT NULL,
+  heads INTEGER NOT NULL,
+  envelope INTEGER NOT NULL,
+  lease_id TEXT NOT NULL,
+  rows INTEGER NOT NULL,
+  received_ms INTEGER NOT NULL,
+  relative_error REAL NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX updates_waiting ON updates (ingest_seq) WHERE state = 'ACCEPTED';
+
+CREATE TABLE versions (
+  version INTEGER PRIMARY KEY CHECK (version > 0),
+  entry_seq INTEGER NOT NULL UNIQUE REFERENCES entries (seq),
+  update_id TEXT NOT NULL UNIQUE REFERENCES updates (update_id),
+  delta_sha256 TEXT NOT NULL,
+  delta_size INTEGER NOT NULL,
+  snapshot_sha256 TEXT,
+  snapshot_size INTEGER NOT NULL DEFAULT 0,
+  compacts INTEGER NOT NULL CHECK (compacts IN (0, 1)),
+  sizes TEXT NOT NULL,
+  committed_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE tasks (
+  task_id TEXT PRIMARY KEY,
+  owner TEXT NOT NULL,
+  created_version INTEGER NOT NULL DEFAULT 0,
+  updated_version INTEGER NOT NULL DEFAULT 0,
+  updates INTEGER NOT NULL DEFAULT 0,
+  ledger TEXT NOT NULL DEFAULT ''
+) STRICT;
+
+CREATE TABLE evaluations (
+  task_id TEXT NOT NULL REFERENCES tasks (task_id),
+  version INTEGER NOT NULL,
+  metric TEXT NOT NULL,
+  value REAL NOT NULL,
+  rows INTEGER NOT NULL,
+  PRIMARY KEY (task_id, version, metric)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE members (
+  member TEXT PRIMARY KEY,
+  role TEXT NOT NULL,
+  key_sha256 TEXT NOT NULL CHECK (length(key_sha256) = 64),
+  certificate BLOB NOT NULL,
+  enrolled_ms INTEGER NOT NULL,
+  revoked INTEGER NOT NULL DEFAULT 0 CHECK (revoked IN (0, 1))
+) STRICT;
+
+CREATE TABLE nodes (
+  member TEXT PRIMARY KEY REFERENCES members (member),
+  public_key BLOB NOT NULL UNIQUE,
+  node_id TEXT NOT NULL DEFAULT '0'
+) STRICT;
+
+CREATE TABLE used_tokens (
+  nonce TEXT PRIMARY KEY,
+  member TEXT NOT NULL,
+  key_sha256 TEXT NOT NULL,
+  used_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE traffic (
+  member TEXT PRIMARY KEY,
+  down_deltas INTEGER NOT NULL DEFAULT 0,
+  down_snapshots INTEGER NOT NULL DEFAULT 0
+) STRICT;
+"""

@@ -1,0 +1,150 @@
+"""Updates in the journal: accepted, merged or refused, each exactly once."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import asdict
+
+from share_core.errors import StorageError, UnknownTaskError, UpdateConflictError
+from share_server.store.journal import Journal
+from share_server.store.records import NewUpdate, UpdateRow, UpdateState
+
+_SELECT = "SELECT u.*, e.hash AS entry_hash FROM updates u JOIN entries e ON e.seq = u.entry_seq"
+
+
+def find_update(journal: Journal, update_id: str) -> UpdateRow | None:
+    """Return one update, or None."""
+    row = journal.row(f"{_SELECT} WHERE u.update_id = ?", (update_id,))
+    return None if row is None else _update(row)
+
+
+def list_updates(journal: Journal, after_seq: int, limit: int, organisation: str | None = None) -> list[UpdateRow]:
+    """Return up to ``limit`` updates after an ingest number, in ingest order, of one organisation or of all."""
+    rows = journal.rows(
+        f"{_SELECT} WHERE u.ingest_seq > ? AND (? IS NULL OR u.organisation = ?) ORDER BY u.ingest_seq LIMIT ?",
+        (after_seq, organisation, organisation, limit),
+    )
+    return [_update(row) for row in rows]
+
+
+def next_accepted(journal: Journal) -> UpdateRow | None:
+    """Return the first update in ingest order that waits for its merge, or None."""
+    row = journal.row(f"{_SELECT} WHERE u.state = 'ACCEPTED' ORDER BY u.ingest_seq LIMIT 1")
+    return None if row is None else _update(row)
+
+
+def count_states(journal: Journal) -> dict[UpdateState, int]:
+    """Return how many updates are in each state."""
+    found = {row[0]: row[1] for row in journal.rows("SELECT state, count(*) FROM updates GROUP BY state")}
+    return {state: found.get(state.value, 0) for state in UpdateState}
+
+
+def same_update(known: UpdateRow, new: NewUpdate) -> bool:
+    """Return whether ``new`` is the update already known under its id, sent again.
+
+    Raises:
+        UpdateConflictError: it carries the same id but is something else.
+    """
+    ours, theirs = known.new, new
+    if (ours.sha256, ours.size, ours.task_id, ours.member) == (
+        theirs.sha256,
+        theirs.size,
+        theirs.task_id,
+        theirs.member,
+    ):
+        return True
+    raise UpdateConflictError(
+        f"update id {new.update_id} is already durable with other content: choose a fresh id for new content"
+    )
+
+
+def accept_update(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
+    """Write one update whose payload is durable; return (its row, whether it was there before).
+
+    The row is durable when this returns; only then may it be acknowledged.
+
+    Raises:
+        UpdateConflictError: the id is taken by other content.
+        UnknownTaskError: the task does not exist and ``create`` is not set.
+    """
+    with journal.transaction():
+        known = find_update(journal, new.update_id)
+        if known is not None and same_update(known, new):
+            return known, True
+        if journal.row("SELECT 1 FROM tasks WHERE task_id = ?", (new.task_id,)) is None:
+            if not new.create:
+                raise UnknownTaskError(f"there is no task {new.task_id!r}: set create to make it with this update")
+            journal.change("INSERT INTO tasks (task_id, owner) VALUES (?, ?)", (new.task_id, new.member))
+        last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
+        ingest_seq = (last[0] if last else 0) + 1
+        entry_seq, _ = journal.append_entry("update", update_entry(new, ingest_seq, now_ms))
+        values = {
+            **asdict(new),
+            "ingest_seq": ingest_seq,
+            "entry_seq": entry_seq,
+            "organisation": new.member.split("/", 1)[0],
+            "state": UpdateState.ACCEPTED.value,
+            "received_ms": now_ms,
+        }
+        del values["create"]
+        columns = ", ".join(values)
+        marks = ", ".join("?" * len(values))
+        journal.change(f"INSERT INTO updates ({columns}) VALUES ({marks})", list(values.values()))
+    stored = find_update(journal, new.update_id)
+    if stored is None:
+        raise StorageError(f"update {new.update_id} was committed and is not there: the journal is damaged")
+    return stored, False
+
+
+def refuse_update(journal: Journal, update_id: str, reason: str) -> None:
+    """Record that an accepted update cannot be merged."""
+    with journal.transaction():
+        journal.append_entry("refused", {"update_id": update_id, "reason": reason})
+        changed = journal.change(
+            "UPDATE updates SET state = 'REFUSED', reason = ? WHERE update_id = ? AND state = 'ACCEPTED'",
+            (reason, update_id),
+        )
+        if changed != 1:
+            raise StorageError(f"update {update_id} was to be refused but does not wait: the journal is damaged")
+
+
+def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str | int]:
+    """Return what the hash chain says of an accepted update."""
+    return {
+        "update_id": new.update_id,
+        "ingest_seq": ingest_seq,
+        "member": new.member,
+        "task_id": new.task_id,
+        "base_version": new.base_version,
+        "sha256": new.sha256,
+        "size": new.size,
+        "received_ms": now_ms,
+    }
+
+
+def _update(row: sqlite3.Row) -> UpdateRow:
+    new = NewUpdate(
+        update_id=row["update_id"],
+        member=row["member"],
+        task_id=row["task_id"],
+        create=False,
+        base_version=row["base_version"],
+        sha256=row["sha256"],
+        size=row["size"],
+        coefficients=row["coefficients"],
+        directions=row["directions"],
+        heads=row["heads"],
+        envelope=row["envelope"],
+        lease_id=row["lease_id"],
+        rows=row["rows"],
+    )
+    return UpdateRow(
+        new=new,
+        ingest_seq=row["ingest_seq"],
+        entry_hash=row["entry_hash"].hex(),
+        state=UpdateState(row["state"]),
+        reason=row["reason"],
+        version=row["version"],
+        received_ms=row["received_ms"],
+        relative_error=row["relative_error"],
+    )
