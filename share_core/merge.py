@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from share_core.append import append
 from share_core.compaction import compact, compaction_losses, task_weight
 from share_core.errors import ConfigError, TensorShapeError
 from share_core.ledger import TaskLedger, charge, measure
-from share_core.linalg import require_finite
-from share_core.space import advance, carry_core, empty_space, task_adapter
-from share_core.types import Adapter, Cores, Delta, SiteTransition, Space, SpaceSpec
+from share_core.linalg import float64, require_finite
+from share_core.space import advance, carry_core, compress_core, empty_space, task_adapter
+from share_core.types import Adapter, Core, Cores, Delta, SiteBasis, SiteTransition, Space, SpaceSpec
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,13 @@ def empty_state(spec: SpaceSpec) -> HubState:
     return HubState(space=empty_space(spec), ledger={})
 
 
-def merge(state: HubState, task_id: str, adapter: Adapter, policy: MergePolicy) -> Merged:
+def merge(
+    state: HubState,
+    task_id: str,
+    adapter: Adapter,
+    policy: MergePolicy,
+    originals: Mapping[str, Adapter] | None = None,
+) -> Merged:
     """Merge one adapter as the new content of ``task_id`` and return the next version.
 
     Append, then compact where a site has outgrown ``k_max``. Old tasks do not move at all unless a site compacts; then
@@ -70,6 +76,9 @@ def merge(state: HubState, task_id: str, adapter: Adapter, policy: MergePolicy) 
         adapter: ambient factors, see :func:`share_core.space.update_adapter`. Zero and rank 0 are allowed and give a
             task that changes nothing.
         policy: caps and budgets.
+        originals: ambient factors of earlier updates by task, as far as they are retained. A task whose bound passes
+            ``tau`` in a compaction is projected anew from its original: that wins back directions that an earlier
+            compaction dropped and a later append returned, and turns its bound into a measurement.
 
     Raises:
         NonFiniteError: if a factor holds NaN or infinity.
@@ -91,7 +100,31 @@ def merge(state: HubState, task_id: str, adapter: Adapter, policy: MergePolicy) 
         losses = compaction_losses({t: before[t] for t in others}, space.cores, transition)
         ledger.update({task: charge(ledger[task], lost) for task, lost in losses.items() if lost})
     ledger[task_id] = measure(adapter, task_adapter(space, task_id))
-    return Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
+    merged = Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
+    stale = [task for task in others if ledger[task].bound > policy.tau and not ledger[task].measured]
+    return _reprojected(merged, {task: originals[task] for task in stale if task in originals}) if originals else merged
+
+
+def project(bases: Mapping[str, SiteBasis], adapter: Adapter) -> Cores:
+    """Return the best cores of an adapter in given bases: ``C = left.T dW right`` at every site."""
+    cores: dict[str, Core] = {}
+    for site, factors in adapter.items():
+        out = float64(bases[site].left).mT @ float64(factors.out)
+        in_ = float64(bases[site].right).mT @ float64(factors.in_)
+        core = compress_core(out, in_, rank=min(out.shape[0], in_.shape[0]))
+        if core is not None:
+            cores[site] = core
+    return cores
+
+
+def _reprojected(merged: Merged, originals: Mapping[str, Adapter]) -> Merged:
+    """Return the merge with some tasks projected anew from their originals, as part of the same version."""
+    space, ledger = merged.state.space, dict(merged.state.ledger)
+    fresh = {task: project(space.bases, original) for task, original in originals.items()}
+    space = replace(space, cores={**space.cores, **fresh})
+    ledger.update({task: measure(original, task_adapter(space, task)) for task, original in originals.items()})
+    delta = replace(merged.delta, cores={**merged.delta.cores, **fresh})
+    return Merged(HubState(space, ledger), delta, merged.relative_error)
 
 
 def recompute_ledger(state: HubState, task_id: str, original: Adapter) -> HubState:
