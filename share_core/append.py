@@ -25,15 +25,15 @@ class Appended:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """One site between the decomposition and the choice of directions."""
+class _Side:
+    """One side of one site between the decomposition and the choice of directions."""
 
-    directions: tuple[Tensor, Tensor]
-    """Orthonormal residual directions of both sides, strongest first: (d_out, q), (d_in, q)."""
-    strengths: tuple[Tensor, Tensor]
-    """Their singular values, descending: how much of dW each carries."""
-    coordinates: tuple[Tensor, Tensor]
-    """``[basis directions].T`` times ``U S`` and ``V``: (k + q, r) each."""
+    directions: Tensor
+    """(d, q): orthonormal residual directions, strongest first."""
+    strengths: list[float]
+    """How much of dW each direction carries: descending singular values."""
+    coordinates: Tensor
+    """(k + q, r): ``[basis directions].T`` times the adapter's factor on this side."""
     floor: float
     """Strengths at or below this are rounding noise."""
 
@@ -41,9 +41,10 @@ class _Site:
 def append(bases: Mapping[str, SiteBasis], adapter: Adapter, tau: float) -> Appended:
     """Grow the bases so that the adapter is represented within a relative error of ``tau``.
 
-    Both sides together may leave out ``tau * ||dW||`` over all sites. What is left out is chosen over all sites at
-    once, weakest directions first, so that the fewest directions are spent: projecting out a set of residual
-    directions costs at most the sum of their squared strengths.
+    First the left side may leave out ``tau ||dW|| / sqrt(2)`` over all sites, then the right side, seen through the new
+    left bases, what remains of the budget. One side after the other, because a component dropped on the left needs no
+    direction on the right, and because the two losses are then orthogonal and add exactly. On each side the weakest
+    directions over all sites go first, so that the fewest directions are spent.
 
     Args:
         bases: current bases; the adapter's sites must be among them.
@@ -53,77 +54,83 @@ def append(bases: Mapping[str, SiteBasis], adapter: Adapter, tau: float) -> Appe
     Returns:
         New directions in float32 and the adapter's cores in the grown coordinates.
     """
-    sites, norm2 = _decompose(bases, adapter)
-    kept = _choose(sites, tau * tau * norm2)
+    lefts, right_factors, norm2 = _left_sides(bases, adapter)
+    q_out, spent = _choose(lefts, tau * tau * norm2 / 2)
+    seen = {site: side.coordinates[: bases[site].k_out + q_out[site]] for site, side in lefts.items()}
+    rights = _right_sides(bases, right_factors, seen, {site: side.floor for site, side in lefts.items()})
+    q_in, _ = _choose(rights, tau * tau * norm2 - spent)
     transition: dict[str, SiteTransition] = {}
     cores: dict[str, Core] = {}
-    for site, parts in sites.items():
-        basis = bases[site]
-        q_out, q_in = kept[site]
-        if q_out or q_in:
+    for site, right in rights.items():
+        if q_out[site] or q_in[site]:
             transition[site] = SiteTransition(
-                append_left=parts.directions[0][:, :q_out].to(torch.float32),
-                append_right=parts.directions[1][:, :q_in].to(torch.float32),
+                append_left=lefts[site].directions[:, : q_out[site]].to(torch.float32),
+                append_right=right.directions[:, : q_in[site]].to(torch.float32),
             )
-        out = parts.coordinates[0][: basis.k_out + q_out]
-        in_ = parts.coordinates[1][: basis.k_in + q_in]
-        core = compress_core(out, in_, rank=min(out.shape[0], in_.shape[0]))
+        in_ = right.coordinates[: bases[site].k_in + q_in[site]]
+        core = compress_core(seen[site], in_, rank=min(seen[site].shape[0], in_.shape[0]))
         if core is not None:
             cores[site] = core
     return Appended(transition, cores)
 
 
-def _decompose(bases: Mapping[str, SiteBasis], adapter: Adapter) -> tuple[dict[str, _Site], float]:
-    """Return every site's residual directions, and the squared norm of the adapter over all sites."""
+def _left_sides(bases: Mapping[str, SiteBasis], adapter: Adapter) -> tuple[dict[str, _Side], dict[str, Tensor], float]:
+    """Return every left side, the right factors V (d_in, r), and the squared norm of the adapter over all sites."""
     items = {
-        site: (float64(bases[site].left), float64(bases[site].right), float64(f.out), float64(f.in_))
-        for site, f in adapter.items()
-        if f.rank > 0
+        site: (float64(bases[site].left), float64(factors.out), float64(factors.in_))
+        for site, factors in adapter.items()
+        if factors.rank > 0
     }
-    found: dict[str, _Site] = {}
+    sides: dict[str, _Side] = {}
+    right_factors: dict[str, Tensor] = {}
     norm2 = 0.0
-    for names, (left, right, out, in_) in stacks(items):
+    for names, (left, out, in_) in stacks(items):
         u, s, v = canonical(out, in_)
         norm2 += float((s * s).sum())
-        us = u * s.unsqueeze(-2)
-        vs = v * s.unsqueeze(-2)
-        q_left, s_left = _directions(left, us)
-        q_right, s_right = _directions(right, vs)
-        coordinates_out = torch.cat([left.mT @ us, q_left.mT @ us], dim=-2)
-        coordinates_in = torch.cat([right.mT @ v, q_right.mT @ v], dim=-2)
-        for i, name in enumerate(names):
-            found[name] = _Site(
-                directions=(q_left[i], q_right[i]),
-                strengths=(s_left[i], s_right[i]),
-                coordinates=(coordinates_out[i], coordinates_in[i]),
-                floor=RANK_EPS * float(s[i].max()) if s.shape[-1] else 0.0,
-            )
-    return found, norm2
+        weighted = u * s.unsqueeze(-2)
+        q, r = thin_qr(residual(left, weighted))
+        floors = (RANK_EPS * s.amax(dim=-1)).tolist()
+        sides.update(_sides(names, left, q, r, weighted, floors))
+        right_factors.update(zip(names, v, strict=True))
+    return sides, right_factors, norm2
 
 
-def _directions(basis: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal directions (..., d, q) of ``(I - basis basis.T) x`` and their strengths (..., q)."""
-    q, r = thin_qr(residual(basis, x))
+def _right_sides(
+    bases: Mapping[str, SiteBasis],
+    right_factors: Mapping[str, Tensor],
+    seen: Mapping[str, Tensor],
+    floors: Mapping[str, float],
+) -> dict[str, _Side]:
+    """Return every right side of ``left' seen V.T``; ``seen`` (k_out', r) are the coordinates in the new left basis."""
+    items = {site: (float64(bases[site].right), v, seen[site]) for site, v in right_factors.items()}
+    sides: dict[str, _Side] = {}
+    for names, (right, v, weights) in stacks(items):
+        q, r = thin_qr(residual(right, v))
+        sides.update(_sides(names, right, q, r @ weights.mT, v, [floors[name] for name in names]))
+    return sides
+
+
+def _sides(
+    names: list[str], basis: Tensor, q: Tensor, r: Tensor, factor: Tensor, floors: list[float]
+) -> dict[str, _Side]:
+    """Return the sides of stacked sites whose residual is ``q @ r`` (n, d, ·)."""
     u, s, _ = small_svd(r)
-    directions = q @ u
-    # Weak directions are numerically anything; project once more so that the strong ones stay orthogonal to the basis.
-    return residual(basis, directions), s
+    # Weak directions are numerically anything; projecting once more keeps the strong ones orthogonal to the basis.
+    directions = residual(basis, q @ u)
+    coordinates = torch.cat([basis.mT @ factor, directions.mT @ factor], dim=-2)
+    return {name: _Side(directions[i], s[i].tolist(), coordinates[i], floors[i]) for i, name in enumerate(names)}
 
 
-def _choose(sites: Mapping[str, _Site], budget2: float) -> dict[str, tuple[int, int]]:
-    """Return how many leading directions to keep per site and side, spending at most ``budget2`` on the others."""
-    counts = {site: [0, 0] for site in sites}
-    offers: list[tuple[float, str, int]] = []
-    for site, parts in sites.items():
-        for side in (0, 1):
-            for strength in parts.strengths[side].tolist():
-                if strength > parts.floor:
-                    offers.append((strength * strength, site, side))
-                    counts[site][side] += 1
+def _choose(sides: Mapping[str, _Side], budget2: float) -> tuple[dict[str, int], float]:
+    """Return how many leading directions to keep per site, and the energy (at most ``budget2``) of those left out."""
+    counts = {site: sum(strength > side.floor for strength in side.strengths) for site, side in sides.items()}
+    offers = sorted(
+        (strength * strength, site) for site, side in sides.items() for strength in side.strengths[: counts[site]]
+    )
     spent = 0.0
-    for energy, site, side in sorted(offers):
-        spent += energy
-        if spent > budget2:
+    for energy, site in offers:
+        if spent + energy > budget2:
             break
-        counts[site][side] -= 1
-    return {site: (out, in_) for site, (out, in_) in counts.items()}
+        spent += energy
+        counts[site] -= 1
+    return counts, spent

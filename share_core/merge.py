@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from share_core.append import append
 from share_core.compaction import compact, compaction_losses, task_weight
 from share_core.errors import ConfigError, TensorShapeError
@@ -99,7 +101,7 @@ def merge(
     if delta.compacts:
         losses = compaction_losses({t: before[t] for t in others}, space.cores, transition)
         ledger.update({task: charge(ledger[task], lost) for task, lost in losses.items() if lost})
-    ledger[task_id] = measure(adapter, task_adapter(space, task_id))
+    ledger[task_id] = measure(adapter, task_adapter(space, task_id, torch.float64))
     merged = Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
     stale = [task for task in others if ledger[task].bound > policy.tau and not ledger[task].measured]
     return _reprojected(merged, {task: originals[task] for task in stale if task in originals}) if originals else merged
@@ -122,14 +124,16 @@ def _reprojected(merged: Merged, originals: Mapping[str, Adapter]) -> Merged:
     space, ledger = merged.state.space, dict(merged.state.ledger)
     fresh = {task: project(space.bases, original) for task, original in originals.items()}
     space = replace(space, cores={**space.cores, **fresh})
-    ledger.update({task: measure(original, task_adapter(space, task)) for task, original in originals.items()})
+    ledger.update(
+        {task: measure(original, task_adapter(space, task, torch.float64)) for task, original in originals.items()}
+    )
     delta = replace(merged.delta, cores={**merged.delta.cores, **fresh})
     return Merged(HubState(space, ledger), delta, merged.relative_error)
 
 
 def recompute_ledger(state: HubState, task_id: str, original: Adapter) -> HubState:
     """Measure a task's error against its retained original and replace its bound by the measurement."""
-    ledger = {**state.ledger, task_id: measure(original, task_adapter(state.space, task_id))}
+    ledger = {**state.ledger, task_id: measure(original, task_adapter(state.space, task_id, torch.float64))}
     return HubState(state.space, ledger)
 
 
