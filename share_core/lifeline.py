@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -71,6 +71,16 @@ def tie() -> Callable[[], None] | None:
     return lambda: arm(parent)
 
 
+def tied(command: Sequence[str]) -> list[str]:
+    """Return ``command`` wrapped so that it arms itself before it becomes the program; the process id stays.
+
+    Prefer it to :func:`tie` where other threads run (gRPC's, for one): no Python code runs between fork and exec,
+    so no lock that a thread held at the fork can stop the child. Call it in the process that forks. The program
+    must be on the PATH of the child's environment.
+    """
+    return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
+
+
 def become_subreaper() -> bool:
     """Make this process the parent of its orphaned descendants. Return False where the system cannot."""
     return _PRCTL is not None and _PRCTL(_PR_SET_CHILD_SUBREAPER, 1) == 0
@@ -117,3 +127,8 @@ def _poll_parent(parent: int) -> None:
     while os.getppid() == parent:
         pause.wait(_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    arm(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -21,7 +21,8 @@ import subprocess, sys, time
 from share_core import lifeline
 mode, child = sys.argv[1], sys.argv[2]
 setup = lifeline.tie() if mode == "tie" else None
-process = subprocess.Popen([sys.executable, "-c", child], preexec_fn=setup)
+command = [sys.executable, "-c", child]
+process = subprocess.Popen(lifeline.tied(command) if mode == "tied" else command, preexec_fn=setup)
 time.sleep(0.7)
 print(process.pid, flush=True)
 time.sleep(60)
@@ -47,13 +48,11 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("mode", "child", "survives"),
-    [("tie", SLEEPER, False), ("plain", ARMED, False), ("plain", SLEEPER, True)],
-    ids=["tied-by-parent", "armed-itself", "planted-bug-no-tie"],
+    [("tie", SLEEPER, False), ("tied", SLEEPER, False), ("plain", ARMED, False), ("plain", SLEEPER, True)],
+    ids=["tied-at-fork", "tied-at-exec", "armed-itself", "planted-bug-no-tie"],
 )
 def test_child_of_a_killed_parent(mode: str, child: str, survives: bool) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, mode, child], stdout=subprocess.PIPE, text=True
-    ) as parent:
+    with subprocess.Popen([sys.executable, "-c", PARENT, mode, child], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert alive(pid)
