@@ -39,22 +39,17 @@ def count_states(journal: Journal) -> dict[UpdateState, int]:
     return {state: found.get(state.value, 0) for state in UpdateState}
 
 
-def same_update(known: UpdateRow, new: NewUpdate) -> bool:
-    """Return whether ``new`` is the update already known under its id, sent again.
+def same_update(known: UpdateRow, *, update_id: str, member: str, task_id: str, sha256: str, size: int) -> bool:
+    """Return True: what is described is the update already known under its id, sent again.
 
     Raises:
         UpdateConflictError: it carries the same id but is something else.
     """
-    ours, theirs = known.new, new
-    if (ours.sha256, ours.size, ours.task_id, ours.member) == (
-        theirs.sha256,
-        theirs.size,
-        theirs.task_id,
-        theirs.member,
-    ):
+    ours = known.new
+    if (ours.member, ours.task_id, ours.sha256, ours.size) == (member, task_id, sha256, size):
         return True
     raise UpdateConflictError(
-        f"update id {new.update_id} is already durable with other content: choose a fresh id for new content"
+        f"update id {update_id} is already durable with other content: choose a fresh id for new content"
     )
 
 
@@ -69,7 +64,14 @@ def accept_update(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[Update
     """
     with journal.transaction():
         known = find_update(journal, new.update_id)
-        if known is not None and same_update(known, new):
+        if known is not None and same_update(
+            known,
+            update_id=new.update_id,
+            member=new.member,
+            task_id=new.task_id,
+            sha256=new.sha256,
+            size=new.size,
+        ):
             return known, True
         if journal.row("SELECT 1 FROM tasks WHERE task_id = ?", (new.task_id,)) is None:
             if not new.create:

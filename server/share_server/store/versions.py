@@ -41,6 +41,20 @@ def list_versions(journal: Journal, after: int, upto: int) -> list[VersionRow]:
     return [_version(row) for row in rows]
 
 
+def chain_bytes(journal: Journal, after: int, upto: int) -> int:
+    """Return how many payload bytes the deltas ``after < version <= upto`` have together.
+
+    Raises:
+        RebaseError: one of them is no longer kept.
+    """
+    row = journal.row(
+        "SELECT count(*), coalesce(sum(delta_size), 0) FROM versions WHERE version > ? AND version <= ?", (after, upto)
+    )
+    if row is None or row[0] != upto - after:
+        raise RebaseError(f"the deltas after version {after} are no longer kept: fetch version {upto}")
+    return int(row[1])
+
+
 def nearest_snapshot(journal: Journal, version: int) -> VersionRow | None:
     """Return the newest version up to ``version`` whose snapshot is kept; None means: start from version 0."""
     row = journal.row(

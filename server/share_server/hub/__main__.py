@@ -1,0 +1,30 @@
+"""``python -m share_server.hub DIR``: run the hub of one server directory in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from share_core.errors import FedshareError
+from share_server.hub import log
+from share_server.hub.process import serve
+from share_server.layout import Layout
+
+
+def main(arguments: list[str]) -> int:
+    """Run until stopped; return the exit code: 0 stopped, 1 failed, 2 wrong usage."""
+    if len(arguments) != 1:
+        print("usage: python -m share_server.hub DIR", file=sys.stderr)
+        return 2
+    log.start_logging()
+    try:
+        return asyncio.run(serve(Layout(Path(arguments[0]))))
+    except FedshareError as error:
+        log.failure("cannot run", error)
+        print(f"share-server hub: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,229 @@
+"""Submit: from a stranger's bytes to a durable, checked update.
+
+In this order, each step refusing with its own error before the next one costs anything: header and its limits; owner
+of the task; whether the update is known already; free space; then the payload into a staging file, counted and hashed
+on the way; size and digest; the strict parser; the version it was trained in and the sizes its cores must have there;
+payload durable; row durable; and only then the receipt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from share_core.errors import (
+    AccessError,
+    DigestError,
+    PayloadTooLargeError,
+    RequestError,
+    SpaceMismatchError,
+    TensorShapeError,
+    UnavailableError,
+    UnknownTaskError,
+    VersionError,
+)
+from share_core.names import check_update_id, split_task_id
+from share_core.types import SpaceSpec, Update
+from share_core.wire import PayloadSplit, decode_update, payload_bytes
+from share_proto.v1 import hub_pb2
+from share_server.config import LimitConfig
+from share_server.hub.access import Caller
+from share_server.hub.clock import now_ms
+from share_server.hub.feed import Feed
+from share_server.hub.history import History
+from share_server.hub.options import CHUNK_BYTES
+from share_server.store.blobs import Staged
+from share_server.store.journal import Journal
+from share_server.store.records import NewUpdate, UpdateRow
+from share_server.store.store import Store
+from share_server.store.updates import accept_update, find_update, same_update
+from share_server.store.versions import find_task
+
+_HEX_64 = re.compile(r"[0-9a-f]{64}")
+_LEASE = re.compile(r"(?:[0-9a-f]{32})?")
+_MOST_ROWS = 2**53
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the parser found out."""
+
+    update: Update
+    split: PayloadSplit
+
+
+class Intake:
+    """Receives updates."""
+
+    def __init__(self, store: Store, spec: SpaceSpec, limits: LimitConfig, feed: Feed, history: History) -> None:
+        self._store = store
+        self._spec = spec
+        self._limits = limits
+        self._feed = feed
+        self._history = history
+        self._uploads = 0
+
+    async def receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
+        """Receive one update; return (its row, whether it was durable before this call).
+
+        Raises:
+            FedshareError: a leaf of it for every way in which the update can be refused.
+        """
+        if self._feed.closing:
+            raise UnavailableError("the hub is stopping: send the update again in a moment")
+        if self._uploads >= self._limits.concurrent_uploads:
+            raise UnavailableError(f"{self._uploads} uploads are in progress, which is the most: try again")
+        self._uploads += 1
+        try:
+            async with asyncio.timeout(self._limits.upload_total_s):
+                return await self._receive(caller, messages)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the upload took longer than {self._limits.upload_total_s:g} s: send it again"
+            ) from error
+        finally:
+            self._uploads -= 1
+
+    async def _receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
+        header = await self._header(messages)
+        self._check_header(caller, header)
+        known, task = await self._store.do(lambda journal: _look_up(journal, header))
+        if known is not None and _same_header(known, caller, header):
+            return known, True
+        if task is None and not header.create:
+            raise UnknownTaskError(f"there is no task {header.task_id!r}: set create to make it with this update")
+        free = await self._store.io(self._store.blobs.free_bytes)
+        if free < self._limits.free_space_bytes + header.payload_size:
+            raise UnavailableError("the hub's disk is nearly full: try again when the operator has made space")
+        staged = await self._store.io(self._store.blobs.stage)
+        try:
+            await self._payload(messages, header, staged)
+            checked = await self._store.io(lambda: self._parse(staged))
+            await self._check_base(checked.update)
+            new = _new_update(caller, header, checked)
+            # Shielded: a caller that hangs up now must not leave a thread at work on a file that is being removed.
+            return await asyncio.shield(self._make_durable(staged, new))
+        finally:
+            await asyncio.shield(self._store.io(staged.discard))
+
+    async def _header(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitHeader:
+        first = await self._next(messages)
+        if first is None or first.WhichOneof("part") != "header":
+            raise RequestError("Submit begins with a header: expected it as first message")
+        return first.header
+
+    def _check_header(self, caller: Caller, header: hub_pb2.SubmitHeader) -> None:
+        check_update_id(header.update_id)
+        if header.space_id != self._spec.space_id:
+            raise SpaceMismatchError(
+                f"this hub owns space {self._spec.space_id} ({self._spec.backbone}), the update is for "
+                f"{header.space_id[:80]!r}: use the same backbone weights"
+            )
+        organisation, _ = split_task_id(header.task_id)
+        if organisation != caller.organisation:
+            raise AccessError(
+                f"task {header.task_id} belongs to {organisation}: "
+                f"members of {caller.organisation} may not submit to it"
+            )
+        if header.payload_size <= 0:
+            raise RequestError(f"payload_size must be positive, got {header.payload_size}")
+        if header.payload_size > self._limits.max_payload_bytes:
+            raise PayloadTooLargeError(
+                f"payload of {header.payload_size} bytes: at most {self._limits.max_payload_bytes} are accepted"
+            )
+        if not _HEX_64.fullmatch(header.payload_sha256):
+            raise RequestError("payload_sha256 is not 64 lower-case hexadecimal digits")
+        if not _LEASE.fullmatch(header.lease_id):
+            raise RequestError("lease_id is neither empty nor 32 lower-case hexadecimal digits")
+        if not 0 <= header.rows <= _MOST_ROWS:
+            raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
+
+    async def _payload(
+        self, messages: AsyncIterator[hub_pb2.SubmitRequest], header: hub_pb2.SubmitHeader, staged: Staged
+    ) -> None:
+        """Read every chunk into ``staged``; stop at the first byte too many."""
+        while (message := await self._next(messages)) is not None:
+            if message.WhichOneof("part") != "chunk":
+                raise RequestError("Submit has one header, then chunks: got another header")
+            chunk = message.chunk
+            if len(chunk) > CHUNK_BYTES:
+                raise RequestError(f"a chunk holds at most {CHUNK_BYTES} bytes, got {len(chunk)}")
+            if staged.size + len(chunk) > header.payload_size:
+                raise DigestError(
+                    f"payload: expected {header.payload_size} bytes as announced, got more: send it again"
+                )
+            await self._store.io(lambda chunk=chunk: staged.write(chunk))  # type: ignore[misc]
+        if staged.size != header.payload_size:
+            raise DigestError(f"payload: expected {header.payload_size} bytes, got {staged.size}: send it again")
+        if staged.sha256 != header.payload_sha256:
+            raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
+
+    async def _next(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitRequest | None:
+        try:
+            return await asyncio.wait_for(anext(messages, None), self._limits.upload_idle_s)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the upload paused for more than {self._limits.upload_idle_s:g} s: send it again"
+            ) from error
+
+    def _parse(self, staged: Staged) -> _Checked:
+        payload = staged.read()
+        return _Checked(decode_update(payload, self._spec), payload_bytes(payload))
+
+    async def _check_base(self, update: Update) -> None:
+        """Refuse what could not be merged anyway: a version nobody has, cores of another size than its bases."""
+        base = update.base_version
+        if base > self._feed.version:
+            raise VersionError(
+                f"the update is based on version {base}, but the newest is {self._feed.version}: "
+                "it was trained against another hub or a lost state"
+            )
+        sizes = await self._history.sizes(base)
+        for site, part in update.sites.items():
+            expected = sizes[site]
+            if part.core is not None and (part.core.out.shape[0], part.core.in_.shape[0]) != expected:
+                raise TensorShapeError(
+                    f"core at {site!r}: version {base} has {expected[0]} x {expected[1]} coordinates, "
+                    f"got {part.core.out.shape[0]} x {part.core.in_.shape[0]}"
+                )
+
+    async def _make_durable(self, staged: Staged, new: NewUpdate) -> tuple[UpdateRow, bool]:
+        """Payload durable, then row durable; the caller may be told when this returns."""
+        await self._store.io(staged.commit)
+        return await self._store.do(lambda journal: accept_update(journal, new, now_ms()))
+
+
+def _look_up(journal: Journal, header: hub_pb2.SubmitHeader) -> tuple[UpdateRow | None, object | None]:
+    return find_update(journal, header.update_id), find_task(journal, header.task_id)
+
+
+def _same_header(known: UpdateRow, caller: Caller, header: hub_pb2.SubmitHeader) -> bool:
+    """Return whether the header announces the known update again; raises UpdateConflictError if it is another."""
+    return same_update(
+        known,
+        update_id=header.update_id,
+        member=caller.member,
+        task_id=header.task_id,
+        sha256=header.payload_sha256,
+        size=header.payload_size,
+    )
+
+
+def _new_update(caller: Caller, header: hub_pb2.SubmitHeader, checked: _Checked) -> NewUpdate:
+    return NewUpdate(
+        update_id=header.update_id,
+        member=caller.member,
+        task_id=header.task_id,
+        create=header.create,
+        base_version=checked.update.base_version,
+        sha256=header.payload_sha256,
+        size=header.payload_size,
+        coefficients=checked.split.coefficients,
+        directions=checked.split.directions,
+        heads=checked.split.heads,
+        envelope=checked.split.envelope,
+        lease_id=header.lease_id,
+        rows=header.rows,
+    )
