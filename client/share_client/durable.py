@@ -1,0 +1,108 @@
+"""Files that are either whole or not there, also after a kill or a power cut.
+
+Every write goes to a temporary name in the same directory, is flushed to the disk, renamed, and the directory is
+flushed too. A failed flush is never tried again: after one the kernel may have dropped the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PRIVATE = 0o600
+"""Mode of files that hold keys or anything learned from private data."""
+
+TEMPORARY = ".tmp-"
+"""Prefix of names that a crash may leave behind and that nobody reads."""
+
+
+def flush_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_flushed(path: Path, data: bytes, mode: int = PRIVATE) -> None:
+    """Create ``path`` with ``data`` and flush it. Not atomic: for files inside a directory renamed later."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, data: bytes, mode: int = PRIVATE) -> None:
+    """Replace ``path`` by ``data``: a reader sees the old bytes or the new ones, never a part."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        write_flushed(temporary, data, mode)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_directory(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it. A crash may leave a part of the last line; readers drop it."""
+    new = not path.exists()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, PRIVATE)
+    with os.fdopen(handle, "r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        os.fsync(file.fileno())
+    if new:
+        flush_directory(path.parent)
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON lines file; nothing if it does not exist. Torn lines are dropped."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """Return indented JSON with sorted keys, ending in a newline."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def make_private_directory(path: Path) -> Path:
+    """Create a directory that only its owner may enter, parents included; return it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory so that a crash leaves either all of it or only a temporary name nobody reads."""
+    hidden = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    path.rename(hidden)
+    flush_directory(path.parent)
+    shutil.rmtree(hidden)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what earlier crashes left under temporary names in a directory that nobody writes to now."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)

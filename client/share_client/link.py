@@ -1,0 +1,254 @@
+"""Synchronous calls of the hub's tensor plane over mTLS.
+
+Every unary call has a deadline. Every failure is an error of :mod:`share_core.errors`, with the hub's sentence.
+Versions are followed in :mod:`share_client.feed`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from share_client.backoff import Backoff
+from share_client.channel import CHUNK_BYTES, error_from_rpc, open_channel
+from share_client.member import Credentials
+from share_core.errors import DigestError, FedshareError, UnavailableError
+from share_core.types import SiteSpec, SpaceSpec
+from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
+
+_T = TypeVar("_T")
+
+_UPLOAD_FLOOR = 100_000
+"""Bytes per second below which an upload is given up and begun again."""
+
+_DIGEST_ATTEMPTS = 3
+"""How often the same bytes may arrive damaged before it is not the network's fault any more."""
+
+
+@dataclass(frozen=True)
+class SpaceDescription:
+    """What the hub says of its space."""
+
+    spec: SpaceSpec
+    """Sites and limits."""
+    version: int
+    """The newest published version."""
+    max_payload_bytes: int
+    """The largest payload Submit accepts."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The header of one update: what :meth:`HubLink.submit` sends before the payload."""
+
+    update_id: str
+    """32 hexadecimal digits; the same for every attempt."""
+    space_id: str
+    """The space it was trained in."""
+    task_id: str
+    """``organisation/name``."""
+    create: bool
+    """Whether this may make the task."""
+    payload_size: int
+    """Bytes of the payload."""
+    payload_sha256: str
+    """Hexadecimal SHA-256 of the payload."""
+    lease_id: str = ""
+    """Lease under which it was trained; empty outside a lease."""
+    rows: int = 0
+    """Training rows the client declares; 0 says nothing."""
+
+
+class HubLink:
+    """One channel to the hub. Safe to use from several threads."""
+
+    def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
+        self.address = address
+        self._deadline = deadline
+        self._channel = open_channel(address, credentials)
+        self._hub = hub_pb2_grpc.HubStub(self._channel)
+        self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel; calls under way end as cancelled."""
+        self._channel.close()
+
+    @property
+    def hub(self) -> hub_pb2_grpc.HubStub:
+        """The stub, for streams that this class does not wrap."""
+        return self._hub
+
+    def describe(self) -> SpaceDescription:
+        """Return the space of the hub."""
+        answer = self._call("asking for the space", self._hub.DescribeSpace, hub_pb2.DescribeSpaceRequest())
+        return _description(answer)
+
+    def submit(self, submission: Submission, payload: bytes) -> hub_pb2.SubmitResponse:
+        """Send one update once and return its receipt: it is durable at the hub then.
+
+        Raises:
+            FedshareError: the hub's refusal, or UnavailableError when no answer came; then the update may or
+                may not be durable, and sending the same update id again is right in both cases.
+        """
+        header = hub_pb2.SubmitHeader(
+            update_id=submission.update_id,
+            space_id=submission.space_id,
+            task_id=submission.task_id,
+            create=submission.create,
+            payload_size=submission.payload_size,
+            payload_sha256=submission.payload_sha256,
+            lease_id=submission.lease_id,
+            rows=submission.rows,
+        )
+
+        def messages() -> Iterator[hub_pb2.SubmitRequest]:
+            yield hub_pb2.SubmitRequest(header=header)
+            for start in range(0, len(payload), CHUNK_BYTES):
+                yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
+
+        action = f"submitting update {submission.update_id} of {submission.task_id}"
+        try:
+            return self._hub.Submit(messages(), timeout=self._deadline + len(payload) / _UPLOAD_FLOOR)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, action) from error
+
+    def submit_until_answered(
+        self,
+        submission: Submission,
+        payload: bytes,
+        stop: threading.Event,
+        on_wait: Callable[[FedshareError], None] | None = None,
+    ) -> hub_pb2.SubmitResponse | None:
+        """Send one update, again and again with the same id while the hub is unavailable.
+
+        Returns None when ``stop`` was set before an answer came. Every other refusal is raised.
+        """
+        backoff, damaged = Backoff(), 0
+        while not stop.is_set():
+            try:
+                return self.submit(submission, payload)
+            except UnavailableError as error:
+                reason: FedshareError = error
+            except DigestError as error:
+                damaged += 1
+                if damaged >= _DIGEST_ATTEMPTS:
+                    raise
+                reason = error
+            if on_wait is not None:
+                on_wait(reason)
+            backoff.wait(stop)
+        return None
+
+    def get_update(self, update_id: str) -> hub_pb2.UpdateRecord:
+        """Return what became of an update."""
+        request = hub_pb2.GetUpdateRequest(update_id=update_id)
+        return self._call(f"asking for update {update_id}", self._hub.GetUpdate, request).update
+
+    def report(self, evaluations: Sequence[hub_pb2.Evaluation]) -> hub_pb2.ReportEvaluationResponse:
+        """Hand in evaluations; they are durable at the hub when this returns."""
+        request = hub_pb2.ReportEvaluationRequest(evaluations=evaluations)
+        return self._call("reporting evaluations", self._hub.ReportEvaluation, request)
+
+    def list_tasks(self) -> hub_pb2.ListTasksResponse:
+        """Return every task of the space."""
+        return self._call("listing tasks", self._hub.ListTasks, hub_pb2.ListTasksRequest())
+
+    def get_node(self) -> fleet_pb2.Node:
+        """Return what the hub knows of our own Flower node."""
+        return self._call("asking for our node", self._fleet.GetNode, fleet_pb2.GetNodeRequest()).node
+
+    def close_lease(self, lease_id: str, idle: bool, submitted: int) -> None:
+        """Tell the hub that a lease is over."""
+        request = fleet_pb2.CloseLeaseRequest(lease_id=lease_id, idle=idle, submitted=submitted)
+        self._call(f"closing lease {lease_id}", self._fleet.CloseLease, request)
+
+    def fetch_snapshot(self, space_id: str, version: int = 0) -> tuple[int, bytes]:
+        """Return (version, payload) of one whole version, 0 for the newest. Size and SHA-256 are checked."""
+        request = hub_pb2.FetchSnapshotRequest(space_id=space_id, version=version)
+        try:
+            stream = iter(self._hub.FetchSnapshot(request, timeout=20 * self._deadline))
+            first = next(stream, None)
+            if first is None or first.WhichOneof("part") != "header":
+                raise DigestError(f"the snapshot from {self.address} does not begin with a header")
+            header = first.header
+            payload = collect(header.payload_size, header.payload_sha256, _snapshot_chunks(stream), "snapshot")
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, "fetching a snapshot") from error
+        return header.version, payload
+
+    def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
+        try:
+            return method(request, timeout=self._deadline)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, f"{action} at {self.address}") from error
+
+
+def patiently(
+    call: Callable[[], _T],
+    stop: threading.Event,
+    on_wait: Callable[[FedshareError], None] | None = None,
+) -> _T | None:
+    """Repeat a harmless call while the hub is unavailable; None when ``stop`` was set first."""
+    backoff = Backoff()
+    while not stop.is_set():
+        try:
+            return call()
+        except UnavailableError as error:
+            if on_wait is not None:
+                on_wait(error)
+            backoff.wait(stop)
+    return None
+
+
+def collect(size: int, sha256: str, chunks: Iterator[bytes], what: str) -> bytes:
+    """Join chunks until ``size`` bytes are there; compare their SHA-256.
+
+    Raises:
+        DigestError: too few bytes, too many, or other bytes than announced.
+    """
+    buffer = bytearray()
+    while len(buffer) < size:
+        chunk = next(chunks, None)
+        if chunk is None:
+            raise DigestError(f"{what}: the stream ended after {len(buffer)} of {size} bytes")
+        buffer += chunk
+    if len(buffer) > size:
+        raise DigestError(f"{what}: expected {size} bytes, got {len(buffer)}")
+    found = hashlib.sha256(buffer).hexdigest()
+    if found != sha256:
+        raise DigestError(f"{what}: expected SHA-256 {sha256}, got {found}")
+    return bytes(buffer)
+
+
+def _snapshot_chunks(stream: Iterator[hub_pb2.FetchSnapshotResponse]) -> Iterator[bytes]:
+    for message in stream:
+        if message.WhichOneof("part") != "chunk":
+            raise DigestError("snapshot: a second header among the chunks")
+        yield message.chunk
+
+
+def _description(answer: hub_pb2.DescribeSpaceResponse) -> SpaceDescription:
+    sites = {site.name: SiteSpec(site.name, site.d_out, site.d_in, site.sha256) for site in answer.sites}
+    spec = SpaceSpec(
+        space_id=answer.space_id,
+        backbone=answer.backbone,
+        sites=sites,
+        k_max=answer.k_max,
+        tau=answer.tau,
+        rank_limit=answer.rank_limit,
+    )
+    return SpaceDescription(spec=spec, version=answer.version, max_payload_bytes=answer.max_payload_bytes)

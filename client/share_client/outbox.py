@@ -1,0 +1,224 @@
+"""The outbox: nothing trained is lost, and nothing is sent under two ids.
+
+::
+
+    outbox/<update id>/header.json           what Submit announces, and what to remember of the training
+                       payload.safetensors   the bytes that leave
+                       head.safetensors      the private head; never leaves
+                       receipt.json          the hub's receipt, once it has acknowledged
+    outbox/refused/<update id>/...           the same, with reason.json
+
+An entry is written into a temporary directory, flushed file by file, and renamed: it is there as a whole or not at
+all. From then on its update id is fixed, so sending it again after a crash or a lost answer is harmless: the hub
+knows the id. It leaves the outbox only when the hub says that it is merged (then what must be kept has been
+recorded elsewhere first) or that it will never be; then it moves to ``refused`` with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from share_client.durable import (
+    TEMPORARY,
+    flush_directory,
+    make_private_directory,
+    remove_tree,
+    sweep,
+    to_json,
+    write_atomic,
+    write_flushed,
+)
+from share_client.link import Submission
+from share_core.errors import ConfigError, DigestError
+from share_core.names import check_update_id
+
+_REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is remembered of the training behind an update until it is merged."""
+
+    task: str
+    """Name of the task inside the organisation."""
+    content_hash: str
+    """Hash of the data and options it was trained on."""
+    base_version: int
+    """Version it was trained in."""
+    loss: float
+    """Last training loss."""
+    steps: int
+    """Optimiser steps."""
+    seconds: float
+    """Time the training took."""
+    rows: int
+    """Training rows."""
+    trained_numbers: int = 0
+    """Trained parameters."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One update in the outbox. The payload stays on disk until it is read."""
+
+    directory: Path
+    """Where it lies."""
+    submission: Submission
+    """Header of the Submit call."""
+    training: Training
+    """What it came from."""
+    acknowledged: bool
+    """Whether the hub has given a receipt."""
+
+    @property
+    def update_id(self) -> str:
+        """Id of the update."""
+        return self.submission.update_id
+
+    def read_payload(self) -> bytes:
+        """Return the payload after comparing it with its hash.
+
+        Raises:
+            DigestError: the disk no longer holds what was written.
+        """
+        payload = (self.directory / "payload.safetensors").read_bytes()
+        found = hashlib.sha256(payload).hexdigest()
+        if found != self.submission.payload_sha256:
+            raise DigestError(
+                f"{self.directory}: payload has SHA-256 {found}, expected {self.submission.payload_sha256}: "
+                "the disk damaged it; the task will be trained again"
+            )
+        return payload
+
+    def read_head(self) -> bytes:
+        """Return the private head, a safetensors file."""
+        return (self.directory / "head.safetensors").read_bytes()
+
+
+class Outbox:
+    """The outbox of one client directory. One process at a time; the session's lock sees to it.
+
+    ``step`` is called with the name of each durable step before it is taken: the seam where tests end the process.
+    """
+
+    def __init__(self, directory: Path, step: Callable[[str], None] = lambda name: None) -> None:
+        self._directory = make_private_directory(directory)
+        self._refused = make_private_directory(directory / _REFUSED)
+        self._step = step
+        sweep(self._directory)
+        sweep(self._refused)
+        flush_directory(self._directory)
+
+    def put(
+        self,
+        payload: bytes,
+        head: bytes,
+        training: Training,
+        *,
+        space_id: str,
+        task_id: str,
+        create: bool,
+        lease_id: str = "",
+    ) -> Entry:
+        """Make an update durable under a new update id and return it. Nothing has been sent yet."""
+        submission = Submission(
+            update_id=uuid.uuid4().hex,
+            space_id=space_id,
+            task_id=task_id,
+            create=create,
+            payload_size=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            lease_id=lease_id,
+            rows=training.rows,
+        )
+        temporary = make_private_directory(self._directory / f"{TEMPORARY}{submission.update_id}")
+        header = {"submission": asdict(submission), "training": asdict(training)}
+        for name, data in (
+            ("payload.safetensors", payload),
+            ("head.safetensors", head),
+            ("header.json", to_json(header)),
+        ):
+            self._step(f"write {name}")
+            write_flushed(temporary / name, data)
+        self._step("flush entry")
+        flush_directory(temporary)
+        self._step("rename entry")
+        final = temporary.rename(self._directory / submission.update_id)
+        self._step("flush outbox")
+        flush_directory(self._directory)
+        self._step("put done")
+        return Entry(final, submission, training, acknowledged=False)
+
+    def entries(self) -> list[Entry]:
+        """Return what is in the outbox, oldest first."""
+        found = [_read(path) for path in _entry_directories(self._directory)]
+        return sorted(found, key=lambda entry: (entry.directory / "header.json").stat().st_mtime_ns)
+
+    def acknowledge(self, entry: Entry, receipt: Mapping[str, Any]) -> Entry:
+        """Record the hub's receipt."""
+        self._step("write receipt")
+        write_atomic(entry.directory / "receipt.json", to_json(receipt))
+        self._step("acknowledge done")
+        return replace(entry, acknowledged=True)
+
+    def forget_receipt(self, entry: Entry) -> Entry:
+        """Drop the receipt of an update that the hub no longer knows: it will be sent again under its id."""
+        (entry.directory / "receipt.json").unlink(missing_ok=True)
+        flush_directory(entry.directory)
+        return replace(entry, acknowledged=False)
+
+    def remove(self, entry: Entry) -> None:
+        """Remove a merged update. The caller has recorded what must outlive it."""
+        self._step("remove entry")
+        remove_tree(entry.directory)
+        self._step("remove done")
+
+    def refuse(self, entry: Entry, error: str, reason: str) -> Path:
+        """Move an update the hub will never merge to ``refused`` and return where it lies now."""
+        self._step("write reason")
+        write_atomic(entry.directory / "reason.json", to_json({"error": error, "reason": reason}))
+        self._step("move refused")
+        moved = entry.directory.rename(self._refused / entry.update_id)
+        flush_directory(self._refused)
+        flush_directory(self._directory)
+        self._step("refuse done")
+        return moved
+
+    def refused(self) -> list[tuple[Entry, str]]:
+        """Return refused updates with their reasons."""
+        result = []
+        for path in _entry_directories(self._refused):
+            reason = json.loads((path / "reason.json").read_bytes())
+            result.append((_read(path), f"{reason['error']}: {reason['reason']}"))
+        return result
+
+
+def _entry_directories(directory: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_dir() and path.name != _REFUSED and not path.name.startswith(TEMPORARY)
+    ]
+
+
+def _read(directory: Path) -> Entry:
+    """Read an entry's header.
+
+    Raises:
+        ConfigError: the directory holds something else than an entry.
+    """
+    try:
+        header = json.loads((directory / "header.json").read_bytes())
+        submission = Submission(**header["submission"])
+        training = Training(**header["training"])
+        if check_update_id(submission.update_id) != directory.name:
+            raise ValueError(f"update id {submission.update_id} under the name {directory.name}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{directory} is no outbox entry ({error}): move it out of the outbox") from error
+    return Entry(directory, submission, training, (directory / "receipt.json").exists())

@@ -1,0 +1,153 @@
+"""What a client remembers of its own tasks.
+
+::
+
+    tasks/<task>/record.json              which data is merged in which version; what was refused and why
+                 head-<version>.safetensors   the private head that belongs to the core merged in that version
+                 history.jsonl            merges and evaluations, one object a line
+
+``record.json`` decides; a head without an entry there is left over from a crash and is overwritten in time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from share_client.durable import append_line, make_private_directory, read_json_lines, to_json, write_atomic
+from share_core.errors import ConfigError
+
+MOST_RETRAININGS = 5
+"""How often the same data is trained again because the hub wants it in newer bases, before it counts as refused."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """One private head on disk."""
+
+    version: int
+    """The version whose core it was trained with."""
+    content_hash: str
+    """Hash of the data it knows the classes of."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What is known of one task; ``record.json``."""
+
+    task: str
+    """Name inside the organisation."""
+    heads: tuple[Head, ...] = ()
+    """Merged trainings, oldest first. Older ones are pruned once every version they belong to is evaluated."""
+    refused_hash: str = ""
+    """Data that the hub refused for good; trained again only when it changes."""
+    refused_reason: str = ""
+    """Why."""
+    retrainings: int = 0
+    """Trainings thrown away in a row because their version was no longer kept."""
+
+    def wants(self, content_hash: str) -> bool:
+        """Whether data with this hash has yet to be trained."""
+        if content_hash == self.refused_hash:
+            return False
+        return not self.heads or self.heads[-1].content_hash != content_hash
+
+    def head_at(self, version: int) -> Head | None:
+        """Return the head that belongs to the core a version holds; None before the first merge."""
+        fitting = [head for head in self.heads if head.version <= version]
+        return fitting[-1] if fitting else None
+
+
+class Records:
+    """All task records of one client directory. One process at a time; the session's lock sees to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = make_private_directory(directory)
+        self._records = {path.parent.name: _read(path) for path in sorted(self._directory.glob("*/record.json"))}
+        self._evaluated = {
+            name: {(line["version"], line["metric"]) for line in self.history(name) if line["event"] == "evaluation"}
+            for name in self._records
+        }
+
+    def get(self, task: str) -> TaskRecord:
+        """Return what is known of a task; an empty record if nothing is."""
+        return self._records.get(task, TaskRecord(task))
+
+    def all(self) -> list[TaskRecord]:
+        """Return every record, by name."""
+        return [self._records[name] for name in sorted(self._records)]
+
+    def merged(self, task: str, content_hash: str, version: int, head: bytes) -> None:
+        """Record that a training was merged in ``version``. Doing it twice changes nothing."""
+        record = self.get(task)
+        if any(known.version == version for known in record.heads):
+            return
+        write_atomic(self._head_path(task, version), head)
+        heads = tuple(sorted((*record.heads, Head(version, content_hash)), key=lambda head: head.version))
+        self._save(replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0))
+
+    def refused(self, task: str, content_hash: str, reason: str) -> None:
+        """Record that the hub will never take what was trained on this data."""
+        self._save(replace(self.get(task), refused_hash=content_hash, refused_reason=reason))
+
+    def retrain(self, task: str, content_hash: str, reason: str) -> bool:
+        """Record that a training was in vain and another try is due; False if there were too many."""
+        record = self.get(task)
+        if record.retrainings + 1 >= MOST_RETRAININGS:
+            self.refused(task, content_hash, f"{reason} ({MOST_RETRAININGS} times in a row)")
+            return False
+        self._save(replace(record, retrainings=record.retrainings + 1))
+        return True
+
+    def read_head(self, task: str, head: Head) -> Mapping[str, Tensor]:
+        """Return the tensors of a private head."""
+        return safetensors.torch.load(self._head_path(task, head.version).read_bytes())
+
+    def prune(self, walked: int) -> None:
+        """Drop heads that no version from ``walked`` on belongs to."""
+        for record in self.all():
+            current = record.head_at(walked)
+            stale = [head for head in record.heads if current is not None and head.version < current.version]
+            if stale:
+                self._save(replace(record, heads=tuple(head for head in record.heads if head not in stale)))
+                for head in stale:
+                    self._head_path(record.task, head.version).unlink(missing_ok=True)
+
+    def is_evaluated(self, task: str, version: int, metric: str = "accuracy") -> bool:
+        """Whether this version was evaluated, and reported, before."""
+        return (version, metric) in self._evaluated.get(task, set())
+
+    def add_history(self, task: str, line: Mapping[str, Any]) -> None:
+        """Append one object to the task's history."""
+        append_line(make_private_directory(self._directory / task) / "history.jsonl", json.dumps(line, sort_keys=True))
+        if line["event"] == "evaluation":
+            self._evaluated.setdefault(task, set()).add((line["version"], line["metric"]))
+
+    def history(self, task: str) -> list[dict[str, Any]]:
+        """Return the task's history, oldest first."""
+        return [line for line in read_json_lines(self._directory / task / "history.jsonl") if "event" in line]
+
+    def _head_path(self, task: str, version: int) -> Path:
+        return make_private_directory(self._directory / task) / f"head-{version:08d}.safetensors"
+
+    def _save(self, record: TaskRecord) -> None:
+        directory = make_private_directory(self._directory / record.task)
+        write_atomic(directory / "record.json", to_json(asdict(record)))
+        self._records[record.task] = record
+
+
+def _read(path: Path) -> TaskRecord:
+    try:
+        document = json.loads(path.read_bytes())
+        heads = tuple(Head(**head) for head in document.pop("heads"))
+        return TaskRecord(**document, heads=heads)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error}): restore it, or remove it to train the task again"
+        ) from error

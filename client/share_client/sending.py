@@ -1,0 +1,186 @@
+"""Emptying the outbox: send, keep the receipt, wait for the merge, record it, remove.
+
+What each answer of the hub leads to:
+
+* a receipt: the update is durable there; it stays in the outbox until it is merged;
+* merged: the private head is recorded under the version, then the entry goes;
+* a version no longer kept, or a task that is gone: the entry moves to ``refused`` and the task is trained again;
+* a refusal that another try cannot change: the entry moves to ``refused`` and the task waits for other data;
+* anything else (hub away, disk full, a fault of the hub): the entry stays and is sent again later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from share_client.backoff import Backoff
+from share_client.link import HubLink
+from share_client.outbox import Entry, Outbox
+from share_client.records import Records
+from share_client.session_log import SessionLog
+from share_core.errors import (
+    AccessError,
+    DigestError,
+    FedshareError,
+    IdentityError,
+    PayloadError,
+    RequestError,
+    SpaceMismatchError,
+    UnavailableError,
+    UnknownTaskError,
+    UnknownUpdateError,
+    UpdateConflictError,
+    VersionError,
+)
+from share_proto.v1 import hub_pb2
+
+TRAIN_AGAIN: tuple[type[FedshareError], ...] = (VersionError, UnknownTaskError, DigestError)
+"""Refusals that training again answers: RebaseError is a VersionError."""
+
+FOR_GOOD: tuple[type[FedshareError], ...] = (
+    PayloadError,
+    RequestError,
+    SpaceMismatchError,
+    UpdateConflictError,
+    AccessError,
+)
+"""Refusals that sending the same update again cannot change."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the outbox left."""
+
+    unsettled: int
+    """Updates not yet merged or refused."""
+    certain: bool
+    """Whether the hub said of each of them that it is not in any version published so far."""
+
+
+class Sender:
+    """Takes what is in the outbox to its end, one pass at a time."""
+
+    def __init__(self, link: HubLink, outbox: Outbox, records: Records, log: SessionLog, stop: threading.Event) -> None:
+        self._link = link
+        self._outbox = outbox
+        self._records = records
+        self._log = log
+        self._stop = stop
+        self._backoff = Backoff(longest=5.0)
+        self._not_before = 0.0
+        self.submitted = 0
+        self.merged = 0
+        self.refused = 0
+
+    def pass_once(self) -> Pass:
+        """Send and settle what can be now.
+
+        Raises:
+            IdentityError: the hub does not accept our certificate; everything stays in the outbox.
+        """
+        entries = self._outbox.entries()
+        if not entries:
+            return Pass(unsettled=0, certain=True)
+        certain = time.monotonic() >= self._not_before
+        for entry in entries if certain else ():
+            certain = certain and self._take(entry)
+        return Pass(unsettled=len(self._outbox.entries()), certain=certain)
+
+    def _take(self, entry: Entry) -> bool:
+        """Bring one entry as far as it goes; False when its state could not be found out."""
+        try:
+            sent = entry if entry.acknowledged else self._send(entry)
+            if sent is None:
+                return False
+            self._settle(sent)
+        except IdentityError:
+            raise
+        except TRAIN_AGAIN as error:
+            self._train_again(entry, error)
+        except FOR_GOOD as error:
+            self._refuse(entry, type(error).__name__, str(error))
+        except FedshareError as error:
+            self._log.write("waiting", task=entry.training.task, reason=str(error))
+            self._not_before = time.monotonic() + self._backoff.next_wait()
+            return False
+        self._backoff.reset()
+        return True
+
+    def _send(self, entry: Entry) -> Entry | None:
+        payload = entry.read_payload()
+        receipt = self._link.submit_until_answered(entry.submission, payload, self._stop, self._waiting(entry))
+        if receipt is None:
+            return None
+        kept = {
+            "ingest_seq": receipt.ingest_seq,
+            "entry_hash": receipt.entry_hash,
+            "duplicate": receipt.duplicate,
+        }
+        sent = self._outbox.acknowledge(entry, kept)
+        self.submitted += 1
+        self._log.write("acknowledged", task=entry.training.task, update_id=entry.update_id, **kept)
+        return sent
+
+    def _settle(self, entry: Entry) -> None:
+        try:
+            record = self._link.get_update(entry.update_id)
+        except UnknownUpdateError as error:
+            # Only a hub restored from an older state forgets what it acknowledged. The id keeps this harmless.
+            self._outbox.forget_receipt(entry)
+            raise UnavailableError(f"the hub has forgotten update {entry.update_id}") from error
+        if record.state == hub_pb2.UPDATE_STATE_MERGED:
+            self._keep(entry, record)
+        elif record.state == hub_pb2.UPDATE_STATE_REFUSED:
+            name, _, reason = record.reason.partition(": ")
+            if name == "RebaseError":
+                self._train_again(entry, VersionError(reason))
+            else:
+                self._refuse(entry, "REFUSED", record.reason)
+
+    def _keep(self, entry: Entry, record: hub_pb2.UpdateRecord) -> None:
+        """Record a merge; the order matters: what must outlive the entry is durable before the entry goes."""
+        training = entry.training
+        known = any(line.get("update_id") == entry.update_id for line in self._records.history(training.task))
+        self._records.merged(training.task, training.content_hash, record.version, entry.read_head())
+        merge = {
+            "event": "merged",
+            "update_id": entry.update_id,
+            "version": record.version,
+            "staleness": record.staleness,
+            "relative_error": record.relative_error,
+            "payload_bytes": entry.submission.payload_size,
+            **asdict(training),
+        }
+        if not known:
+            self._records.add_history(training.task, merge)
+        self._outbox.remove(entry)
+        self.merged += 1
+        self._log.write(**{**merge, "event": "merged"})
+
+    def _train_again(self, entry: Entry, error: FedshareError) -> None:
+        training = entry.training
+        reason = f"{type(error).__name__}: {error}"
+        if not self._records.retrain(training.task, training.content_hash, reason):
+            self._refuse(entry, type(error).__name__, str(error))
+            return
+        self._outbox.refuse(entry, type(error).__name__, str(error))
+        self._log.write("retrain", task=training.task, update_id=entry.update_id, reason=reason)
+
+    def _refuse(self, entry: Entry, error: str, reason: str) -> None:
+        training = entry.training
+        self._records.refused(training.task, training.content_hash, f"{error}: {reason}")
+        moved = self._outbox.refuse(entry, error, reason)
+        self.refused += 1
+        self._log.write(
+            "refused",
+            task=training.task,
+            update_id=entry.update_id,
+            reason=f"{error}: {reason}",
+            kept_in=str(moved),
+        )
+
+    def _waiting(self, entry: Entry) -> Callable[[FedshareError], None]:
+        return lambda error: self._log.write("waiting", task=entry.training.task, reason=str(error))

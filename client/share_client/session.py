@@ -1,0 +1,378 @@
+"""One session: follow versions, send what is in the outbox, train the next task, evaluate every version.
+
+A session works under a Flower lease or without one, and knows nothing of Flower. It may be killed at any moment: what
+was trained is in the outbox, what was merged in the records, what was evaluated in the history, and the next session
+continues from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+
+from share_client.cache import SpaceCache
+from share_client.feed import VersionFeed
+from share_client.link import HubLink, SpaceDescription, patiently
+from share_client.member import ClientLayout, Member, load_credentials, load_member
+from share_client.outbox import Outbox, Training
+from share_client.records import Records
+from share_client.sending import Sender
+from share_client.session_log import SessionLog
+from share_client.trainer import BackboneTrainer, LocalTask, Step, Trainer
+from share_client.view import View
+from share_core.errors import ConfigError, FedshareError, SpaceMismatchError, UnavailableError
+from share_core.fingerprint import check_backbone
+from share_core.space import empty_space, task_adapter
+from share_core.types import Space
+from share_core.wire import decode_snapshot, encode_update
+from share_proto.v1 import hub_pb2
+
+if TYPE_CHECKING:
+    from share_core.lease import Lease
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session paces itself."""
+
+    linger_s: float = 20.0
+    """Seconds to stay and follow versions after the last thing that happened."""
+    poll_s: float = 0.2
+    """Seconds between two looks at the outbox, the tasks file and the versions."""
+    settle_s: float = 60.0
+    """Seconds after the lease's deadline to wait for the merge of what was sent."""
+    cache_every: int = 10
+    """Versions between two saves of the space."""
+    lock_s: float = 15.0
+    """Seconds to wait for an earlier session on the same directory to end."""
+
+
+@dataclass(frozen=True)
+class SessionCounters:
+    """What a session did."""
+
+    submitted: int
+    """Updates the hub acknowledged."""
+    merged: int
+    """Updates seen merged."""
+    refused: int
+    """Updates the hub will never take."""
+    evaluated: int
+    """Evaluations reported."""
+    version: int
+    """The newest version held at the end."""
+    idle: bool
+    """Whether nothing was left to do."""
+
+
+def run_session(
+    root: Path,
+    tasks_path: Path,
+    lease: Lease | None = None,
+    *,
+    trainer: Trainer | None = None,
+    options: SessionOptions = SessionOptions(),
+    stop: threading.Event | None = None,
+) -> SessionCounters:
+    """Work until nothing is left to do, the lease is over, or ``stop`` is set.
+
+    Raises:
+        ConfigError: the directory is not enrolled, or the tasks file cannot be used at the start.
+        SpaceMismatchError: the hub's space is another one, or the backbone is not the space's.
+        IdentityError, AccessError: the hub does not let us in.
+        VersionError: the hub is at an older version than this client.
+    """
+    layout = ClientLayout(root)
+    stop = stop or threading.Event()
+    member = load_member(layout)
+    credentials = load_credentials(layout, datetime.now(UTC))
+    log = SessionLog(layout.session_log)
+    address = (lease.hub_address if lease else "") or member.hub_address
+    with contextlib.closing(log), _only_session(layout, options.lock_s), HubLink(address, credentials) as link:
+        try:
+            description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
+            if description is None:
+                return SessionCounters(0, 0, 0, 0, version=0, idle=False)
+            _check_space(description, member, lease)
+            trainer = trainer or BackboneTrainer(tasks_path)
+            check_backbone(description.spec, trainer.weights())
+            session = _Session(layout, member, lease, link, description, trainer, options, log, stop)
+            return session.run()
+        except FedshareError as error:
+            log.write("failed", error=type(error).__name__, reason=str(error))
+            raise
+
+
+class _Session:
+    """The state of one session."""
+
+    def __init__(
+        self,
+        layout: ClientLayout,
+        member: Member,
+        lease: Lease | None,
+        link: HubLink,
+        description: SpaceDescription,
+        trainer: Trainer,
+        options: SessionOptions,
+        log: SessionLog,
+        stop: threading.Event,
+    ) -> None:
+        self._member = member
+        self._lease = lease
+        self._link = link
+        self._spec = description.spec
+        self._trainer = trainer
+        self._options = options
+        self._log = log
+        self._stop = stop
+        self._outbox = Outbox(layout.outbox)
+        self._records = Records(layout.tasks)
+        self._cache = SpaceCache(layout.cache, self._spec)
+        self._sender = Sender(link, self._outbox, self._records, log, stop)
+        self._view = View(self._first_space(description))
+        self._evaluated = 0
+        self._taken = 0
+        self._tasks_error = ""
+
+    def run(self) -> SessionCounters:
+        """Follow versions in a thread and work in this one."""
+        start = self._view.newest
+        self._log.write("started", member=self._member.member, space=self._spec.space_id, version=start.version)
+        feed = VersionFeed(self._link, self._spec, start.version, self._waiting)
+        follower = threading.Thread(target=self._follow, args=(feed,), name="follow-versions", daemon=True)
+        follower.start()
+        try:
+            idle = self._work()
+        finally:
+            feed.close()
+            follower.join()
+            self._cache.save(self._view.walked)
+        counters = SessionCounters(
+            submitted=self._sender.submitted,
+            merged=self._sender.merged,
+            refused=self._sender.refused,
+            evaluated=self._evaluated,
+            version=self._view.newest.version,
+            idle=idle,
+        )
+        self._log.write("ended", **vars(counters))
+        return counters
+
+    def _work(self) -> bool:
+        """Repeat the loop until the end; return whether nothing was left to do."""
+        last_event = time.monotonic()
+        if self._sender.pass_once().certain:
+            self._evaluate(self._view.walked)
+        while not self._stop.is_set():
+            self._view.check()
+            evaluated, unsettled = self._evaluate_waiting()
+            task = None if unsettled else self._next_task()
+            if task is not None and self._may_train():
+                self._train(task)
+                last_event = time.monotonic()
+                continue
+            if evaluated:
+                last_event = time.monotonic()
+            if unsettled:
+                if self._deadline_passed(self._options.settle_s):
+                    return False
+                last_event = time.monotonic()
+            elif task is not None or self._deadline_passed():
+                return task is None
+            elif time.monotonic() - last_event >= self._options.linger_s:
+                return True
+            self._view.wait(self._options.poll_s)
+        return False
+
+    def _first_space(self, description: SpaceDescription) -> Space:
+        """Return the space to begin with: the one kept, or the newest, or the empty one."""
+        kept = self._cache.load()
+        if kept is not None or description.version == 0:
+            return kept or empty_space(self._spec)
+        fetched = patiently(lambda: self._link.fetch_snapshot(self._spec.space_id), self._stop, self._waiting)
+        if fetched is None:
+            return empty_space(self._spec)
+        space = decode_snapshot(fetched[1], self._spec)
+        self._cache.save(space)
+        return space
+
+    def _follow(self, feed: VersionFeed) -> None:
+        """Thread: apply what the hub sends until the feed is closed."""
+        try:
+            for event in feed.events():
+                before = self._view.newest.version
+                self._view.apply(event)
+                if event.version > before + 1:
+                    self._log.write("skipped", first=before + 1, last=event.version - 1)
+                self._log.write("version", version=event.version)
+        except FedshareError as error:
+            self._view.fail(error)
+        except BaseException as error:
+            self._view.fail(FedshareError(f"following versions failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _next_task(self) -> LocalTask | None:
+        """Return the first task whose data has not been trained; a broken tasks file counts as nothing to do."""
+        return next((task for task in self._tasks() if self._records.get(task.name).wants(task.content_hash)), None)
+
+    def _tasks(self) -> list[LocalTask]:
+        try:
+            tasks = list(self._trainer.tasks())
+        except ConfigError as error:
+            if str(error) != self._tasks_error:
+                self._log.write("tasks", reason=str(error))
+            self._tasks_error = str(error)
+            return []
+        self._tasks_error = ""
+        return tasks
+
+    def _may_train(self) -> bool:
+        """Whether the lease allows another training."""
+        if self._lease is None:
+            return True
+        enough = self._lease.max_updates and self._taken >= self._lease.max_updates
+        return not enough and not self._deadline_passed()
+
+    def _deadline_passed(self, grace_s: float = 0.0) -> bool:
+        """Whether the lease is over for longer than ``grace_s``."""
+        return self._lease is not None and time.time() > self._lease.deadline_unix_ms / 1000 + grace_s
+
+    def _train(self, task: LocalTask) -> None:
+        """Train one task in the newest version and put the result into the outbox."""
+        space = self._view.newest
+        task_id = f"{self._member.organisation}/{task.name}"
+        self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
+        try:
+            trained = self._trainer.train(task, space, task_id, self._progress(task, space.version))
+        except ConfigError as error:
+            self._records.refused(task.name, task.content_hash, str(error))
+            self._log.write("refused", task=task.name, reason=str(error))
+            return
+        payload = encode_update(trained.update)
+        training = Training(
+            task=task.name,
+            content_hash=task.content_hash,
+            base_version=trained.update.base_version,
+            loss=trained.loss,
+            steps=trained.steps,
+            seconds=trained.seconds,
+            rows=trained.rows,
+            trained_numbers=trained.trained_numbers,
+        )
+        self._outbox.put(
+            payload,
+            safetensors.torch.save({name: tensor.contiguous() for name, tensor in trained.head.items()}),
+            training,
+            space_id=self._spec.space_id,
+            task_id=task_id,
+            create=task_id not in space.cores,
+            lease_id=self._lease.lease_id if self._lease else "",
+        )
+        self._taken += 1
+        self._log.write("trained", **{**vars(training), "payload_bytes": len(payload)})
+
+    def _progress(self, task: LocalTask, version: int) -> Callable[[Step], None]:
+        """Return a callback that logs at most one line a second, and the last one."""
+        last = [0.0]
+
+        def log(step: Step) -> None:
+            if time.monotonic() - last[0] >= 1.0 or step.step == step.steps:
+                last[0] = time.monotonic()
+                self._log.write("progress", task=task.name, version=version, **vars(step))
+
+        return log
+
+    def _evaluate_waiting(self) -> tuple[bool, int]:
+        """Evaluate every own task at every version that arrived, in order.
+
+        A version is evaluated only once it is certain which of our updates it holds: the private head that belongs
+        to a merged core is recorded when the outbox learns of the merge. The hub publishes a version after it has
+        recorded the merge, so what it answers after a version arrived is true of that version.
+
+        Returns (whether there was any version, the number of our updates still open).
+        """
+        some = False
+        while True:
+            limit = self._view.newest.version
+            state = self._sender.pass_once()
+            if not state.certain or self._stop.is_set() or self._view.walked.version >= limit:
+                return some, state.unsettled
+            while not self._stop.is_set() and (space := self._view.walk(limit)) is not None:
+                some = True
+                self._evaluate(space)
+                if space.version % self._options.cache_every == 0:
+                    self._cache.save(space)
+                    self._records.prune(space.version)
+
+    def _evaluate(self, space: Space) -> None:
+        reports = []
+        for task in self._tasks():
+            record = self._records.get(task.name)
+            head = record.head_at(space.version)
+            task_id = f"{self._member.organisation}/{task.name}"
+            known = head is not None and head.content_hash == task.content_hash and task_id in space.cores
+            if not known or self._records.is_evaluated(task.name, space.version):
+                continue
+            assert head is not None
+            adapter = task_adapter(space, task_id)
+            measured = self._trainer.evaluate(task, adapter, self._records.read_head(task.name, head))
+            line = {"task": task.name, "version": space.version, **vars(measured)}
+            reports.append((task_id, line))
+        if not reports:
+            return
+        evaluations = [
+            hub_pb2.Evaluation(
+                task_id=task_id,
+                version=line["version"],
+                metric=line["metric"],
+                value=line["value"],
+                rows=line["rows"],
+            )
+            for task_id, line in reports
+        ]
+        # Reported first, remembered after: a crash in between repeats the same value, which the hub replaces.
+        if patiently(lambda: self._link.report(evaluations), self._stop, self._waiting) is not None:
+            for _, line in reports:
+                self._records.add_history(line["task"], {"event": "evaluation", **line})
+                self._log.write("evaluation", **line)
+            self._evaluated += len(reports)
+
+    def _waiting(self, error: FedshareError) -> None:
+        self._log.write("waiting", reason=str(error))
+
+
+def _check_space(description: SpaceDescription, member: Member, lease: Lease | None) -> None:
+    expected = lease.space_id if lease else member.space_id
+    if description.spec.space_id != expected:
+        raise SpaceMismatchError(
+            f"the hub serves space {description.spec.space_id} ({description.spec.backbone}), expected {expected}: "
+            "this client was enrolled for another backbone; join again with a new token"
+        )
+
+
+@contextlib.contextmanager
+def _only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
+    """Hold the session lock: two sessions on one directory would train and send everything twice."""
+    end = time.monotonic() + seconds
+    with (layout.root / "session.lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    raise UnavailableError(
+                        f"another session works in {layout.root}: wait for it to end, or stop it"
+                    ) from error
+                time.sleep(0.2)
+        yield

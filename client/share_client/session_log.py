@@ -1,0 +1,66 @@
+"""What a session tells while it works: JSON lines in ``logs/session.jsonl``, and one sentence for people of each.
+
+Every line has ``time`` (UTC, ISO 8601) and ``event``; the other keys depend on the event. The file is for watching,
+not for deciding: nothing is read back from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from share_client.durable import PRIVATE, make_private_directory
+
+_SENTENCES: Mapping[str, str] = {
+    "started": "session for {member} in {space} at version {version}",
+    "waiting": "waiting for the hub: {reason}",
+    "training": "{task}: training on {rows} rows in version {version}",
+    "progress": "{task}: epoch {epoch}, step {step} of {steps}, loss {loss:.4f}",
+    "trained": "{task}: trained {steps} steps in {seconds:.1f} s, loss {loss:.4f}, {payload_bytes} bytes to send",
+    "acknowledged": "{task}: the hub has the update as number {ingest_seq}",
+    "merged": "{task}: merged in version {version}, staleness {staleness}",
+    "refused": "{task}: refused: {reason}",
+    "retrain": "{task}: will be trained again: {reason}",
+    "version": "version {version} received",
+    "skipped": "versions {first} to {last} were jumped over: the hub no longer keeps them one by one",
+    "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
+    "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
+    "failed": "session failed: {reason}",
+    "tasks": "tasks file cannot be used: {reason}",
+    "node": "{reason}",
+}
+
+
+class SessionLog:
+    """Appends events to one file and hands them to a callback."""
+
+    def __init__(self, path: Path, callback: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        make_private_directory(path.parent)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
+        self._file = os.fdopen(handle, "a", encoding="utf-8")
+        self._callback = callback
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._callback is not None:
+            self._callback(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def sentence(line: Mapping[str, Any]) -> str:
+    """Return an event as one sentence for people."""
+    pattern = _SENTENCES.get(str(line.get("event")))
+    try:
+        return pattern.format(**line) if pattern else json.dumps(line)
+    except (KeyError, ValueError, TypeError):
+        return json.dumps(line)

@@ -1,0 +1,174 @@
+"""The seam between the session and training: what a session needs to know of data and backbone.
+
+The real one, :class:`BackboneTrainer`, wraps :mod:`share_client.training`; tests and simulations may pass another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from share_client.data.content import content_hash
+from share_client.tasks_file import TaskConfig, TasksFile, read_tasks
+from share_core.types import Adapter, Space, Update
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """One task a session may work on."""
+
+    name: str
+    """Name inside the organisation."""
+    content_hash: str
+    """Hash of its data."""
+    config: TaskConfig | None = None
+    """Its entry in tasks.toml; None for trainers that read no file."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training one task gave."""
+
+    update: Update
+    """What is submitted."""
+    head: Mapping[str, Tensor]
+    """The private head."""
+    loss: float
+    """Last training loss."""
+    steps: int
+    """Optimiser steps."""
+    seconds: float
+    """Time the training took."""
+    rows: int
+    """Training rows."""
+    trained_numbers: int = 0
+    """Trained parameters."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation."""
+
+    metric: str
+    """``accuracy``."""
+    value: float
+    """A fraction."""
+    rows: int
+    """Test rows."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a training is."""
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Steps taken."""
+    steps: int
+    """Steps in all."""
+    loss: float
+    """Loss of late."""
+
+
+class Trainer(Protocol):
+    """Data and backbone of one client."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the frozen weights by site name, to compare with the space."""
+        ...
+
+    def tasks(self) -> Sequence[LocalTask]:
+        """Return the tasks in order of work; read anew at each call.
+
+        Raises:
+            ConfigError: the tasks file or a data file cannot be used.
+        """
+        ...
+
+    def rows(self, task: LocalTask) -> int:
+        """Return the number of training rows."""
+        ...
+
+    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
+        """Train one task in the coordinates of ``space``."""
+        ...
+
+    def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
+        """Measure one task's adapter and head on the private test rows."""
+        ...
+
+
+class BackboneTrainer:
+    """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once."""
+
+    def __init__(self, path: Path) -> None:
+        from share_client.training import load_backbone
+
+        self._path = path
+        self._file = read_tasks(path)
+        self._backbone = load_backbone(self._file.backbone, self._file.device)
+        self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
+        self._prepared: dict[str, tuple[TaskConfig, str, Any]] = {}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the frozen weights by site name."""
+        return self._backbone.site_weights()
+
+    def tasks(self) -> Sequence[LocalTask]:
+        """Return the tasks of the file as it is now; a changed backbone takes a restart."""
+        file: TasksFile = read_tasks(self._path)
+        return [LocalTask(task.name, self._hash(task), task) for task in file.tasks]
+
+    def rows(self, task: LocalTask) -> int:
+        """Return the number of training rows."""
+        return int(self._prepare(task).train_rows)
+
+    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
+        """Train one task in the coordinates of ``space``."""
+        from share_client.training import Progress, TrainingOptions, train_in_space
+
+        def forward(seen: Progress) -> None:
+            progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
+
+        prepared = self._prepare(task)
+        options = TrainingOptions.of(prepared.config)
+        result = train_in_space(self._backbone, prepared, space, task_id, options, forward)
+        return Trained(
+            update=result.update,
+            head=result.head,
+            loss=result.loss,
+            steps=result.steps,
+            seconds=result.seconds,
+            rows=prepared.train_rows,
+            trained_numbers=result.trained_numbers,
+        )
+
+    def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
+        """Measure one task's adapter and head on the private test rows."""
+        from share_client.training import evaluate
+
+        result = evaluate(self._backbone, self._prepare(task), adapter, head)
+        return Measured(metric=result.metric, value=result.value, rows=result.rows)
+
+    def _hash(self, task: TaskConfig) -> str:
+        """Hash both data files, again only when size or time of one has changed."""
+        key = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (task.train, task.test))
+        if key not in self._hashes:
+            self._hashes[key] = content_hash(task.train, task.test)
+        return self._hashes[key]
+
+    def _prepare(self, task: LocalTask) -> Any:
+        """Read and tokenise a task's files, once for each content and configuration."""
+        from share_client.training import prepare_task
+
+        assert task.config is not None, "a task of a file has a configuration"
+        known = self._prepared.get(task.name)
+        if known is None or known[:2] != (task.config, task.content_hash):
+            known = (task.config, task.content_hash, prepare_task(task.config, self._backbone))
+            self._prepared[task.name] = known
+        return known[2]
