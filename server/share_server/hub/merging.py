@@ -21,6 +21,7 @@ from share_server.hub import log
 from share_server.hub.clock import now_ms
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
+from share_server.hub.originals import Originals
 from share_server.store.records import UpdateRow, VersionCommit, VersionRow
 from share_server.store.recovery import SNAPSHOT_EVERY, sizes_of
 from share_server.store.store import Store
@@ -80,7 +81,9 @@ class MergeLoop:
             payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
             bases = await self._history.bases(row.new.base_version)
             loop = asyncio.get_running_loop()
-            computed = await loop.run_in_executor(self._thread, self._compute, state, row, payload, bases)
+            others = frozenset(state.space.cores) - {row.new.task_id}
+            originals = Originals(self._store, self._spec, self._history, others)
+            computed = await loop.run_in_executor(self._thread, self._compute, state, row, payload, bases, originals)
         except StorageError:
             raise
         except FedshareError as error:
@@ -129,10 +132,17 @@ class MergeLoop:
         await self._store.do(lambda journal: refuse_update(journal, row.new.update_id, reason))
         log.warning("refused to merge", update_id=row.new.update_id, task_id=row.new.task_id, reason=reason)
 
-    def _compute(self, state: HubState, row: UpdateRow, payload: bytes, bases: Mapping[str, SiteBasis]) -> _Computed:
+    def _compute(
+        self,
+        state: HubState,
+        row: UpdateRow,
+        payload: bytes,
+        bases: Mapping[str, SiteBasis],
+        originals: Mapping[str, Adapter],
+    ) -> _Computed:
         """Merge one update; runs on the merge thread."""
         adapter = update_adapter(decode_update(payload, self._spec), bases)
-        merged = merge(state, row.new.task_id, adapter, self._policy)
+        merged = merge(state, row.new.task_id, adapter, self._policy, originals)
         delta = encode_delta(merged.delta)
         space = advance(state.space, decode_delta(delta, self._spec))
         snapshot = None

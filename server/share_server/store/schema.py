@@ -46,6 +46,8 @@ CREATE TABLE updates (
 ) STRICT;
 CREATE INDEX updates_waiting ON updates (ingest_seq) WHERE state = 'ACCEPTED';
 
+CREATE INDEX updates_of_task ON updates (task_id, version);
+
 CREATE TABLE versions (
   version INTEGER PRIMARY KEY CHECK (version > 0),
   entry_seq INTEGER NOT NULL UNIQUE REFERENCES entries (seq),

@@ -33,6 +33,18 @@ def next_accepted(journal: Journal) -> UpdateRow | None:
     return None if row is None else _update(row)
 
 
+def newest_merged(journal: Journal, task_id: str) -> UpdateRow:
+    """Return the update that a task's current content came from.
+
+    Raises:
+        StorageError: the task has none: the journal is damaged.
+    """
+    row = journal.row(f"{_SELECT} WHERE u.task_id = ? AND u.version > 0 ORDER BY u.version DESC LIMIT 1", (task_id,))
+    if row is None:
+        raise StorageError(f"task {task_id} has no merged update: the journal is damaged")
+    return _update(row)
+
+
 def count_states(journal: Journal) -> dict[UpdateState, int]:
     """Return how many updates are in each state."""
     found = {row[0]: row[1] for row in journal.rows("SELECT state, count(*) FROM updates GROUP BY state")}

@@ -1,0 +1,216 @@
+"""``share-server``: make a server directory, invite members, run it, look at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from share_core.errors import ConfigError, FedshareError
+from share_server.layout import Layout
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from share_core.types import SpaceSpec
+
+app = typer.Typer(
+    name="share-server",
+    help="The server of a fedshare federation: it merges adapters and sends the shared subspace back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The server directory made by 'init'.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of a table.")]
+
+
+@app.command()
+def init(  # the options of one command are its interface
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make. Must not be a server yet.")],
+    space: Annotated[
+        str, typer.Option(help="A space.toml, or the name of a space that ships with fedshare.")
+    ] = "digits-vit",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or address under which clients reach this server; repeat for more. "
+            "The first one goes into join tokens. Default: this machine only."
+        ),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(help="First of three ports: hub, enrolment, gateway. 0 picks free ones.", min=0, max=65533)
+    ] = 7443,
+    k_max: Annotated[
+        int | None, typer.Option(help="Most basis vectors per site and side; beyond it the space compacts.", min=1)
+    ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(help="Share of a task's norm that a merge may leave out, at least 0 and below 1."),
+    ] = None,
+) -> None:
+    """Make a server directory: certificate authority, keys, space and configuration."""
+    from share_server.config import ServerConfig, listen_address_for
+    from share_server.provision import create_server, free_ports
+
+    with _plain_errors():
+        hosts = tuple(host) if host else ServerConfig().hosts
+        ports = [port, port + 1, port + 2] if port else free_ports(3)
+        config = ServerConfig(
+            hosts=hosts,
+            listen=listen_address_for(hosts),
+            hub_port=ports[0],
+            enrol_port=ports[1],
+            gateway_port=ports[2],
+        )
+        spec = _load_space(space, k_max, tau)
+        create_server(Layout(directory), config, spec, datetime.now(UTC))
+    typer.echo(f"server directory {directory} for space {spec.backbone} ({len(spec.sites)} sites)")
+    typer.echo(f"hub {config.hub_address}, enrolment {config.enrol_address}, gateway {config.gateway_address}")
+    typer.echo(f"next: share-server run {directory}")
+
+
+@app.command()
+def invite(
+    directory: Directory,
+    name: Annotated[
+        str, typer.Argument(metavar="ORGANISATION/NAME", help="Whom to invite. Without a slash both are the same.")
+    ],
+    role: Annotated[str, typer.Option(help="trainer, contributor or reader.")] = "trainer",
+    hours: Annotated[float, typer.Option(help="Life of the token.")] = 24.0,
+) -> None:
+    """Print a join token. It works once; hand it over like a password."""
+    from share_core.identity import Identity
+    from share_server.config import read_config
+    from share_server.provision import invite_member
+
+    with _plain_errors():
+        organisation, slash, own = name.partition("/")
+        identity = Identity(role, organisation, own if slash else organisation)
+        layout = Layout(directory)
+        token = invite_member(layout, read_config(layout.config), identity, hours, datetime.now(UTC))
+    typer.echo(token)
+    hint = "share-client join TOKEN --tasks tasks.toml" if role == "trainer" else "share-client join TOKEN"
+    typer.echo(f"for {identity.member}, valid {hours:g} h, works once: {hint}", err=True)
+
+
+@app.command()
+def run(
+    directory: Directory,
+    no_fleet: Annotated[
+        bool, typer.Option("--no-fleet", help="Only the hub: no Flower, no leases. For finished adapters.")
+    ] = False,
+) -> None:
+    """Run the server in the foreground until Ctrl-C: hub, enrolment and the Flower fleet, supervised."""
+    from share_server.config import read_config
+    from share_server.provision import renew_certificates
+
+    with _plain_errors():
+        layout = Layout(directory)
+        config = read_config(layout.config)
+        renew_certificates(layout, config, datetime.now(UTC))
+        from share_server.fleet.supervisor import supervise
+
+        code = supervise(layout, config, fleet=not no_fleet)
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(directory: Directory, as_json: Json = False) -> None:
+    """Show the running hub: version, tasks, updates, bytes exchanged with every member."""
+    from share_proto.v1 import hub_pb2
+    from share_server import tables
+    from share_server.config import read_config
+    from share_server.operator import ask, operator_stub
+
+    with _plain_errors():
+        layout = Layout(directory)
+        config = read_config(layout.config)
+        with operator_stub(layout, config) as hub:
+            answer = ask(hub.GetStatus, hub_pb2.GetStatusRequest(), config.local_hub_address)
+    if as_json:
+        typer.echo(_to_json(answer))
+        return
+    tables.show(tables.status_table(answer))
+    if answer.traffic:
+        tables.show(tables.traffic_table(answer))
+
+
+@app.command()
+def tasks(directory: Directory, as_json: Json = False) -> None:
+    """List the tasks of the space: owner, updates, coefficients, and what merging cost each of them."""
+    from share_proto.v1 import hub_pb2
+    from share_server import tables
+    from share_server.config import read_config
+    from share_server.operator import ask, operator_stub
+
+    with _plain_errors():
+        layout = Layout(directory)
+        config = read_config(layout.config)
+        with operator_stub(layout, config) as hub:
+            answer = ask(hub.ListTasks, hub_pb2.ListTasksRequest(), config.local_hub_address)
+    if as_json:
+        typer.echo(_to_json(answer))
+    else:
+        tables.show(tables.task_table(answer))
+
+
+def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:
+    from share_core.spec_file import builtin_spec, read_spec
+
+    spec = read_spec(Path(space)) if Path(space).is_file() else builtin_spec(space)
+    if tau is not None and not 0 <= tau < 1:
+        raise ConfigError(f"tau must be at least 0 and below 1, got {tau:g}")
+    changes: dict[str, int | float] = {}
+    if k_max is not None:
+        changes["k_max"] = k_max
+    if tau is not None:
+        changes["tau"] = tau
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def _to_json(message: Message) -> str:
+    """Return every field of a message on one line, 64-bit numbers as numbers."""
+    from google.protobuf.json_format import MessageToDict
+
+    plain = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps(_numbers(plain))
+
+
+def _numbers(value: object) -> object:
+    """Undo protobuf's JSON rule that writes 64-bit integers as strings."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn a refusal into one sentence on stderr and exit code 1."""
+    try:
+        yield
+    except FedshareError as error:
+        typer.echo(f"share-server: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Making a server directory, its certificates, and join tokens.
+
+``server.toml`` is written last: a directory that has it is complete.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from share_core.errors import ConfigError
+from share_core.identity import (
+    Identity,
+    certificate_fingerprint,
+    make_authority,
+    make_csr,
+    new_private_key_pem,
+    not_after,
+    sign_csr,
+    token_encode,
+)
+from share_core.spec_file import spec_to_toml
+from share_core.types import SpaceSpec
+from share_server.config import ServerConfig, config_to_toml
+from share_server.layout import Layout
+
+OWN_ORGANISATION = "server"
+"""Organisation in the certificates of the server's own tools. Nobody can be invited into it."""
+
+OWN_CERTIFICATES = {
+    "server": Identity("hub", OWN_ORGANISATION, "hub"),
+    "operator": Identity("operator", OWN_ORGANISATION, "operator"),
+    "fleet": Identity("fleet", OWN_ORGANISATION, "fleet"),
+}
+"""Certificates that the server makes for itself: file name and identity."""
+
+OWN_DAYS = 365
+"""Life of those certificates in days."""
+
+INVITED_ROLES = ("trainer", "contributor", "reader")
+"""Roles that a join token can give."""
+
+
+def create_server(layout: Layout, config: ServerConfig, spec: SpaceSpec, now: datetime) -> None:
+    """Fill a fresh server directory: authority, enrolment key, certificates, space and configuration.
+
+    Raises:
+        ConfigError: it is a server directory already, or cannot be written.
+    """
+    if layout.config.exists():
+        raise ConfigError(f"{layout.root} is a server directory already: choose another one")
+    try:
+        for folder in (layout.ca_cert.parent, layout.certificate("server").parent, layout.fleet, layout.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        authority, key = make_authority("fedshare authority", now)
+        write_file(layout.ca_key, key, secret=True)
+        write_file(layout.ca_cert, authority)
+        write_file(layout.enrol_key, secrets.token_bytes(32), secret=True)
+        write_file(layout.space, spec_to_toml(spec).encode())
+        renew_certificates(layout, config, now)
+        write_file(layout.config, config_to_toml(config).encode())
+    except OSError as error:
+        raise ConfigError(f"{layout.root} cannot be written: {error.strerror}") from error
+
+
+def renew_certificates(layout: Layout, config: ServerConfig, now: datetime) -> list[str]:
+    """Make those of the server's own certificates anew that are missing or past two thirds of their life.
+
+    Returns the names of the files that were made. Keys stay.
+    """
+    made = []
+    for name, identity in OWN_CERTIFICATES.items():
+        path = layout.certificate(name)
+        if path.exists() and not_after(path.read_bytes()) - now > timedelta(days=OWN_DAYS / 3):
+            continue
+        if not layout.key(name).exists():
+            write_file(layout.key(name), new_private_key_pem(), secret=True)
+        certificate = sign_csr(
+            layout.ca_cert.read_bytes(),
+            layout.ca_key.read_bytes(),
+            make_csr(layout.key(name).read_bytes()),
+            identity,
+            now,
+            OWN_DAYS,
+            server_names=listener_names(config) if name == "server" else (),
+        )
+        write_file(path, certificate)
+        made.append(name)
+    return made
+
+
+def listener_names(config: ServerConfig) -> tuple[str, ...]:
+    """Return every name and address the listeners' certificate must carry."""
+    names = [host.strip("[]") for host in config.hosts] + ["localhost", "127.0.0.1"]
+    try:
+        address = ipaddress.ip_address(config.listen.strip("[]"))
+    except ValueError:
+        names.append(config.listen)
+    else:
+        names += [] if address.is_unspecified else [str(address)]
+    return tuple(dict.fromkeys(names))
+
+
+def invite_member(layout: Layout, config: ServerConfig, identity: Identity, hours: float, now: datetime) -> str:
+    """Return a join token for ``identity``. It works once; neither the hub nor its store is needed.
+
+    Raises:
+        ConfigError: this identity cannot be invited, or the directory is incomplete.
+    """
+    if identity.role not in INVITED_ROLES:
+        raise ConfigError(f"role {identity.role!r} cannot be invited: choose one of {', '.join(INVITED_ROLES)}")
+    if identity.organisation == OWN_ORGANISATION:
+        raise ConfigError(f"organisation {OWN_ORGANISATION!r} is the server's own: choose another name")
+    if not 0 < hours <= 24 * 365:
+        raise ConfigError(f"hours must be positive and at most a year, got {hours:g}")
+    try:
+        key, authority = layout.enrol_key.read_bytes(), layout.ca_cert.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{layout.root} is no complete server directory: {error.strerror}") from error
+    return token_encode(
+        key,
+        config.enrol_address,
+        certificate_fingerprint(authority),
+        identity,
+        now + timedelta(hours=hours),
+        secrets.token_hex(16),
+    )
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ``count`` TCP ports that nobody uses on loopback right now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def write_file(path: Path, data: bytes, *, secret: bool = False) -> None:
+    """Write a file whole or not at all; ``secret`` ones are readable by their owner only."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600 if secret else 0o644)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
