@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -16,6 +16,14 @@ from share_server.layout import Layout
 T = TypeVar("T")
 
 _DEADLINE_S = 10.0
+
+CHANNEL_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # two identities in one process must not share a connection
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+"""Channel arguments of every caller on the server's side."""
 
 
 @contextmanager
@@ -31,7 +39,7 @@ def hub_channel(layout: Layout, config: ServerConfig, name: str = "operator") ->
         )
     except OSError as error:
         raise ConfigError(f"{layout.root} is no complete server directory: {error}") from error
-    with grpc.secure_channel(config.local_hub_address, credentials) as channel:
+    with grpc.secure_channel(config.local_hub_address, credentials, CHANNEL_OPTIONS) as channel:
         yield channel
 
 
@@ -58,7 +66,7 @@ def named_error(error: grpc.RpcError, address: str) -> FedshareError:
     """Return the FedshareError that a failed call carries in its trailing metadata."""
     call = error if isinstance(error, grpc.Call) else None
     details = (call.details() if call else None) or "no details"
-    trailing = call.trailing_metadata() if call else None
+    trailing: Any = call.trailing_metadata() if call else None
     name = next((str(value) for key, value in trailing or () if key == "share-error"), "")
     if name in error_classes():
         return error_classes()[name](details)

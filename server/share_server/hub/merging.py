@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from share_core.errors import FedshareError, StorageError
 from share_core.merge import HubState, MergePolicy, merge
 from share_core.space import advance, update_adapter
-from share_core.types import SiteBasis, SpaceSpec
+from share_core.types import Adapter, SiteBasis, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot, decode_update, encode_delta, encode_snapshot
 from share_server.hub import log
 from share_server.hub.clock import now_ms

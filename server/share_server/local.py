@@ -1,0 +1,206 @@
+"""A real hub as a child process on loopback, for tests and experiments: start, enrol members, kill, start again."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from share_core.errors import UnavailableError
+from share_core.identity import Identity, make_csr, new_private_key_pem
+from share_core.types import SpaceSpec
+from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc, hub_pb2, hub_pb2_grpc
+from share_server.config import LeaseConfig, LimitConfig, ServerConfig
+from share_server.layout import Layout
+from share_server.operator import CHANNEL_OPTIONS, named_error
+from share_server.provision import create_server, free_ports, invite_member
+
+_START_S = 60.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody with a key and a certificate, both PEM."""
+
+    key: bytes
+    """Private key."""
+    certificate: bytes
+    """Certificate."""
+
+
+class LocalHub:
+    """One server directory and, between :meth:`start` and :meth:`stop` or :meth:`kill`, its hub process."""
+
+    def __init__(
+        self,
+        root: Path,
+        spec: SpaceSpec,
+        limits: LimitConfig | None = None,
+        lease: LeaseConfig | None = None,
+        program: Sequence[str] = ("-m", "share_server.hub"),
+    ) -> None:
+        """Make the directory; ``program`` is what Python runs, with the directory as last argument."""
+        ports = free_ports(3)
+        self.config = ServerConfig(
+            hub_port=ports[0],
+            enrol_port=ports[1],
+            gateway_port=ports[2],
+            limits=limits or LimitConfig(),
+            lease=lease or LeaseConfig(),
+        )
+        self.spec = spec
+        self.layout = Layout(root)
+        self.program = tuple(program)
+        create_server(self.layout, self.config, spec, datetime.now(UTC))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log_file(self) -> Path:
+        """What the hub wrote to stderr, over all its lives."""
+        return self.layout.logs / "hub.log"
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start a hub process without waiting for it; the caller owns it."""
+        with self.log_file.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *self.program, str(self.layout.root)], stdin=subprocess.DEVNULL, stderr=log
+            )
+
+    def start(self) -> None:
+        """Start the hub and return when it serves.
+
+        Raises:
+            UnavailableError: it ended, or did not serve within a minute; the end of its log is in the message.
+        """
+        self._process = self.launch()
+        end = time.monotonic() + _START_S
+        with self.channel(self.own("operator")) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < end and self._process.poll() is None:
+                try:
+                    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+                except grpc.RpcError:
+                    time.sleep(0.05)
+                    continue
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+        tail = self.log_file.read_text(errors="replace")[-2000:]
+        raise UnavailableError(f"the hub of {self.layout.root} does not serve: {tail}")
+
+    def kill(self) -> None:
+        """End the hub with SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """Ask the hub to stop and return its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Wait until the hub has ended by itself and return its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            raise UnavailableError("the hub is not running")
+        return process.wait(timeout_s)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process is None or self._process.poll() is not None:
+            return self.wait()
+        self._process.send_signal(number)
+        return self.wait()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def own(self, name: str) -> Holder:
+        """Return the server's own ``operator`` or ``fleet`` certificate."""
+        return Holder(self.layout.key(name).read_bytes(), self.layout.certificate(name).read_bytes())
+
+    def invite(self, member: str, role: str = "trainer", hours: float = 1.0) -> str:
+        """Return a join token for ``organisation/name``."""
+        organisation, _, name = member.partition("/")
+        identity = Identity(role, organisation, name)
+        return invite_member(self.layout, self.config, identity, hours, datetime.now(UTC))
+
+    def enrol(self, member: str, role: str = "trainer", node_key: bytes = b"") -> Holder:
+        """Enrol a fresh key with a fresh token over the real enrolment listener."""
+        return self.enrol_with(self.invite(member, role), new_private_key_pem(), node_key)
+
+    def enrol_with(self, token: str, key: bytes, node_key: bytes = b"") -> Holder:
+        """Enrol ``key`` with a given token.
+
+        Raises:
+            FedshareError: what the hub refused.
+        """
+        roots = grpc.ssl_channel_credentials(self.layout.ca_cert.read_bytes())
+        request = enrolment_pb2.EnrolRequest(token=token, csr_pem=make_csr(key), node_public_key_pem=node_key)
+        with grpc.secure_channel(self.config.enrol_address, roots, CHANNEL_OPTIONS) as channel:
+            try:
+                answer = enrolment_pb2_grpc.EnrolmentStub(channel).Enrol(request, timeout=20.0)
+            except grpc.RpcError as error:
+                raise named_error(error, self.config.enrol_address) from error
+        return Holder(key, answer.certificate_pem)
+
+    @contextmanager
+    def channel(self, holder: Holder) -> Iterator[grpc.Channel]:
+        """Open a channel to the hub as ``holder``."""
+        credentials = grpc.ssl_channel_credentials(self.layout.ca_cert.read_bytes(), holder.key, holder.certificate)
+        with grpc.secure_channel(self.config.local_hub_address, credentials, CHANNEL_OPTIONS) as channel:
+            yield channel
+
+    @contextmanager
+    def hub(self, holder: Holder) -> Iterator[hub_pb2_grpc.HubStub]:
+        """Open the Hub service as ``holder``."""
+        with self.channel(holder) as channel:
+            yield hub_pb2_grpc.HubStub(channel)
+
+
+def submit_header(
+    spec: SpaceSpec, task_id: str, payload: bytes, *, create: bool = True, update_id: str = ""
+) -> hub_pb2.SubmitHeader:
+    """Return an honest header for ``payload``; a fresh update id unless one is given."""
+    return hub_pb2.SubmitHeader(
+        update_id=update_id or secrets.token_hex(16),
+        space_id=spec.space_id,
+        task_id=task_id,
+        create=create,
+        payload_size=len(payload),
+        payload_sha256=hashlib.sha256(payload).hexdigest(),
+    )
+
+
+def submit_messages(
+    header: hub_pb2.SubmitHeader, payload: bytes, chunk_bytes: int = 2**20
+) -> Iterator[hub_pb2.SubmitRequest]:
+    """Return the messages of one Submit call."""
+    yield hub_pb2.SubmitRequest(header=header)
+    for start in range(0, len(payload), chunk_bytes):
+        yield hub_pb2.SubmitRequest(chunk=payload[start : start + chunk_bytes])
+
+
+def read_deltas(stream: Iterable[hub_pb2.FollowVersionsResponse]) -> Iterator[tuple[int, bytes]]:
+    """Return (version, payload) of every delta in a FollowVersions stream, until it ends or asks for a snapshot."""
+    header, payload = None, bytearray()
+    for message in stream:
+        part = message.WhichOneof("part")
+        if part == "snapshot_required":
+            return
+        if part == "delta":
+            header, payload = message.delta, bytearray()
+        else:
+            payload += message.chunk
+        if header is not None and len(payload) == header.payload_size:
+            yield header.version, bytes(payload)
+            header = None

@@ -1,0 +1,65 @@
+"""Real hubs for the tests of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from share_core.fingerprint import describe_space
+from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
+from share_core.wire import encode_update
+from share_server.local import LocalHub
+
+
+@pytest.fixture(scope="session")
+def toy_spec() -> SpaceSpec:
+    """Two small sites; five to six adapters of rank 2 fill it, then it compacts."""
+    draw = torch.Generator().manual_seed(7)
+    weights = {"a": torch.randn(24, 16, generator=draw), "b": torch.randn(16, 16, generator=draw)}
+    return describe_space("toy", weights, k_max=12, rank_limit=8)
+
+
+@pytest.fixture(scope="session")
+def make_payload(toy_spec: SpaceSpec) -> Callable[..., bytes]:
+    """Return a function (seed, space=None) -> payload: free LoRA, or cores plus one direction in a given version."""
+
+    def make(seed: int, space: Space | None = None) -> bytes:
+        draw = torch.Generator().manual_seed(seed)
+        sites: dict[str, SiteUpdate] = {}
+        for name, site in toy_spec.sites.items():
+            residual = Factors(torch.randn(site.d_out, 2, generator=draw), torch.randn(site.d_in, 2, generator=draw))
+            core = None
+            if space is not None and space.bases[name].k_out and space.bases[name].k_in:
+                basis = space.bases[name]
+                core = Core(torch.randn(basis.k_out, 2, generator=draw), torch.randn(basis.k_in, 2, generator=draw))
+            sites[name] = SiteUpdate(core=core, residual=residual)
+        return encode_update(Update(base_version=0 if space is None else space.version, sites=sites))
+
+    return make
+
+
+@pytest.fixture
+def new_hub(tmp_path: Path, toy_spec: SpaceSpec) -> Iterator[Callable[..., LocalHub]]:
+    """Return a function that makes a hub directory; whatever still runs at the end is killed."""
+    made: list[LocalHub] = []
+
+    def make(**options: object) -> LocalHub:
+        made.append(LocalHub(tmp_path / f"server{len(made)}", toy_spec, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for hub in made:
+        if hub.running:
+            hub.kill()
+
+
+@pytest.fixture(scope="module")
+def shared_hub(tmp_path_factory: pytest.TempPathFactory, toy_spec: SpaceSpec) -> Iterator[LocalHub]:
+    """One running hub for all tests of a module that leave it serving."""
+    hub = LocalHub(tmp_path_factory.mktemp("hub") / "server", toy_spec)
+    hub.start()
+    yield hub
+    assert hub.stop() == 0
