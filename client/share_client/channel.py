@@ -64,7 +64,7 @@ _WITHOUT_NAME: dict[grpc.StatusCode, type[FedshareError]] = {
 
 
 def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
-    """Return a channel to ``address`` (host:port): only the federation's authority is trusted, our certificate is shown."""
+    """Return a channel to ``address`` (host:port) that trusts only the federation and shows our certificate."""
     return _secure(
         address,
         grpc.ssl_channel_credentials(

@@ -190,13 +190,17 @@ class Outbox:
         self._step("refuse done")
         return moved
 
-    def refused(self) -> list[tuple[Entry, str]]:
-        """Return refused updates with their reasons."""
-        result = []
-        for path in _entry_directories(self._refused):
-            reason = json.loads((path / "reason.json").read_bytes())
-            result.append((_read(path), f"{reason['error']}: {reason['reason']}"))
-        return result
+
+def list_outbox(directory: Path) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+    """Return (what waits, what was refused with the reason) without changing anything: for other processes."""
+    if not directory.exists():
+        return [], []
+    waiting = [_read(path) for path in _entry_directories(directory)]
+    refused = []
+    for path in _entry_directories(directory / _REFUSED) if (directory / _REFUSED).exists() else []:
+        reason = json.loads((path / "reason.json").read_bytes())
+        refused.append((_read(path), f"{reason['error']}: {reason['reason']}"))
+    return waiting, refused
 
 
 def _entry_directories(directory: Path) -> list[Path]:

@@ -1,0 +1,178 @@
+"""``share-client``: join a federation, look at what this client does, follow versions, describe a backbone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from share_core.errors import ConfigError, FedshareError
+
+app = typer.Typer(
+    name="share-client",
+    help="A member of a fedshare federation: trains on private data, sends only low-rank factors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Option("--dir", metavar="CDIR", help="The client directory made by 'join'.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON for machines instead of text.")]
+
+
+@app.command()
+def join(
+    token: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TOKEN]",
+            help="Join token, a file that holds it, or - for standard input. Not needed to come back.",
+        ),
+    ] = None,
+    tasks: Annotated[Path, typer.Option(help="The tasks file: backbone, data, how to train.")] = Path("tasks.toml"),
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="CDIR", help="Where this client keeps everything.")
+    ] = None,
+) -> None:
+    """Enrol if needed, then train under leases until stopped with Ctrl-C."""
+    from rich.console import Console
+
+    from share_client.join import ensure_member, only_join
+    from share_client.join import join as work
+    from share_client.member import ClientLayout
+    from share_client.tasks_file import read_tasks
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def tell(text: str) -> None:
+        console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", end="")
+        console.print(text, markup=False)
+
+    with _plain_errors():
+        text = _read_token(token)
+        layout = ClientLayout(directory or _default_directory(text))
+        read_tasks(tasks)  # a mistake in the file must not cost a token
+        with only_join(layout):
+            member = ensure_member(layout, text, datetime.now(UTC), tell)
+            work(layout, member, tasks, tell)
+
+
+@app.command()
+def status(directory: Directory, as_json: Json = False) -> None:
+    """Show what this client has trained, sent and measured. Needs no server."""
+    from share_client.member import ClientLayout
+    from share_client.status import client_status, print_status
+
+    with _plain_errors():
+        found = client_status(ClientLayout(directory))
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            print_status(found)
+
+
+@app.command()
+def watch(directory: Directory, as_json: Json = False) -> None:
+    """Follow the versions of the space until stopped."""
+    from share_client.status import watch_versions
+
+    with _plain_errors(), _connected(directory) as link:
+        for line in watch_versions(link):
+            typer.echo(json.dumps(line) if as_json else line["text"])
+
+
+@app.command()
+def tasks(directory: Directory, as_json: Json = False) -> None:
+    """List every task of the space."""
+    from share_client.status import print_tasks, task_list
+
+    with _plain_errors(), _connected(directory) as link:
+        found = task_list(link)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            print_tasks(found)
+
+
+@app.command()
+def space(
+    backbone: Annotated[str, typer.Option(help="digits-vit, minilm, or the path of a Hugging Face model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The space.toml to write.")] = Path("space.toml"),
+    k_max: Annotated[int, typer.Option(help="Most basis vectors per site and side.", min=1)] = 64,
+    tau: Annotated[float, typer.Option(help="Share of a task's norm that a merge may leave out.")] = 0.05,
+) -> None:
+    """Describe a backbone for the operator: 'share-server init --space' takes the file."""
+    from share_client.training import load_backbone
+    from share_core.fingerprint import describe_space
+    from share_core.spec_file import spec_to_toml
+
+    with _plain_errors():
+        if not 0 <= tau < 1:
+            raise ConfigError(f"tau must be at least 0 and below 1, got {tau:g}")
+        loaded = load_backbone(backbone, "cpu")
+        spec = describe_space(loaded.name, loaded.site_weights(), k_max=k_max, tau=tau)
+        output.write_text(spec_to_toml(spec), encoding="utf-8")
+    typer.echo(f"{output}: space {spec.space_id} of {spec.backbone}, {len(spec.sites)} sites")
+
+
+def _read_token(argument: str | None) -> str | None:
+    """Return the token given as text, file or standard input."""
+    if argument is None:
+        return None
+    if argument == "-":
+        return sys.stdin.readline().strip()
+    if argument.startswith("fs1."):
+        return argument
+    path = Path(argument)
+    if not path.is_file():
+        raise ConfigError(f"{argument!r} is neither a join token (it would begin with fs1.) nor a file")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _default_directory(token: str | None) -> Path:
+    """Return ./fedshare-<name> of the token."""
+    from share_core.identity import token_decode
+
+    if token is None:
+        raise ConfigError("give a join token to enrol, or --dir CDIR to come back")
+    return Path(f"fedshare-{token_decode(token).name}")
+
+
+@contextmanager
+def _connected(directory: Path) -> Iterator[Any]:
+    """Open a link to the hub with the identity of a client directory."""
+    from share_client.link import HubLink
+    from share_client.member import ClientLayout, load_credentials, load_member
+
+    layout = ClientLayout(directory)
+    member = load_member(layout)
+    with HubLink(member.hub_address, load_credentials(layout, datetime.now(UTC))) as link:
+        yield link
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn a refusal into one sentence on stderr and exit code 1."""
+    try:
+        yield
+    except FedshareError as error:
+        typer.echo(f"share-client: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The Flower side of a client: forwarder, SuperNode and ClientApp."""

@@ -1,0 +1,116 @@
+"""What ``share-client status``, ``watch`` and ``tasks`` show, as plain values first and as tables second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from share_client.feed import VersionFeed
+from share_client.link import HubLink
+from share_client.member import ClientLayout, load_member
+from share_client.outbox import list_outbox
+from share_client.records import Records
+from share_core.types import Delta, Space
+
+
+def client_status(layout: ClientLayout) -> dict[str, Any]:
+    """Return member, outbox, tasks and their newest evaluations of a client directory; nothing is changed."""
+    member = load_member(layout)
+    waiting, refused = list_outbox(layout.outbox)
+    records = Records(layout.tasks)
+    return {
+        "member": asdict(member),
+        "outbox": [
+            {"task": entry.training.task, "acknowledged": entry.acknowledged, **asdict(entry.submission)}
+            for entry in waiting
+        ],
+        "refused": [
+            {"task": entry.training.task, "update_id": entry.update_id, "reason": reason} for entry, reason in refused
+        ],
+        "tasks": [
+            {
+                "task": record.task,
+                "merged_version": record.heads[-1].version if record.heads else 0,
+                "refused_reason": record.refused_reason,
+                "history": records.history(record.task),
+            }
+            for record in records.all()
+        ],
+    }
+
+
+def print_status(found: dict[str, Any]) -> None:
+    """Print what :func:`client_status` returned, for people."""
+    console = Console()
+    member = found["member"]
+    console.print(
+        f"{member['member']} in {member['space_id']}, hub {member['hub_address']}", markup=False, soft_wrap=True
+    )
+    table = Table("task", "merged in", "last evaluation", "remark")
+    for task in found["tasks"]:
+        seen = [line for line in task["history"] if line["event"] == "evaluation"]
+        last = f"{seen[-1]['metric']} {seen[-1]['value']:.4f} at version {seen[-1]['version']}" if seen else "-"
+        table.add_row(task["task"], str(task["merged_version"] or "-"), last, task["refused_reason"])
+    console.print(table)
+    for entry in found["outbox"]:
+        state = "at the hub, waiting for its merge" if entry["acknowledged"] else "not yet sent"
+        console.print(f"outbox: {entry['update_id']} of {entry['task']}, {state}", markup=False)
+    for entry in found["refused"]:
+        console.print(f"refused: {entry['update_id']} of {entry['task']}: {entry['reason']}", markup=False)
+
+
+def watch_versions(link: HubLink) -> Iterator[dict[str, Any]]:
+    """Yield the newest version, then every later one as it is published."""
+    description = link.describe()
+    version = description.version
+    yield {
+        "event": "version",
+        "version": version,
+        "space_id": description.spec.space_id,
+        "text": f"version {version} of {description.spec.backbone}",
+    }
+    for event in VersionFeed(link, description.spec, version).events():
+        yield _line(event)
+
+
+def _line(event: Delta | Space) -> dict[str, Any]:
+    if isinstance(event, Space):
+        text = f"version {event.version} (whole)"
+        return {"event": "snapshot", "version": event.version, "tasks": sorted(event.cores), "text": text}
+    grown = sum(int(step.append_left.shape[1]) for step in event.transition.values())
+    text = f"version {event.version}: {', '.join(sorted(event.cores))}, {grown} new left directions"
+    return {
+        "event": "version",
+        "version": event.version,
+        "tasks": sorted(event.cores),
+        "new_left_directions": grown,
+        "compacts": event.compacts,
+        "text": text + (", compacted" if event.compacts else ""),
+    }
+
+
+def task_list(link: HubLink) -> dict[str, Any]:
+    """Return every task of the space."""
+    answer = link.list_tasks()
+    names = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget")
+    return {
+        "version": answer.version,
+        "tasks": [
+            {**{name: getattr(task, name) for name in names}, "coefficients": task.coefficients}
+            for task in answer.tasks
+        ],
+    }
+
+
+def print_tasks(found: dict[str, Any]) -> None:
+    """Print what :func:`task_list` returned, for people."""
+    table = Table("task", "owner", "updated in", "updates", "error bound", "coefficients")
+    for task in found["tasks"]:
+        bound = f"{task['error_bound']:.4f}" + (" over budget" if task["over_budget"] else "")
+        cells = (task["updated_version"], task["updates"], bound, task["coefficients"])
+        table.add_row(task["task_id"], task["owner"], *(str(cell) for cell in cells))
+    Console().print(table)
