@@ -1,0 +1,116 @@
+"""How the fleet's processes talk to the hub: gRPC with the fleet certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from share_core.errors import ConfigError, UnavailableError
+from share_proto.v1 import fleet_pb2, fleet_pb2_grpc
+from share_server.config import ServerConfig
+from share_server.layout import Layout
+
+CALL_SECONDS = 5.0
+"""Longest wait for one call. The hub is on this machine."""
+
+_TRANSIENT = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+"""What a restarting or overloaded hub answers. Anything else means that we are wrong and retrying is no help."""
+
+_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@dataclass(frozen=True)
+class EnrolledNode:
+    """One row of the hub's table of nodes."""
+
+    member: str
+    """``organisation/name``."""
+    public_key: bytes
+    """PEM of the key its SuperNode signs with."""
+    node_id: int
+    """Flower's id; 0 until it has one."""
+    revoked: bool
+    """True when the member is shut out."""
+
+
+class HubLink:
+    """A connection to the hub. Safe to use from several threads; ``close`` when done.
+
+    Every method raises UnavailableError when the hub cannot be reached or asks to come again.
+    """
+
+    def __init__(self, layout: Layout, config: ServerConfig) -> None:
+        try:
+            credentials = grpc.ssl_channel_credentials(
+                root_certificates=layout.ca_cert.read_bytes(),
+                private_key=layout.key("fleet").read_bytes(),
+                certificate_chain=layout.certificate("fleet").read_bytes(),
+            )
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read: run 'share-server init {layout.root}'") from error
+        # The listener may be bound to every interface; its certificate names the hosts clients use.
+        name: tuple[str, int | str] = ("grpc.ssl_target_name_override", config.hosts[0])
+        self._channel = grpc.secure_channel(config.local_hub_address, credentials, options=[*_OPTIONS, name])
+        self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def serving(self) -> bool:
+        """Return whether the hub says that it serves. Raises nothing."""
+        try:
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def list_nodes(self) -> list[EnrolledNode]:
+        """Return every enrolled node."""
+        try:
+            answer = self._fleet.ListNodes(fleet_pb2.ListNodesRequest(), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise _unavailable("ListNodes", error) from error
+        return [EnrolledNode(n.member, n.public_key_pem, n.node_id, n.revoked) for n in answer.nodes]
+
+    def bind_node(self, member: str, node_id: int) -> None:
+        """Record Flower's id of a member's node."""
+        try:
+            self._fleet.BindNode(fleet_pb2.BindNodeRequest(member=member, node_id=node_id), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise _unavailable("BindNode", error) from error
+
+    def dispatch(self, request: fleet_pb2.DispatchRequest) -> fleet_pb2.DispatchResponse:
+        """Tell who is online and what became of leases; return the leases to hand out."""
+        try:
+            return self._fleet.Dispatch(request, timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise _unavailable("Dispatch", error) from error
+
+
+def _unavailable(method: str, error: grpc.RpcError) -> Exception:
+    """Return what to raise: UnavailableError for what may pass, the error itself for what will not."""
+    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    if code not in _TRANSIENT:
+        return error
+    details = error.details() if isinstance(error, grpc.Call) else str(error)
+    return UnavailableError(f"hub did not answer {method}: {code.name}: {details}")
