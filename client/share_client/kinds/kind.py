@@ -1,0 +1,86 @@
+"""What a task kind is: how its files become batches, and its head, loss and metric."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from share_client.backbones import Backbone, Batch
+from share_client.tasks_file import TaskConfig
+
+
+class Rows(ABC):
+    """One split of a task, ready for the backbone."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Return what each row costs; rows of like cost are put into one batch."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
+        """Return inputs and targets of the given rows, on ``device``."""
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose files are read, checked and tokenised for one backbone."""
+
+    config: TaskConfig
+    """The entry of ``tasks.toml``."""
+    kind: Kind
+    """Head, loss and metric."""
+    train: Rows
+    """Training rows."""
+    test: Rows
+    """Test rows, for evaluation only."""
+    classes: tuple[int | str, ...]
+    """Labels in order of their index: sorted, over training and test rows."""
+    content_hash: str
+    """SHA-256 over both data files, whole; see :func:`share_client.data.content_hash`."""
+
+    @property
+    def train_rows(self) -> int:
+        """Number of training rows in use."""
+        return len(self.train)
+
+    @property
+    def test_rows(self) -> int:
+        """Number of test rows in use."""
+        return len(self.test)
+
+
+class Kind(ABC):
+    """One kind of task. It holds no state: two tasks of one kind may share the object."""
+
+    name: str
+    """As written in ``tasks.toml``."""
+    metric: str
+    """Name of the metric that is reported; larger is better."""
+
+    @abstractmethod
+    def prepare(self, config: TaskConfig, backbone: Backbone) -> PreparedTask:
+        """Read the task's files and fit them to the backbone.
+
+        Raises:
+            ConfigError: the files cannot be used, or the backbone takes no such data.
+        """
+
+    @abstractmethod
+    def head(self, task: PreparedTask, width: int) -> nn.Module:
+        """Return a fresh head for features of length ``width``, drawn from torch's global generator."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss (a scalar) of a batch."""
+
+    @abstractmethod
+    def score(self, outputs: Tensor, targets: Tensor) -> float:
+        """Return the metric of a whole split from all its outputs."""

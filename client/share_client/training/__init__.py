@@ -1,0 +1,35 @@
+"""Training and evaluating tasks on a frozen backbone."""
+
+from __future__ import annotations
+
+from share_client.backbones import Backbone, load_backbone
+from share_client.kinds import PreparedTask, find_kind
+from share_client.tasks_file import TaskConfig
+from share_client.training.evaluation import evaluate
+from share_client.training.in_space import train_in_space
+from share_client.training.lora import train_lora
+from share_client.training.options import EvaluationResult, LoraResult, Progress, TrainingOptions, TrainResult
+
+__all__ = [
+    "Backbone",
+    "EvaluationResult",
+    "LoraResult",
+    "PreparedTask",
+    "Progress",
+    "TrainResult",
+    "TrainingOptions",
+    "evaluate",
+    "load_backbone",
+    "prepare_task",
+    "train_in_space",
+    "train_lora",
+]
+
+
+def prepare_task(task: TaskConfig, backbone: Backbone) -> PreparedTask:
+    """Read a task's files, check them, and tokenise texts for the backbone.
+
+    Raises:
+        ConfigError: the files cannot be used, or the backbone takes no such data; names file and row.
+    """
+    return find_kind(task.kind).prepare(task, backbone)

@@ -1,0 +1,58 @@
+"""Measuring an adapter and a head on a task's test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from share_client.backbones import Backbone
+from share_client.kinds import PreparedTask
+from share_client.training.batches import sorted_batches
+from share_client.training.factors import FixedFactors
+from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.loop import fresh_head
+from share_client.training.options import EvaluationResult
+from share_core.errors import SpaceMismatchError
+from share_core.types import Adapter
+
+BATCH = 128
+"""Rows in one forward pass."""
+
+
+def evaluate(
+    backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]
+) -> EvaluationResult:
+    """Measure the task's metric on its test rows.
+
+    Args:
+        backbone: the encoder; left as it was.
+        task: from :func:`prepare_task` with the same backbone.
+        adapter: ambient factors by site; None or empty is the frozen backbone.
+        head: head tensors by name, as training returned them.
+
+    Raises:
+        SpaceMismatchError: the adapter has a site that the backbone does not, or of another shape.
+        ConfigError: the head does not fit the task.
+    """
+    module = fresh_head(backbone, task, 0, head)
+    adapted: dict[str, AdaptedLinear] = {}
+    for site, factors in (adapter or {}).items():
+        if site not in backbone.sites:
+            raise SpaceMismatchError(f"site {site!r} of the adapter does not exist in backbone {backbone.name}")
+        base = backbone.linear(site)
+        got = (factors.out.shape[0], factors.in_.shape[0])
+        if got != tuple(base.weight.shape):
+            raise SpaceMismatchError(f"site {site!r}: expected factors for {tuple(base.weight.shape)}, got {got}")
+        change = FixedFactors(factors.out.to(base.weight), factors.in_.to(base.weight))
+        adapted[site] = AdaptedLinear(base, change)
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    with injected(backbone, adapted), torch.inference_mode():
+        for rows in sorted_batches(task.test, BATCH):
+            inputs, target = task.test.batch(rows, backbone.device)
+            outputs.append(module(backbone.features(inputs)).cpu())
+            targets.append(target.cpu())
+    value = task.kind.score(torch.cat(outputs), torch.cat(targets))
+    return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)

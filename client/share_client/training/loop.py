@@ -1,0 +1,125 @@
+"""The one training loop: AdamW on a head and on the changes of some sites, the backbone frozen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from share_client.backbones import Backbone
+from share_client.kinds import PreparedTask
+from share_client.training.batches import epoch_batches
+from share_client.training.factors import SiteFactors
+from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.options import Progress, ProgressCallback, TrainingOptions
+from share_core.errors import ConfigError
+
+_SMOOTHING = 0.9
+"""How much of the running mean of the loss is kept at each step."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop leaves besides the parameters it changed in place."""
+
+    loss: float
+    steps: int
+
+
+def fresh_head(backbone: Backbone, task: PreparedTask, seed: int, start: Mapping[str, Tensor] | None) -> nn.Module:
+    """Return a head on the backbone's device, drawn from ``seed``, or loaded from ``start``.
+
+    Raises:
+        ConfigError: ``start`` does not fit the task's head, for example because the classes changed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = task.kind.head(task, backbone.width)
+    if start is not None:
+        load_head(head, start, task)
+    return head.to(backbone.device)
+
+
+def load_head(head: nn.Module, tensors: Mapping[str, Tensor], task: PreparedTask) -> None:
+    """Copy tensors into a head.
+
+    Raises:
+        ConfigError: a name or shape differs.
+    """
+    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != got:
+        raise ConfigError(
+            f"task {task.config.name!r}: head: expected {expected} for {len(task.classes)} classes, got {got}; "
+            "train the task again without this head"
+        )
+    head.load_state_dict(dict(tensors))
+
+
+def head_tensors(head: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the head's tensors on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in head.state_dict().items()}
+
+
+def train(
+    backbone: Backbone,
+    task: PreparedTask,
+    head: nn.Module,
+    changes: Mapping[str, SiteFactors],
+    options: TrainingOptions,
+    progress: ProgressCallback | None,
+) -> Trained:
+    """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
+
+    Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends.
+    """
+    draw = torch.Generator().manual_seed(options.seed)
+    per_epoch = -(-task.train_rows // options.batch_size)
+    steps = options.epochs * per_epoch
+    optimizer = _optimizer(head, changes, options.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _triangle(steps, options.warmup))
+    mean: float | None = None
+    done = 0
+    adapted = {site: AdaptedLinear(backbone.linear(site), change) for site, change in changes.items()}
+    with injected(backbone, adapted):
+        for epoch in range(1, options.epochs + 1):
+            for rows in epoch_batches(task.train, options.batch_size, draw):
+                inputs, targets = task.train.batch(rows, backbone.device)
+                loss = task.kind.loss(head(backbone.features(inputs)), targets)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                done += 1
+                value = loss.item()
+                mean = value if mean is None else _SMOOTHING * mean + (1 - _SMOOTHING) * value
+                if progress is not None:
+                    progress(Progress(epoch, options.epochs, done, steps, mean))
+                if options.pace > 0:
+                    time.sleep(options.pace)
+    return Trained(loss=float("nan") if mean is None else mean, steps=done)
+
+
+def _optimizer(head: nn.Module, changes: Mapping[str, SiteFactors], learning_rate: float) -> torch.optim.Optimizer:
+    """Return AdamW with one group for each multiple of the learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: list(head.parameters())}
+    for change in changes.values():
+        for rated in change.rated():
+            if rated.parameter.numel():
+                groups.setdefault(rated.multiple, []).append(rated.parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": learning_rate * multiple} for multiple, params in groups.items()], weight_decay=0.0
+    )
+
+
+def _triangle(steps: int, warmup: float) -> Callable[[int], float]:
+    """Return the factor of the learning rate at each step: up to one over ``warmup`` of the steps, then down."""
+    rise = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
+
+    return factor

@@ -1,0 +1,116 @@
+"""Settings and results of training, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from share_client.tasks_file import TaskConfig
+from share_core.types import Adapter, Update
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How one task is trained. The defaults serve digits-vit and MiniLM alike."""
+
+    epochs: int = 3
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Rows in one step."""
+    learning_rate: float = 2e-3
+    """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`."""
+    directions: int | None = None
+    """Free directions phi at each site. None: 2, or 4 while the subspace is empty."""
+    pseudo_rank: int = 8
+    """Rank p of the core at each site; never more than the subspace has."""
+    seed: int = 0
+    """Seed of initialisation and of the order of the rows."""
+    pace: float = 0.0
+    """Seconds slept after each step, to simulate slow hardware."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from zero; then it falls linearly to zero."""
+    gradient_batches: int = 4
+    """Batches whose gradient chooses the free directions."""
+
+    @classmethod
+    def of(cls, task: TaskConfig) -> TrainingOptions:
+        """Return the options that an entry of ``tasks.toml`` asks for."""
+        return cls(
+            epochs=task.epochs,
+            batch_size=task.batch_size,
+            learning_rate=task.learning_rate,
+            directions=task.directions,
+            pseudo_rank=cls.pseudo_rank if task.pseudo_rank is None else task.pseudo_rank,
+            seed=task.seed,
+            pace=task.pace,
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is; handed out after every step."""
+
+    epoch: int
+    """From 1."""
+    epochs: int
+    """Epochs in all."""
+    step: int
+    """Steps taken."""
+    steps: int
+    """Steps in all."""
+    loss: float
+    """Loss of late: an exponential mean."""
+
+
+ProgressCallback = Callable[[Progress], None]
+"""Called after every step; an exception it raises ends the training and leaves the backbone clean."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A task trained in a space."""
+
+    update: Update
+    """What to submit. Its ``head`` is filled only where the task says ``share_head``."""
+    head: Mapping[str, Tensor]
+    """The private head on the CPU, by parameter name."""
+    loss: float
+    """Last exponential mean of the training loss."""
+    steps: int
+    """Optimiser steps taken."""
+    seconds: float
+    """Wall-clock seconds of the whole training."""
+    trained_numbers: int
+    """Trained numbers in cores and free directions, heads not counted."""
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """A task trained as separate LoRA, the baseline."""
+
+    adapter: Adapter
+    """Ambient factors on the CPU, scale folded into ``out``. Empty when only the head was trained."""
+    head: Mapping[str, Tensor]
+    """The head on the CPU, by parameter name."""
+    loss: float
+    """Last exponential mean of the training loss."""
+    steps: int
+    """Optimiser steps taken."""
+    seconds: float
+    """Wall-clock seconds of the whole training."""
+    trained_numbers: int
+    """Trained numbers in the factors, heads not counted."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One measurement on a task's test rows."""
+
+    metric: str
+    """Name of the metric, for example ``accuracy``."""
+    value: float
+    """Its value; a fraction for accuracy."""
+    rows: int
+    """Test rows it was measured on."""
