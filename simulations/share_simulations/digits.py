@@ -17,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from share_core.errors import ConfigError
-from share_simulations.scenario import Arrival, ClientPlan, Scenario, TaskPlan, client_folder
+from share_simulations.scenario import Arrival, ClientPlan, Scenario, TaskPlan, TomlValue, client_folder
 
 FIRST_TASK_ROW = 597
 """Rows from here on are unknown to the backbone."""
 TEST_ROWS = 400
 """Rows at the end that every task is tested on."""
+
+LEARNING_RATE = 5e-3
+"""More than the trainer's default: a client has less than three hundred rows."""
 
 Images = NDArray[np.float32]
 """(n, 8, 8), values from 0 to 1."""
@@ -101,7 +104,7 @@ class QuickstartOptions:
     clients: int = len(CLIENTS)
     tasks: int = sum(len(c.tasks) for c in CLIENTS)
     """Tasks in all; the last arrivals are left out first."""
-    epochs: int = 12
+    epochs: int = 30
     seed: int = 0
 
 
@@ -121,7 +124,8 @@ def prepare_quickstart(folder: Path, options: QuickstartOptions = QuickstartOpti
         mine = np.sort(train[number :: options.clients])
         arrivals = [(position, task) for position, (owner, task) in enumerate(order) if owner is client]
         tasks = tuple(_task_plan(task, position, options.clients) for position, task in arrivals)
-        defaults = {"epochs": options.epochs, "seed": options.seed, "pace": client.pace}
+        defaults: dict[str, TomlValue] = {"epochs": options.epochs, "learning_rate": LEARNING_RATE}
+        defaults |= {"seed": options.seed, "pace": client.pace}
         plan = ClientPlan(client.organisation, tasks, defaults=defaults)
         for position, task in arrivals:
             random = np.random.default_rng((options.seed, position))
