@@ -28,7 +28,11 @@ class ClientLayout:
     """The paths inside one client directory."""
 
     root: Path
-    """The directory itself, CDIR."""
+    """The directory itself, CDIR; made absolute, because child processes run in other directories."""
+
+    def __post_init__(self) -> None:
+        """Make the root absolute."""
+        object.__setattr__(self, "root", self.root.absolute())
 
     @property
     def member(self) -> Path:
