@@ -160,13 +160,13 @@ def _bad_payloads(spec: SpaceSpec) -> dict[str, tuple[bytes, str]]:
     nan = out.clone()
     nan[3, 0] = float("nan")
     wide = torch.ones(site.d_out, spec.rank_limit + 1), torch.ones(site.d_in, spec.rank_limit + 1)
-    metadata = {"format": "fedshare/update/1", "base_version": "0"}
-    stranger = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    good = _update(spec, out, in_)
     return {
         "rubbish": (b"\x80\x04hello world, this is no tensor file", "HeaderError"),
         "header bomb": (struct.pack("<Q", 2**62) + b"{}", "HeaderError"),
         "other format": (_file({"__metadata__": {"format": "x"}}), "HeaderError"),
-        "unknown site": (_file({"__metadata__": metadata, "B/zz": stranger}, b"\0" * 4), "TensorNameError"),
+        "unknown site": (good.replace(b'/a"', b'/q"'), "TensorNameError"),
+        "cut short": (good[:-4], "HeaderError"),
         "NaN": (_update(spec, nan, in_), "NonFiniteError"),
         "infinity": (_update(spec, out * float("inf"), in_), "NonFiniteError"),
         "wrong shape": (_update(spec, torch.ones(site.d_out + 1, 1), in_), "TensorShapeError"),
@@ -182,6 +182,7 @@ def _bad_payloads(spec: SpaceSpec) -> dict[str, tuple[bytes, str]]:
         "header bomb",
         "other format",
         "unknown site",
+        "cut short",
         "NaN",
         "infinity",
         "wrong shape",
