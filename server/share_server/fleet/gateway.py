@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import ssl
 import sys
@@ -126,6 +127,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m share_server.fleet.gateway DIR", file=sys.stderr)
         return 2
     log.start_logging()
+    for chatty in ("httpx", "uvicorn"):  # a line for each poll of each node
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         layout = Layout(Path(arguments[0]).resolve())
         asyncio.run(serve(layout, read_config(layout.config)))

@@ -27,6 +27,7 @@ class NodeTable:
         self._fetch = fetch
         self._nodes: Mapping[str, EnrolledNode] | None = None
         self._fresh = False
+        self._complained = False
         self._asked_at = float("-inf")
         self._lock = asyncio.Lock()
 
@@ -64,13 +65,13 @@ class NodeTable:
         try:
             rows = await asyncio.to_thread(self._fetch)
         except UnavailableError as error:
-            if self._fresh or self._nodes is None:
+            if not self._complained:
                 log.warning("hub down, using the last table of nodes", reason=str(error))
-            self._fresh = False
+            self._fresh, self._complained = False, True
             return
         if not self._fresh:
             log.info("table of nodes read", nodes=len(rows))
-        self._fresh = True
+        self._fresh, self._complained = True, False
         self._nodes = {row.member: row for row in rows}
 
 

@@ -120,12 +120,13 @@ class _Supervisor:
                 if reason is not None:
                     return reason
         self._reap()
+        # Before the run, which takes seconds to submit: members can join from here on.
+        if all(service.healthy for service in self._services):
+            self._announce()
         if self._run is not None and self._superlink.healthy:
             if self._hub.healthy:
                 self._registrar.step()
             self._run.step()
-        if all(service.healthy for service in self._services):
-            self._announce()
         return None
 
     def _hopeless(self, service: Service) -> str | None:
