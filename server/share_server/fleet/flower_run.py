@@ -29,7 +29,7 @@ class FlowerRun:
         self._files = files
         self._commands = commands
         # A database from an earlier life may hold runs that Flower still takes for running.
-        self._clear_first = files.database.exists()
+        self._others_alive = files.database.exists()
         self._submitted_at = 0.0
         self._failures = 0
         self._not_before = 0.0
@@ -38,14 +38,18 @@ class FlowerRun:
         """Forget the run because the SuperLink that carried it has died."""
         self.run_id = None
         self.dispatching = False
-        self._clear_first = True
+        self._others_alive = True
 
     def step(self) -> None:
-        """Submit the run if there is none, and see whether its ServerApp lives."""
+        """Submit the run if there is none, stop all others, and see whether its ServerApp lives."""
         now = time.monotonic()
         if self.run_id is None:
             if now >= self._not_before:
                 self._submit()
+            return
+        # After submitting, because each command takes seconds and nothing waits for these.
+        if self._others_alive and now >= self._not_before:
+            self._stop_others()
             return
         alive = server_app_run(self._files.server_app) == self.run_id
         if alive and not self.dispatching:
@@ -57,11 +61,6 @@ class FlowerRun:
 
     def _submit(self) -> None:
         try:
-            if self._clear_first:
-                for run_id in self._commands.unfinished_runs():
-                    self._commands.stop(run_id)
-                    log.info("stopped a run of an earlier life", run_id=run_id)
-                self._clear_first = False
             self.run_id = self._commands.submit()
         except UnavailableError as error:
             log.warning("run not submitted", reason=str(error))
@@ -69,6 +68,17 @@ class FlowerRun:
             return
         self._submitted_at = time.monotonic()
         log.info("submitted", run_id=self.run_id)
+
+    def _stop_others(self) -> None:
+        try:
+            for run_id in self._commands.unfinished_runs():
+                if run_id != self.run_id:
+                    self._commands.stop(run_id)
+                    log.info("stopped an older run", run_id=run_id)
+            self._others_alive = False
+        except UnavailableError as error:
+            log.warning("older runs not stopped", reason=str(error))
+            self._not_before = time.monotonic() + _PAUSES[1]
 
     def _failed(self, now: float) -> None:
         self.lost()

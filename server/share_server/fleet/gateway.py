@@ -8,7 +8,7 @@ import logging
 import secrets
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ from share_server.config import ServerConfig, join_address, read_config
 from share_server.fleet.files import FleetFiles, read_superlink_address
 from share_server.fleet.gateway_app import Gateway
 from share_server.fleet.guards import Headers, Peer, header
-from share_server.fleet.hub_link import HubLink
+from share_server.fleet.hub_link import EnrolledNode, HubLink
 from share_server.fleet.node_table import REFRESH_SECONDS, NodeTable
 from share_server.fleet.tls_listener import listener, peer_of
 from share_server.fleet.upstream import Upstream
@@ -29,17 +29,16 @@ from share_server.layout import Layout
 _NONCE = b"share-self-test"
 
 
-async def serve(layout: Layout, config: ServerConfig) -> None:
-    """Run the gateway until SIGTERM or SIGINT.
+async def serve(layout: Layout, config: ServerConfig, fetch: Callable[[], list[EnrolledNode]]) -> None:
+    """Run the gateway until SIGTERM or SIGINT, or until cancelled. ``fetch`` reads the hub's table of nodes.
 
     Raises:
         IdentityError: the self-test failed; nothing was published.
         UnavailableError: the port is taken.
     """
     files = FleetFiles(layout.fleet)
-    link = HubLink(layout, config)
     upstream = Upstream(files.authority, read_superlink_address(files))
-    table = NodeTable(link.list_nodes)
+    table = NodeTable(fetch)
     gateway = Gateway(table, upstream)
     server = listener(gateway, layout, config)
     background = [asyncio.create_task(table.keep_fresh()), asyncio.create_task(_watch(files, upstream))]
@@ -53,7 +52,6 @@ async def serve(layout: Layout, config: ServerConfig) -> None:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         await upstream.close()
-        link.close()
 
 
 async def self_test(gateway: Gateway, server: uvicorn.Server, layout: Layout) -> None:
@@ -101,7 +99,7 @@ async def _running(server: uvicorn.Server) -> AsyncIterator[None]:
                 raise UnavailableError("cannot listen: is another server using the gateway port?")
             await asyncio.sleep(0.02)
         yield
-        await serving
+        await asyncio.wait({serving})  # being cancelled here must not cancel the orderly end below
     finally:
         server.should_exit = True
         await asyncio.gather(serving, return_exceptions=True)
@@ -131,7 +129,9 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         layout = Layout(Path(arguments[0]).resolve())
-        asyncio.run(serve(layout, read_config(layout.config)))
+        config = read_config(layout.config)
+        with contextlib.closing(HubLink(layout, config)) as link:
+            asyncio.run(serve(layout, config, link.list_nodes))
     except FedshareError as error:
         log.failure("gateway failed", error)
         return 1

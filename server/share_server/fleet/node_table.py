@@ -17,7 +17,7 @@ REFRESH_SECONDS = 2.0
 """How often the table is read anew; a revocation bites within it."""
 
 MISS_SECONDS = 0.5
-"""An identity that does not fit has the table read anew, at most this often, whoever asks."""
+"""Pause between two readings on account of identities that do not fit."""
 
 
 class NodeTable:
@@ -42,13 +42,19 @@ class NodeTable:
         return self._nodes.get(member)
 
     async def read_again(self) -> None:
-        """Have the table read anew for somebody who is not in it, unless that happened a moment ago.
+        """Have the table read anew for somebody whom it does not let in.
+
+        Returns only after a reading that began after this call, because the answer that follows is final for the
+        node. However many ask, the hub is read once in :data:`MISS_SECONDS`.
 
         Raises:
             UnavailableError: the hub does not answer, so nobody can say who has enrolled since.
         """
+        clock = asyncio.get_running_loop().time
+        came = clock()
         async with self._lock:
-            if asyncio.get_running_loop().time() - self._asked_at >= MISS_SECONDS:
+            if self._asked_at <= came:
+                await asyncio.sleep(self._asked_at + MISS_SECONDS - clock())
                 await self._refresh()
         if not self._fresh:
             raise UnavailableError("the hub does not answer")
