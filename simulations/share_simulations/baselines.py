@@ -35,7 +35,7 @@ class Baseline:
 
 
 def measure_baselines(
-    scenario: Scenario, clients: Path, note: Callable[[str], None], threads: int | None = None
+    scenario: Scenario, clients: Path, note: Callable[[str], None], threads: int | None
 ) -> dict[str, Baseline]:
     """Train and measure every task of ``scenario`` alone, from the files below ``clients``; by task id.
 

@@ -31,6 +31,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     help="Local federations of real processes: a real server and real clients on this machine.",
 )
 run_app = typer.Typer(no_args_is_help=True, help="Run a federation to its end and report what came out.")

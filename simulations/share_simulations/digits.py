@@ -134,7 +134,7 @@ def prepare_quickstart(folder: Path, options: QuickstartOptions = QuickstartOpti
                 path = client_folder(folder, plan) / task.name / f"{part}.npz"
                 write_npz(path, task.view(images[kept], random), labels[kept])
         plans.append(plan)
-    return Scenario("quickstart", "digits-vit", tuple(plans), seed=options.seed)
+    return Scenario("quickstart", "digits-vit", tuple(plans), seed=options.seed, baseline_threads=1)
 
 
 def arrival_order(clients: int, tasks: int) -> list[tuple[DigitClient, DigitTask]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from share_core.errors import UnavailableError
 from share_simulations.processes import Child, Processes, ProcessFailedError
-from share_simulations.progress import FederationView, Progress, view_of
+from share_simulations.progress import FederationView, Progress, last_said, view_of
 from share_simulations.scenario import ClientPlan, Scenario, client_folder, write_tasks_file
 from share_simulations.watch import HubWatch, Observation
 
@@ -24,6 +24,11 @@ READY_TIMEOUT_S = 120.0
 POLL_S = 0.5
 STATE_FOLDER = "state"
 """Folder of a client's identity and outbox, inside the client's folder."""
+
+SESSION_LOG = Path("logs", "session.jsonl")
+"""Where a client says what it does, inside its state folder."""
+SETTLE_S = 2.5
+"""The hub writes its byte counters about once a second."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def _start_server(
 
 def hub_address(run_file: Path) -> str:
     """Return the hub's ``host:port`` from a server's run.json."""
-    return str(json.loads(run_file.read_text(encoding="utf-8"))["hub_address"])
+    return str(json.loads(run_file.read_text(encoding="utf-8"))["addresses"]["hub"])
 
 
 class _Driver:
@@ -142,7 +147,8 @@ class _Driver:
 
     def view(self, seen: Observation) -> FederationView:
         """Return what there is to show."""
-        return view_of(self.scenario, self._arrived, seen)
+        said = {c.organisation: last_said(self._state(c) / SESSION_LOG) for c in self.scenario.clients}
+        return view_of(self.scenario, self._arrived, seen, said)
 
     def show(self, seen: Observation) -> None:
         """Show the newest state."""
@@ -158,11 +164,14 @@ class _Driver:
             f"nothing new at the hub for {self.scenario.stall_s:g} s (version {seen.version}, {stuck.member} {what})"
         )
 
+    def _state(self, client: ClientPlan) -> Path:
+        return client_folder(self._folders.clients, client) / STATE_FOLDER
+
     def _join(self, client: ClientPlan, tasks_file: Path) -> Child:
         self._progress.note(f"{client.member} joins")
         invite = ["share-server", "invite", str(self._folders.server), client.member]
         token = self.processes.call(f"invite-{client.organisation}", invite).strip()
-        state = client_folder(self._folders.clients, client) / STATE_FOLDER
+        state = self._state(client)
         join = ["share-client", "join", "-", "--tasks", str(tasks_file), "--dir", str(state)]
         return self.processes.start(client.organisation, join, stdin=token)
 
@@ -184,7 +193,8 @@ def _drive(driver: _Driver, watch: HubWatch) -> Observation:
         driver.deliver(seen)
         driver.show(seen)
         if seen.complete(scenario.task_ids):
-            return seen
+            time.sleep(SETTLE_S)
+            return _observe(watch, seen)
         if time.monotonic() - last_change > scenario.stall_s:
             raise driver.stalled(seen)
         time.sleep(POLL_S)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -12,8 +16,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from share_client.session_log import sentence
 from share_simulations.scenario import ClientPlan, Scenario
 from share_simulations.watch import Observation
+
+_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class ClientLine:
     """Own tasks merged so far."""
     tasks: int
     """Own tasks in all."""
+    detail: str = field(default="", compare=False)
+    """What the client said last, for people."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,30 @@ class FederationView:
     clients: tuple[ClientLine, ...]
 
 
-def view_of(scenario: Scenario, arrived: Collection[str], seen: Observation) -> FederationView:
-    """Derive what each client is doing from what has arrived there and what the hub has recorded."""
-    return FederationView(seen.version, tuple(_client_line(c, arrived, seen) for c in scenario.clients))
+def view_of(scenario: Scenario, arrived: Collection[str], seen: Observation, said: Mapping[str, str]) -> FederationView:
+    """Derive what each client is doing from what has arrived there, what the hub has recorded and what it said last.
+
+    ``said`` is by organisation; a client whose session has not begun is not in it.
+    """
+    lines = tuple(_client_line(c, arrived, seen, said.get(c.organisation, "")) for c in scenario.clients)
+    return FederationView(seen.version, lines)
 
 
-def _client_line(client: ClientPlan, arrived: Collection[str], seen: Observation) -> ClientLine:
+def last_said(session_log: Path) -> str:
+    """Return the last event of a client's session log as a sentence; empty while there is none."""
+    try:
+        with session_log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        with contextlib.suppress(json.JSONDecodeError):  # the line that is being written
+            return sentence(json.loads(line))
+    return ""
+
+
+def _client_line(client: ClientPlan, arrived: Collection[str], seen: Observation, said: str) -> ClientLine:
     names = {client.task_id(t): t.name for t in client.tasks}
     here = [t for t in names if t in arrived]
     merged = [t for t in here if t in seen.merged_tasks]
@@ -59,13 +86,13 @@ def _client_line(client: ClientPlan, arrived: Collection[str], seen: Observation
         state = "not started"
     elif waiting:
         task = waiting[0]
-        joined = client.member in seen.members or version > 0
+        joined = bool(said) or version > 0
         state = "submitted" if task in submitted else "training" if joined else "joining"
     elif behind:
         state, task = "evaluating", behind[0]
     else:
         state = "idle"
-    return ClientLine(client.member, state, names.get(task, ""), version, len(merged), len(names))
+    return ClientLine(client.member, state, names.get(task, ""), version, len(merged), len(names), said)
 
 
 class Progress(Protocol):
@@ -140,11 +167,13 @@ class LiveProgress:
 def view_table(view: FederationView) -> Table:
     """Return the view as a table, one row per client."""
     table = Table(title=f"version {view.version}", title_justify="left", box=None, padding=(0, 2))
-    for heading in ("client", "state", "task", "merged", "evaluated at"):
-        table.add_column(heading, justify="left")
+    for heading in ("client", "state", "task", "merged", "evaluated", "last said"):
+        table.add_column(heading, justify="left", no_wrap=True)
     for line in view.clients:
         merged = f"{line.merged}/{line.tasks}"
-        table.add_row(line.member, line.state, line.task, merged, f"v{line.version}" if line.version else "-")
+        table.add_row(
+            line.member, line.state, line.task, merged, f"v{line.version}" if line.version else "-", line.detail
+        )
     return table
 
 

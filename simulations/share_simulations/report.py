@@ -38,10 +38,11 @@ def size(count: int) -> str:
 
 def task_table(results: Results) -> Table:
     """Return one row per task, in the order of their last merges, and the averages."""
-    table = Table(title="Accuracy on each client's own test rows, percent", title_justify="left")
+    title = "Accuracy, percent: frozen backbone, separate LoRA, ours after the task's own last merge and at the end"
+    table = Table(title=title, title_justify="left")
     for heading in ("task", "owner"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("rows", "frozen", "LoRA alone", "own merge", "final", "forgotten"):
+    for heading in ("rows", "frozen", "LoRA", "merged", "final", "forgot"):
         table.add_column(heading, justify="right")
     for task in results.per_task:
         table.add_row(
@@ -70,23 +71,24 @@ def task_table(results: Results) -> Table:
 
 
 def matrix_table(results: Results) -> Table:
-    """Return the T x T matrix: every task's accuracy after each task's own last merge.
+    """Return the T x T matrix: every task's accuracy after each task's own last merge; columns are numbered.
 
     ``.`` stands before a task's first merge; ``?`` where a version was not evaluated.
     """
     matrix = results.task_matrix
+    numbers = {task: str(number) for number, task in enumerate(matrix.tasks, start=1)}
     first = {t.task: t.first_version for t in results.per_task}
-    table = Table(title="Accuracy of every task after each task's own last merge", title_justify="left")
+    table = Table(title="The same for every task after each task's own last merge", title_justify="left")
     table.add_column("after", no_wrap=True)
     table.add_column("version", justify="right")
     for task in matrix.tasks:
-        table.add_column(task.partition("/")[2], justify="right", overflow="fold")
+        table.add_column(numbers[task], justify="right")
     for after, version, row in zip(matrix.tasks, matrix.versions, matrix.values, strict=True):
         cells = [
             "." if value is None and version < first[task] else percent(value)
             for task, value in zip(matrix.tasks, row, strict=True)
         ]
-        table.add_row(after.partition("/")[2], str(version), *cells)
+        table.add_row(f"{numbers[after]} {after.partition('/')[2]}", str(version), *cells)
     return table
 
 

@@ -83,6 +83,8 @@ class Scenario:
     device: str = "cpu"
     dtype: str = "float32"
     """What updates are encoded in; the LoRA bytes are counted in the same."""
+    baseline_threads: int | None = None
+    """Threads for the baselines, which run alone; None takes all cores. Small models are fastest with one."""
     stall_s: float = 300.0
     """The run is given up when the hub sees nothing new for so long."""
 

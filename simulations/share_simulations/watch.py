@@ -28,8 +28,6 @@ class Observation:
     """Task and reason of updates that could not be merged."""
     measured: tuple[Measured, ...] = ()
     """Accuracies that clients reported."""
-    members: tuple[str, ...] = ()
-    """Members that have exchanged tensors with the hub."""
     down_bytes: int = 0
     """Deltas and snapshots sent."""
     sites: tuple[Site, ...] = ()
@@ -111,7 +109,6 @@ class HubWatch:
                 for e in evaluations.evaluations
                 if e.metric == "accuracy"
             ),
-            members=tuple(t.member for t in status.traffic),
             down_bytes=sum(t.down_deltas + t.down_snapshots for t in status.traffic),
             sites=self._sites,
             k_left=status.k_left_max,

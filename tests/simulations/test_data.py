@@ -78,7 +78,7 @@ def test_every_task_stays_within_its_classes_and_range(tmp_path: Path) -> None:
             with np.load(tmp_path / client.organisation / task.name / "train.npz") as archive:
                 assert set(archive["y"]) == set(task.classes)
                 assert archive["x"].dtype == np.float32
-                assert 0 <= archive["x"].min()
+                assert archive["x"].min() >= 0
                 assert archive["x"].max() <= 1
 
 
