@@ -45,6 +45,9 @@ def _matrix_figure(results: Results) -> Any:
     figure = Figure(figsize=(2.5 + 0.85 * len(names), height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("0.92")
+    if not values.size:
+        axes.set_title("nothing was merged", fontsize=10)
+        return figure
     floor = _floor(values)
     image = axes.imshow(values, cmap="viridis", vmin=floor, vmax=100, aspect="auto")
     merged = {(t.last_version, t.task) for t in results.per_task}

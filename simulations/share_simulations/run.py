@@ -35,7 +35,9 @@ def new_run_folder(scenario: str, out: Path | None, now: datetime) -> RunFolders
 
 def _clear(root: Path) -> None:
     """Remove an earlier run. Nothing that share-sim did not make is ever touched."""
-    found = {p.name for p in root.iterdir()} if root.is_dir() else {root.name}
+    if not root.is_dir():
+        raise ConfigError(f"{root}: expected a new or empty folder or an earlier run, but it is a file")
+    found = {p.name for p in root.iterdir()}
     if not found <= RUN_ENTRIES:
         strange = ", ".join(sorted(found - RUN_ENTRIES)[:3])
         raise ConfigError(f"{root}: expected a new or empty folder or an earlier run, but it holds {strange}")

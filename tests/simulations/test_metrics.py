@@ -103,12 +103,8 @@ def test_an_unmerged_update_left_the_client_but_has_no_staleness() -> None:
     assert metrics.staleness_histogram((*JOURNAL, waiting)) == {0: 2, 1: 2}
 
 
-@given(
-    tasks=st.integers(1, 6), versions=st.integers(1, 12), gaps=st.floats(0, 0.4), seed=st.integers(0, 2**32 - 1)
-)
-def test_forgetting_is_the_own_row_minus_the_last_row(
-    tasks: int, versions: int, gaps: float, seed: int
-) -> None:
+@given(tasks=st.integers(1, 6), versions=st.integers(1, 12), gaps=st.floats(0, 0.4), seed=st.integers(0, 2**32 - 1))
+def test_forgetting_is_the_own_row_minus_the_last_row(tasks: int, versions: int, gaps: float, seed: int) -> None:
     draw = random.Random(seed)
     names = [f"t{i}" for i in range(tasks)]
     journal = [submission(n, 0, draw.randint(1, versions)) for n in names for _ in range(draw.randint(1, 3))]
