@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from share_client.channel import error_from_rpc, open_pinned_channel
 from share_client.durable import make_private_directory, write_atomic
-from share_client.member import ClientLayout, Member, save_member
-from share_core.errors import CertificateError, TokenError, UnavailableError
+from share_client.member import ClientLayout, Member, load_member, save_member
+from share_core.errors import CertificateError, ConfigError, TokenError, UnavailableError
 from share_core.identity import (
     JoinToken,
     certificate_fingerprint,
@@ -44,6 +44,7 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
     Raises:
         TokenError: the token is damaged, expired, used, or not made by this server.
         CertificateError: the server's authority is not the one named in the token.
+        ConfigError: the directory belongs to another member.
         UnavailableError: nobody answers at the token's address.
     """
     token = token_decode(token_text)
@@ -52,6 +53,11 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
         raise TokenError(
             f"join token for {token.organisation}/{token.name} expired at {moment:%Y-%m-%d %H:%M %Z}: "
             "ask the operator for a new one"
+        )
+    before = load_member(layout) if layout.member.exists() else None
+    if before is not None and before.member != token.identity.member:
+        raise ConfigError(
+            f"{layout.root} belongs to {before.member}, the token is for {token.identity.member}: use another --dir"
         )
     authority = fetch_authority(token)
     _make_keys(layout)
@@ -64,6 +70,7 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
         hub_address=answer.hub_address,
         gateway_address=answer.gateway_address,
         space_id=answer.space_id,
+        node_id=before.node_id if before is not None else 0,
     )
     save_member(layout, member)
     return member

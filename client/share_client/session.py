@@ -104,7 +104,7 @@ def run_session(
                 return SessionCounters(0, 0, 0, 0, version=0, idle=False)
             _check_space(description, member, lease)
             trainer = trainer or BackboneTrainer(tasks_path)
-            check_backbone(description.spec, trainer.weights())
+            trainer.tasks()  # a tasks file that cannot be used at the start is told at once
             session = _Session(layout, member, lease, link, description, trainer, options, log, stop)
             return session.run()
         except FedshareError as error:
@@ -143,6 +143,7 @@ class _Session:
         self._evaluated = 0
         self._taken = 0
         self._tasks_error = ""
+        self._backbone_checked = False
 
     def run(self) -> SessionCounters:
         """Follow versions in a thread and work in this one."""
@@ -236,6 +237,16 @@ class _Session:
         self._tasks_error = ""
         return tasks
 
+    def _check_backbone(self) -> None:
+        """Before the first use of the backbone: refuse one whose weights are not the space's.
+
+        Raises:
+            SpaceMismatchError: naming the site and both fingerprints.
+        """
+        if not self._backbone_checked:
+            check_backbone(self._spec, self._trainer.weights())
+            self._backbone_checked = True
+
     def _may_train(self) -> bool:
         """Whether the lease allows another training."""
         if self._lease is None:
@@ -249,6 +260,7 @@ class _Session:
 
     def _train(self, task: LocalTask) -> None:
         """Train one task in the newest version and put the result into the outbox."""
+        self._check_backbone()
         space = self._view.newest
         task_id = f"{self._member.organisation}/{task.name}"
         self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
@@ -324,6 +336,7 @@ class _Session:
             if not known or self._records.is_evaluated(task.name, space.version):
                 continue
             assert head is not None
+            self._check_backbone()
             adapter = task_adapter(space, task_id)
             measured = self._trainer.evaluate(task, adapter, self._records.read_head(task.name, head))
             line = {"task": task.name, "version": space.version, **vars(measured)}

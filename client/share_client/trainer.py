@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from share_client.data.content import content_hash
 from share_client.tasks_file import TaskConfig, TasksFile, read_tasks
 from share_core.types import Adapter, Space, Update
+
+if TYPE_CHECKING:
+    from share_client.training import Backbone, PreparedTask
 
 
 @dataclass(frozen=True)
@@ -104,20 +107,26 @@ class Trainer(Protocol):
 
 
 class BackboneTrainer:
-    """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once."""
+    """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once, when it is first needed."""
 
     def __init__(self, path: Path) -> None:
-        from share_client.training import load_backbone
-
         self._path = path
-        self._file = read_tasks(path)
-        self._backbone = load_backbone(self._file.backbone, self._file.device)
+        self._loaded: Backbone | None = None
         self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
-        self._prepared: dict[str, tuple[TaskConfig, str, Any]] = {}
+        self._prepared: dict[str, tuple[TaskConfig, str, PreparedTask]] = {}
 
     def weights(self) -> Mapping[str, Tensor]:
         """Return the frozen weights by site name."""
-        return self._backbone.site_weights()
+        return self._backbone().site_weights()
+
+    def _backbone(self) -> Backbone:
+        """Load the backbone when it is first needed: most leases of an idle client never need it."""
+        if self._loaded is None:
+            from share_client.training import load_backbone
+
+            file = read_tasks(self._path)
+            self._loaded = load_backbone(file.backbone, file.device)
+        return self._loaded
 
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
@@ -126,7 +135,7 @@ class BackboneTrainer:
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
-        return int(self._prepare(task).train_rows)
+        return self._prepare(task).train_rows
 
     def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
         """Train one task in the coordinates of ``space``."""
@@ -137,7 +146,7 @@ class BackboneTrainer:
 
         prepared = self._prepare(task)
         options = TrainingOptions.of(prepared.config)
-        result = train_in_space(self._backbone, prepared, space, task_id, options, forward)
+        result = train_in_space(self._backbone(), prepared, space, task_id, options, forward)
         return Trained(
             update=result.update,
             head=result.head,
@@ -152,7 +161,7 @@ class BackboneTrainer:
         """Measure one task's adapter and head on the private test rows."""
         from share_client.training import evaluate
 
-        result = evaluate(self._backbone, self._prepare(task), adapter, head)
+        result = evaluate(self._backbone(), self._prepare(task), adapter, head)
         return Measured(metric=result.metric, value=result.value, rows=result.rows)
 
     def _hash(self, task: TaskConfig) -> str:
@@ -162,13 +171,13 @@ class BackboneTrainer:
             self._hashes[key] = content_hash(task.train, task.test)
         return self._hashes[key]
 
-    def _prepare(self, task: LocalTask) -> Any:
+    def _prepare(self, task: LocalTask) -> PreparedTask:
         """Read and tokenise a task's files, once for each content and configuration."""
         from share_client.training import prepare_task
 
         assert task.config is not None, "a task of a file has a configuration"
         known = self._prepared.get(task.name)
         if known is None or known[:2] != (task.config, task.content_hash):
-            known = (task.config, task.content_hash, prepare_task(task.config, self._backbone))
+            known = (task.config, task.content_hash, prepare_task(task.config, self._backbone()))
             self._prepared[task.name] = known
         return known[2]

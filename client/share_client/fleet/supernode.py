@@ -55,13 +55,13 @@ class SuperNode:
         stop: threading.Event,
         tell: Callable[[str], None],
     ) -> None:
-        self._layout = layout
+        self._layout = ClientLayout(layout.root.resolve())  # Flower runs in another working directory
         self._member = member
         self._tasks_path = tasks_path
         self._link = link
         self._stop = stop
         self._tell = tell
-        self._forwarder = Forwarder(layout, member.gateway_address, datetime.now(UTC))
+        self._forwarder = Forwarder(self._layout, member.gateway_address, datetime.now(UTC))
         self._refused_since: float | None = None
 
     def run(self) -> None:
