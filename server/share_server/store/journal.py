@@ -25,6 +25,14 @@ from share_server.store.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
 
 _DOMAIN = b"fedshare journal 1"
 _GENESIS = bytes(32)
+_PRAGMAS = (
+    "locking_mode=EXCLUSIVE",  # before WAL: then no shared-memory file, and no second connection
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    "trusted_schema=OFF",
+    "cell_size_check=ON",
+)
 
 
 class Journal:
@@ -40,15 +48,16 @@ class Journal:
         self._last = (0, _GENESIS)
         with _database("opening the journal"):
             self._db = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._open(path, space_id)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, path: Path, space_id: str) -> None:
+        with _database("opening the journal"):
             self._db.row_factory = sqlite3.Row
-            for pragma in (
-                "locking_mode=EXCLUSIVE",
-                "journal_mode=WAL",
-                "synchronous=FULL",
-                "foreign_keys=ON",
-                "trusted_schema=OFF",
-                "cell_size_check=ON",
-            ):
+            for pragma in _PRAGMAS:
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             fresh = not self._scalar("SELECT count(*) FROM sqlite_schema")
         if fresh:

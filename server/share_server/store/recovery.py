@@ -10,7 +10,7 @@ authority: a running hub continues from what it stored, not from what it compute
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from share_core.errors import StorageError
@@ -20,7 +20,7 @@ from share_core.types import Space, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot
 from share_server.store.blobs import BlobStore
 from share_server.store.journal import Journal
-from share_server.store.records import UpdateRow, VersionRow
+from share_server.store.records import UpdateRow, UpdateState, VersionRow
 from share_server.store.updates import list_updates, update_entry
 from share_server.store.versions import (
     head_version,
@@ -87,6 +87,8 @@ def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
     Raises:
         StorageError: any of it does not hold.
     """
+    if journal.rows("PRAGMA foreign_key_check"):
+        raise StorageError("rows of the journal refer to rows that are gone: the store is damaged")
     entries = journal.verify_chain()
     head = head_version(journal)
     versions = list_versions(journal, 0, head)
@@ -122,17 +124,22 @@ def _check_entries(
     versions: list[VersionRow],
 ) -> None:
     """Compare the rows with the entries that were chained when they were written."""
-    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "version": {}}
+    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "refused": {}, "version": {}}
     for kind, body, digest in entries.values():
         if kind in chained:
-            chained[kind][body["update_id"] if kind == "update" else body["version"]] = (body, digest)
+            chained[kind][body["version" if kind == "version" else "update_id"]] = (body, digest)
     if len(chained["update"]) != len(updates) or len(chained["version"]) != len(versions):
         raise StorageError("the journal's rows and its hash chain differ in number: the store is damaged")
+    merged = {row.update_id: row.version for row in versions}
     for update in updates:
-        expected = update_entry(replace(update.new, create=False), update.ingest_seq, update.received_ms)
-        body, digest = chained["update"].get(update.new.update_id, ({}, ""))
-        if body != expected or digest != update.entry_hash:
-            raise StorageError(f"update {update.new.update_id} does not say what was chained: the store is damaged")
+        name = update.new.update_id
+        body, digest = chained["update"].get(name, ({}, ""))
+        if body != update_entry(update.new, update.ingest_seq, update.received_ms) or digest != update.entry_hash:
+            raise StorageError(f"update {name} does not say what was chained: the store is damaged")
+        if update.version != merged.get(name, 0) or (update.state is UpdateState.REFUSED) != (
+            name in chained["refused"]
+        ):
+            raise StorageError(f"update {name} is {update.state.value}, which was not chained: the store is damaged")
     for version in versions:
         body, _ = chained["version"].get(version.version, ({}, ""))
         if body != version_entry(version):
