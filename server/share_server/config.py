@@ -54,7 +54,7 @@ class LimitConfig:
     """A subscriber that does not take a message within this time is cut."""
     recheck_s: float = 30.0
     """How often the certificate behind an open stream is checked again."""
-    enrolments_per_minute: int = 60
+    enrolments_per_minute: int = 300
     """Enrolment calls per minute and peer address."""
     free_space_bytes: int = 256 * 2**20
     """Uploads are refused below this much free disk, so that merges can always commit."""

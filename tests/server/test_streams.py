@@ -1,0 +1,195 @@
+"""Slow readers, many readers, and updates that cannot be merged: nobody holds up the others."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc import aio
+
+from share_core.errors import RebaseError
+from share_core.fingerprint import describe_space
+from share_core.merge import empty_state
+from share_core.types import Factors, SiteUpdate, SpaceSpec, Update
+from share_core.wire import encode_update
+from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.config import LimitConfig
+from share_server.hub.feed import Feed
+from share_server.local import LocalHub, read_deltas, submit_header, submit_messages
+from share_server.operator import CHANNEL_OPTIONS
+from share_server.store.journal import Journal
+from share_server.store.versions import chain_bytes
+
+
+def _submit(hub: hub_pb2_grpc.HubStub, spec: SpaceSpec, task: str, payload: bytes) -> hub_pb2.UpdateRecord:
+    header = submit_header(spec, task, payload)
+    hub.Submit(submit_messages(header, payload), timeout=60)
+    while True:
+        record = hub.GetUpdate(hub_pb2.GetUpdateRequest(update_id=header.update_id), timeout=30).update
+        if record.state != hub_pb2.UPDATE_STATE_ACCEPTED:
+            return record
+        time.sleep(0.02)
+
+
+def test_a_feed_wakes_everybody_and_remembers_nobody(toy_spec: SpaceSpec) -> None:
+    async def run() -> None:
+        feed = Feed(empty_state(toy_spec))
+        woken: list[int] = []
+
+        async def wait(number: int) -> None:
+            await feed.wait_after(0, 30)
+            woken.append(number)
+
+        waiting = [asyncio.create_task(wait(number)) for number in range(200)]
+        await asyncio.sleep(0)
+        assert not woken
+        feed.close()
+        await asyncio.gather(*waiting)
+        assert len(woken) == 200
+        await feed.wait_after(0, 30)  # a closed feed keeps nobody waiting
+
+    asyncio.run(run())
+
+
+def test_a_chain_with_a_gap_needs_a_snapshot(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db", "sha256:1")
+    assert chain_bytes(journal, 0, 0) == 0
+    with pytest.raises(RebaseError):
+        chain_bytes(journal, 0, 2)
+    journal.close()
+
+
+@pytest.fixture(scope="module")
+def wide_spec() -> SpaceSpec:
+    """One site whose bases are a few megabytes, so that buffers cannot hide a reader that does not read."""
+    return describe_space("wide", {"w": torch.zeros(40_000, 8)}, k_max=8, rank_limit=8)
+
+
+def _wide_payload(spec: SpaceSpec, seed: int, rank: int) -> bytes:
+    draw = torch.Generator().manual_seed(seed)
+    site = spec.sites["w"]
+    factors = Factors(torch.randn(site.d_out, rank, generator=draw), torch.randn(site.d_in, rank, generator=draw))
+    return encode_update(Update(0, {"w": SiteUpdate(residual=factors)}))
+
+
+def test_slow_readers_are_cut_and_late_ones_take_a_snapshot(tmp_path: Path, wide_spec: SpaceSpec) -> None:
+    server = LocalHub(tmp_path / "server", wide_spec, limits=LimitConfig(write_timeout_s=1.0))
+    server.start()
+    try:
+        holder = server.enrol("acme/alice")
+        with server.hub(holder) as hub:
+            for number in range(4):
+                record = _submit(hub, wide_spec, "acme/wide", _wide_payload(wide_spec, number, 8))
+                assert record.state == hub_pb2.UPDATE_STATE_MERGED, record.reason
+            follow = hub_pb2.FollowVersionsRequest(space_id=wide_spec.space_id)
+            answers = list(hub.FollowVersions(follow, timeout=60))
+            assert [answer.WhichOneof("part") for answer in answers] == ["snapshot_required"]
+            assert answers[0].snapshot_required.newest_version == 4
+        asyncio.run(_stall(server, wide_spec))
+        with server.hub(holder) as hub:
+            assert _submit(hub, wide_spec, "acme/wide", _wide_payload(wide_spec, 9, 8)).version == 5
+            assert hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).subscribers == 0
+        assert server.stop() == 0
+    finally:
+        if server.running:
+            server.kill()
+
+
+async def _stall(server: LocalHub, spec: SpaceSpec) -> None:
+    """Ask for a snapshot, take one message, and then nothing until the hub cuts the stream."""
+    holder = server.enrol("acme/sleepy")
+    credentials = grpc.ssl_channel_credentials(server.layout.ca_cert.read_bytes(), holder.key, holder.certificate)
+    window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with aio.secure_channel(server.config.local_hub_address, credentials, [*CHANNEL_OPTIONS, *window]) as channel:
+        stub = hub_pb2_grpc.HubStub(channel)
+        stream = stub.FetchSnapshot(hub_pb2.FetchSnapshotRequest(space_id=spec.space_id), timeout=120)
+        first: Any = await stream.read()
+        assert first.header.payload_size > 1_000_000
+        operator = server.own("operator")
+        end = time.monotonic() + 60
+        while "nothing was read" not in server.log_file.read_text():
+            assert time.monotonic() < end, "the reader was never cut"
+            await asyncio.sleep(0.1)
+            with server.hub(operator) as hub:
+                hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30)
+        with pytest.raises(aio.AioRpcError) as caught:
+            while await stream.read() is not aio.EOF:
+                pass
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "read faster" in (caught.value.details() or "")
+
+
+def test_fifty_readers_get_every_version(
+    shared_hub: LocalHub, toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
+) -> None:
+    holder = shared_hub.enrol("acme/alice")
+    with shared_hub.hub(holder) as hub:
+        start = hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).version
+        digests: list[list[str]] = [[] for _ in range(50)]
+        request = hub_pb2.FollowVersionsRequest(space_id=toy_spec.space_id, since_version=start)
+        streams = [hub.FollowVersions(request, timeout=120) for _ in digests]
+
+        def read(number: int) -> None:
+            for version, payload in read_deltas(streams[number]):
+                digests[number].append(hashlib.sha256(payload).hexdigest())
+                if version == start + 5:
+                    streams[number].cancel()
+                    return
+
+        readers = [threading.Thread(target=read, args=(number,)) for number in range(50)]
+        for reader in readers:
+            reader.start()
+        for number in range(5):
+            _submit(hub, toy_spec, f"acme/t{number}", make_payload(number))
+        for reader in readers:
+            reader.join(60)
+    assert len(set(map(tuple, digests))) == 1
+    assert len(digests[0]) == 5
+
+
+def test_an_update_that_cannot_be_merged_is_refused_with_its_reason_and_blocks_nobody(
+    new_hub: Callable[..., LocalHub], toy_spec: SpaceSpec, make_payload: Callable[..., bytes], tmp_path: Path
+) -> None:
+    script = tmp_path / "faulty_merge.py"
+    script.write_text(
+        "import sys\n"
+        "from share_core.errors import TensorShapeError\n"
+        "from share_server.hub import __main__, merging\n"
+        "honest = merging.merge\n"
+        "def faulty(state, task_id, *rest):\n"
+        "    if task_id == 'acme/shape':\n"
+        "        raise TensorShapeError('site a: expected 3, got 4')\n"
+        "    if task_id == 'acme/fault':\n"
+        "        raise ZeroDivisionError('a secret of the server')\n"
+        "    return honest(state, task_id, *rest)\n"
+        "merging.merge = faulty\n"
+        "sys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    server = new_hub(program=(str(script),))
+    server.start()
+    with server.hub(server.enrol("acme/alice")) as hub:
+        named = _submit(hub, toy_spec, "acme/shape", make_payload(1))
+        fault = _submit(hub, toy_spec, "acme/fault", make_payload(2))
+        good = _submit(hub, toy_spec, "acme/good", make_payload(3))
+        status = hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30)
+    assert (named.state, named.reason) == (
+        hub_pb2.UPDATE_STATE_REFUSED,
+        "TensorShapeError: site a: expected 3, got 4",
+    )
+    assert fault.state == hub_pb2.UPDATE_STATE_REFUSED
+    assert "secret" not in fault.reason
+    assert "ZeroDivisionError" in server.log_file.read_text()
+    assert (good.state, good.version) == (hub_pb2.UPDATE_STATE_MERGED, 1)
+    assert (status.refused, status.merged, status.tasks) == (2, 1, 1)
+    assert server.stop() == 0
+    server.start()
+    with server.hub(server.own("operator")) as hub:
+        assert hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).refused == 2
