@@ -94,13 +94,12 @@ class Records:
 
     def refused(self, task: str, content_hash: str, reason: str) -> None:
         """Record that the hub will never take what was trained on this data."""
-        self._save(replace(self.get(task), refused_hash=content_hash, refused_reason=reason))
+        self._save(replace(self.get(task), refused_hash=content_hash, refused_reason=reason, retrainings=0))
 
-    def retrain(self, task: str, content_hash: str, reason: str) -> bool:
-        """Record that a training was in vain and another try is due; False if there were too many."""
+    def retrain(self, task: str) -> bool:
+        """Record that a training was in vain and another try is due; False, and nothing, if there were too many."""
         record = self.get(task)
         if record.retrainings + 1 >= MOST_RETRAININGS:
-            self.refused(task, content_hash, f"{reason} ({MOST_RETRAININGS} times in a row)")
             return False
         self._save(replace(record, retrainings=record.retrainings + 1))
         return True

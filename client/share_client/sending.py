@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from share_client.backoff import Backoff
 from share_client.link import HubLink
 from share_client.outbox import Entry, Outbox
-from share_client.records import Records
+from share_client.records import MOST_RETRAININGS, Records
 from share_client.session_log import SessionLog
 from share_core.errors import (
     AccessError,
@@ -163,8 +163,8 @@ class Sender:
     def _train_again(self, entry: Entry, error: FedshareError) -> None:
         training = entry.training
         reason = f"{type(error).__name__}: {error}"
-        if not self._records.retrain(training.task, training.content_hash, reason):
-            self._refuse(entry, type(error).__name__, str(error))
+        if not self._records.retrain(training.task):
+            self._refuse(entry, type(error).__name__, f"{error} ({MOST_RETRAININGS} times in a row)")
             return
         self._outbox.refuse(entry, type(error).__name__, str(error))
         self._log.write("retrain", task=training.task, update_id=entry.update_id, reason=reason)

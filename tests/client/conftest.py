@@ -87,9 +87,7 @@ class Hub:
     def token(self, member: str, **changes: Any) -> str:
         """Return a join token for ``organisation/name``; ``changes`` forge its fields under the real key."""
         organisation, _, name = member.partition("/")
-        text = invite_member(
-            self.layout, self.config, Identity("trainer", organisation, name), 1.0, datetime.now(UTC)
-        )
+        text = invite_member(self.layout, self.config, Identity("trainer", organisation, name), 1.0, datetime.now(UTC))
         if not changes:
             return text
         token = replace(token_decode(text), **changes)

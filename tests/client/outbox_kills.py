@@ -57,7 +57,10 @@ def run_killed(directory: Path, kill_at: int, end: str) -> list[str]:
                 os.kill(os.getpid(), signal.SIGKILL)
             taken += 1
 
-        life(Outbox(directory, step), lambda text: os.write(writer, text.encode() + b"\n") and None, end)
+        def say(text: str) -> None:
+            os.write(writer, text.encode() + b"\n")
+
+        life(Outbox(directory, step), say, end)
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -100,23 +103,19 @@ def check(entry: Entry) -> None:
 
 def plant(bug: str) -> None:
     """Break the outbox on purpose."""
+    broken: Any = module
     if bug == "no temporary directory":
-        module.TEMPORARY = ""  # type: ignore[misc]
+        broken.TEMPORARY = ""
     elif bug == "no head":
-        real = module.write_flushed
+        real = broken.write_flushed
 
         def forgetful(path: Path, data: bytes) -> None:
             if not path.name.startswith("head."):
                 real(path, data)
 
-        module.write_flushed = forgetful  # type: ignore[assignment]
+        broken.write_flushed = forgetful
     elif bug == "refused are deleted":
-
-        def refuse(box: Outbox, entry: Entry, error: str, reason: str) -> Path:
-            module.remove_tree(entry.directory)
-            return entry.directory
-
-        module.Outbox.refuse = refuse  # type: ignore[method-assign]
+        broken.Outbox.refuse = lambda box, entry, error, reason: broken.remove_tree(entry.directory)
 
 
 BUGS = ("", "no temporary directory", "no head", "refused are deleted")
@@ -133,6 +132,8 @@ def campaign(root: Path, bug: str) -> dict[str, Any]:
         points = 0
         for end in ("remove", "refuse"):
             for kill_at in range(steps_of(root / f"count-{end}", end) + 1):
+                if bug and wrong:
+                    break  # caught: that is all there is to show
                 directory = root / f"{end}-{kill_at}"
                 said = run_killed(directory, kill_at, end)
                 wrong += [f"{end} at step {kill_at}: {text}" for text in violations(directory, said, end)]

@@ -1,8 +1,9 @@
 """Kill sessions at chosen steps of the outbox and let the next session continue.
 
-Run as a script: ``session_kills.py BUG DIRECTORY...``: one enrolled client directory for each step in :data:`STEPS`, with
-``tasks.json`` in it. Each session runs in a forked process. The last line printed is a JSON object: for each step the
-trainings, merges and evaluations that the directory tells of afterwards.
+Run as a script: ``session_kills.py BUG DIRECTORY...``: one enrolled client directory for each step in :data:`STEPS`,
+with ``tasks.json`` in it. Each session runs in a forked process. The last line printed is a JSON object: for each step
+the trainings, merges and evaluations that the directory tells of afterwards. With fewer directories the last steps are
+taken.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from share_client import session
 from share_client.outbox import Entry, Outbox
@@ -39,16 +40,17 @@ def load_trainer() -> Any:
 
 def plant(bug: str) -> None:
     if bug == "removed before it is recorded":
-        keep = Sender._keep
+        entries, outboxes, senders = cast(Any, Entry), cast(Any, Outbox), cast(Any, Sender)
+        keep, remove = senders._keep, outboxes.remove
 
-        def remove_first(self: Sender, entry: Entry, record: hub_pb2.UpdateRecord) -> None:
+        def remove_first(sender: Any, entry: Entry, record: hub_pb2.UpdateRecord) -> None:
             head = entry.read_head()
-            self._outbox.remove(entry)
-            Entry.read_head = lambda entry: head  # type: ignore[method-assign]
-            Outbox.remove = lambda box, entry: None  # type: ignore[method-assign]
-            keep(self, entry, record)
+            remove(sender._outbox, entry)
+            entries.read_head = lambda entry: head
+            outboxes.remove = lambda box, entry: None
+            keep(sender, entry, record)
 
-        Sender._keep = remove_first  # type: ignore[method-assign]
+        senders._keep = remove_first
 
 
 def forked(root: Path, trainer: Any, kill_at: str) -> int:
@@ -63,7 +65,7 @@ def forked(root: Path, trainer: Any, kill_at: str) -> int:
                 if name == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            session.Outbox = functools.partial(Outbox, step=step)  # type: ignore[misc, assignment]
+            cast(Any, session).Outbox = functools.partial(Outbox, step=step)
         session.run_session(root, root / "tasks.json", trainer=trainer, options=OPTIONS)
         os._exit(0)
     finally:
@@ -87,7 +89,7 @@ def main(bug: str, roots: list[Path]) -> dict[str, Any]:
     plant(bug)
     module = load_trainer()
     answer = {}
-    for step, root in zip(STEPS, roots, strict=True):
+    for step, root in zip(STEPS[-len(roots) :], roots, strict=True):
         trainer = module.FakeTrainer(root / "tasks.json")
         killed = forked(root, trainer, step)
         assert os.WIFSIGNALED(killed), f"the session did not reach {step!r}: {killed}"

@@ -57,9 +57,7 @@ def test_a_used_token_is_refused_and_names_the_way_out(hub: Any, tmp_path: Path)
     assert not second.member.exists()
 
 
-def test_an_expired_token_is_refused_here_and_there(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expired_token_is_refused_here_and_there(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token = hub.token("enrolorg/four", expires=int(now().timestamp()) - 60)
     with pytest.raises(TokenError, match=r"enrolorg/four expired at .* ask the operator"):
         enrol(token, ClientLayout(tmp_path / "c"), now())

@@ -1,0 +1,181 @@
+"""The loopback forwarder and the signed deactivate call, against a gateway that demands a client certificate."""
+
+from __future__ import annotations
+
+import base64
+import ssl
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from share_client.durable import make_private_directory, write_atomic
+from share_client.enrol import make_node_key
+from share_client.fleet.deactivate import deactivate
+from share_client.fleet.forwarder import Forwarder
+from share_client.member import ClientLayout
+from share_core.identity import Identity, identity_of, make_authority, make_csr, new_private_key_pem, sign_csr
+
+
+class Gateway:
+    """An HTTPS server that tells who called it."""
+
+    def __init__(self, root: Path, layout: ClientLayout, authority: bytes, authority_key: bytes, port: int) -> None:
+        now = datetime.now(UTC)
+        key = new_private_key_pem()
+        server = Identity("hub", "fedshare", "hub")
+        write_atomic(root / "server.key", key)
+        write_atomic(
+            root / "server.pem",
+            sign_csr(authority, authority_key, make_csr(key), server, now, 1, ["127.0.0.1"]),
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(root / "server.pem", root / "server.key")
+        context.load_verify_locations(layout.authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+        self.requests: list[tuple[str, dict[str, str], bytes, str]] = []
+        self.status = 200
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                assert isinstance(self.connection, ssl.SSLSocket)
+                der = self.connection.getpeercert(binary_form=True)
+                assert der is not None
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                gateway.requests.append((self.path, headers, body, identity_of(der).member))
+                self.send_response(gateway.status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server.daemon_threads = True
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def member(tmp_path: Path) -> tuple[ClientLayout, bytes, bytes]:
+    """An enrolled directory, made without a server; with the authority that signed it."""
+    now = datetime.now(UTC)
+    authority, authority_key = make_authority("test", now)
+    layout = ClientLayout(tmp_path / "client")
+    make_private_directory(layout.identity)
+    key = new_private_key_pem()
+    certificate = sign_csr(authority, authority_key, make_csr(key), Identity("trainer", "org", "one"), now, 1)
+    private, public = make_node_key()
+    for path, data in (
+        (layout.key, key),
+        (layout.certificate, certificate),
+        (layout.authority, authority),
+        (layout.node_key, private),
+        (layout.node_public_key, public),
+    ):
+        write_atomic(path, data)
+    return layout, authority, authority_key
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, member: tuple[ClientLayout, bytes, bytes]) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path, *member, port=0)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def forwarder(gateway: Gateway, member: tuple[ClientLayout, bytes, bytes]) -> Iterator[Forwarder]:
+    forwarder = Forwarder(member[0], f"127.0.0.1:{gateway.port}", datetime.now(UTC))
+    forwarder.start()
+    yield forwarder
+    forwarder.stop()
+
+
+def local_client(forwarder: Forwarder) -> httpx.Client:
+    context = ssl.create_default_context(cafile=str(forwarder.authority))
+    return httpx.Client(verify=context, trust_env=False, base_url=f"https://127.0.0.1:{forwarder.port}", timeout=30)
+
+
+def test_bytes_go_through_with_our_certificate(gateway: Gateway, forwarder: Forwarder) -> None:
+    large = bytes(range(256)) * 8192
+    with local_client(forwarder) as client:
+        for body in (b"small", large, b""):
+            answer = client.post("/v1/fleet/pull-messages", content=body)
+            assert (answer.status_code, answer.content) == (200, body)
+    assert {member for _, _, _, member in gateway.requests} == {"org/one"}
+
+
+def test_a_gateway_that_is_down_is_a_503_and_not_a_failed_handshake(
+    tmp_path: Path, gateway: Gateway, forwarder: Forwarder, member: tuple[ClientLayout, bytes, bytes]
+) -> None:
+    gateway.close()
+    with local_client(forwarder) as client:
+        answer = client.post("/v1/fleet/push-object", content=b"x" * 5_000_000)
+        assert answer.status_code == 503
+        assert not {"ssl", "tls", "certificate"} & set(answer.text.lower().split()), "Flower takes these for fatal"
+        assert f"127.0.0.1:{gateway.port}" in forwarder.trouble
+        again = Gateway(tmp_path, *member, port=gateway.port)
+        try:
+            assert client.post("/v1/fleet/push-object", content=b"back").content == b"back"
+            assert forwarder.trouble == ""
+        finally:
+            again.close()
+
+
+def test_a_gateway_of_another_federation_is_not_spoken_to(
+    tmp_path: Path, member: tuple[ClientLayout, bytes, bytes]
+) -> None:
+    layout = member[0]
+    stranger = Gateway(tmp_path, layout, *make_authority("other", datetime.now(UTC)), port=0)
+    forwarder = Forwarder(layout, f"127.0.0.1:{stranger.port}", datetime.now(UTC))
+    forwarder.start()
+    try:
+        with local_client(forwarder) as client:
+            assert client.post("/v1/fleet/pull-messages", content=b"secret").status_code == 503
+        assert stranger.requests == []
+    finally:
+        forwarder.stop()
+        stranger.close()
+
+
+def test_the_deactivate_call_is_signed_as_flower_wants(
+    gateway: Gateway, forwarder: Forwarder, member: tuple[ClientLayout, bytes, bytes]
+) -> None:
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+
+    layout = member[0]
+    for status in (200, 401):
+        gateway.status = status
+        assert deactivate(layout, forwarder.port, forwarder.authority, 2**63 + 5) == status
+    path, headers, body, caller = gateway.requests[0]
+    assert (path, caller) == ("/v1/fleet/deactivate-node", "org/one")
+    assert DeactivateNodeRequest.FromString(body).node_id == 2**63 + 5
+    public = load_pem_public_key(base64.b64decode(headers["flwr-public-key"]))
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    signature = base64.b64decode(headers["flwr-signature"])
+    public.verify(signature, headers["flwr-timestamp"].encode(), ec.ECDSA(hashes.SHA256()))
+    age = datetime.now(UTC) - datetime.fromisoformat(headers["flwr-timestamp"])
+    assert 0 <= age.total_seconds() < 300
+    gateway.close()
+    assert deactivate(layout, forwarder.port, forwarder.authority, 5) == 503
