@@ -169,7 +169,8 @@ def test_a_killed_server_app_is_replaced(federation: Federation) -> None:
     assert words[0] == before["run_id"]
     os.kill(int(words[1]), signal.SIGKILL)
     federation.wait(lambda: federation.state()["run_id"] not in {None, before["run_id"]})
-    federation.next_lease()
+    known = len(federation.events("lease granted"))
+    federation.wait(lambda: len(federation.events("lease granted")) > known)
 
 
 def test_a_killed_supervisor_leaves_nothing_and_the_next_one_carries_on(federation: Federation) -> None:
