@@ -28,6 +28,15 @@ IN_NORM = 1 / math.sqrt(3)
 """Norm of the ``in_`` columns at the start: that of LoRA's usual initialisation, uniform in +-1/sqrt(d_in)."""
 
 
+REFERENCE_WIDTH = 384
+"""Length of the columns for which ``learning_rate`` is meant: the width of MiniLM."""
+
+
+def rate_for(length: int) -> float:
+    """Return the multiple of the learning rate for columns of this length: ``sqrt(REFERENCE_WIDTH / length)``."""
+    return math.sqrt(REFERENCE_WIDTH / max(1, length))
+
+
 @dataclass(frozen=True)
 class Rated:
     """A parameter with its multiple of the learning rate."""
@@ -79,7 +88,7 @@ class LoraFactors(SiteFactors):
 
     def rated(self) -> Sequence[Rated]:
         """Both factors at the plain rate."""
-        return [Rated(self.out, 1.0), Rated(self.in_, 1.0)]
+        return [Rated(self.out, rate_for(self.out.shape[0])), Rated(self.in_, rate_for(self.in_.shape[0]))]
 
 
 class SpaceFactors(SiteFactors):
@@ -106,8 +115,8 @@ class SpaceFactors(SiteFactors):
     def rated(self) -> Sequence[Rated]:
         """Free directions at the plain rate, core factors at ``sqrt(d / k)`` times it."""
         return [
-            Rated(self.core_out, math.sqrt(self.left.shape[0] / max(1, self.left.shape[1]))),
-            Rated(self.core_in, math.sqrt(self.right.shape[0] / max(1, self.right.shape[1]))),
-            Rated(self.free_out, 1.0),
-            Rated(self.free_in, 1.0),
+            Rated(self.core_out, rate_for(self.left.shape[1])),
+            Rated(self.core_in, rate_for(self.right.shape[1])),
+            Rated(self.free_out, rate_for(self.left.shape[0])),
+            Rated(self.free_in, rate_for(self.right.shape[0])),
         ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
-from share_client.training.factors import SiteFactors
+from share_client.training.factors import SiteFactors, rate_for
 from share_client.training.inject import AdaptedLinear, injected
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions
 from share_core.errors import ConfigError
@@ -79,7 +79,7 @@ def train(
     draw = torch.Generator().manual_seed(options.seed)
     per_epoch = -(-task.train_rows // options.batch_size)
     steps = options.epochs * per_epoch
-    optimizer = _optimizer(head, changes, options.learning_rate)
+    optimizer = _optimizer(head, backbone.width, changes, options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _triangle(steps, options.warmup))
     mean: float | None = None
     done = 0
@@ -103,9 +103,11 @@ def train(
     return Trained(loss=float("nan") if mean is None else mean, steps=done)
 
 
-def _optimizer(head: nn.Module, changes: Mapping[str, SiteFactors], learning_rate: float) -> torch.optim.Optimizer:
+def _optimizer(
+    head: nn.Module, width: int, changes: Mapping[str, SiteFactors], learning_rate: float
+) -> torch.optim.Optimizer:
     """Return AdamW with one group for each multiple of the learning rate."""
-    groups: dict[float, list[nn.Parameter]] = {1.0: list(head.parameters())}
+    groups: dict[float, list[nn.Parameter]] = {rate_for(width): list(head.parameters())}
     for change in changes.values():
         for rated in change.rated():
             if rated.parameter.numel():
