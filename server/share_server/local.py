@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
+import runpy
 import secrets
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grpc
@@ -27,6 +30,10 @@ from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.provision import create_server, free_ports, invite_member
 
 _START_S = 60.0
+
+# Hubs are forked from a server that has imported everything and opened nothing: importing takes longer than a restart.
+_WARM = multiprocessing.get_context("forkserver")
+_WARM.set_forkserver_preload(["share_server.hub.__main__"])
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,9 @@ class LocalHub:
         spec: SpaceSpec,
         limits: LimitConfig | None = None,
         lease: LeaseConfig | None = None,
-        program: Sequence[str] = ("-m", "share_server.hub"),
+        script: Path | None = None,
     ) -> None:
-        """Make the directory; ``program`` is what Python runs, with the directory as last argument."""
+        """Make the directory. ``script`` runs instead of ``share_server.hub``, with the directory as argument."""
         ports = free_ports(3)
         self.config = ServerConfig(
             hub_port=ports[0],
@@ -61,21 +68,20 @@ class LocalHub:
         )
         self.spec = spec
         self.layout = Layout(root)
-        self.program = tuple(program)
+        self.script = script
         create_server(self.layout, self.config, spec, datetime.now(UTC))
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BaseProcess | None = None
 
     @property
     def log_file(self) -> Path:
         """What the hub wrote to stderr, over all its lives."""
         return self.layout.logs / "hub.log"
 
-    def launch(self) -> subprocess.Popen[bytes]:
+    def launch(self) -> BaseProcess:
         """Start a hub process without waiting for it; the caller owns it."""
-        with self.log_file.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, *self.program, str(self.layout.root)], stdin=subprocess.DEVNULL, stderr=log
-            )
+        process = _WARM.Process(target=_run_hub, args=(self.script, self.layout.root, self.log_file), daemon=True)
+        process.start()
+        return process
 
     def start(self) -> None:
         """Start the hub and return when it serves.
@@ -87,7 +93,7 @@ class LocalHub:
         end = time.monotonic() + _START_S
         with self.channel(self.own("operator")) as channel:
             health = health_pb2_grpc.HealthStub(channel)
-            while time.monotonic() < end and self._process.poll() is None:
+            while time.monotonic() < end and self._process.is_alive():
                 try:
                     answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                 except grpc.RpcError:
@@ -107,22 +113,28 @@ class LocalHub:
         return self._end(signal.SIGTERM)
 
     def wait(self, timeout_s: float = 60.0) -> int:
-        """Wait until the hub has ended by itself and return its exit code."""
-        process, self._process = self._process, None
-        if process is None:
+        """Wait until the hub has ended by itself and return its exit code.
+
+        Raises:
+            UnavailableError: it is not running, or still runs after ``timeout_s``.
+        """
+        if self._process is None:
             raise UnavailableError("the hub is not running")
-        return process.wait(timeout_s)
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            raise UnavailableError(f"the hub still runs after {timeout_s:g} s")
+        code, self._process = self._process.exitcode, None
+        return code
 
     def _end(self, number: signal.Signals) -> int:
-        if self._process is None or self._process.poll() is not None:
-            return self.wait()
-        self._process.send_signal(number)
+        if self._process is not None and self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
         return self.wait()
 
     @property
     def running(self) -> bool:
         """Whether the process lives."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_alive()
 
     def own(self, name: str) -> Holder:
         """Return the server's own ``operator`` or ``fleet`` certificate."""
@@ -165,6 +177,19 @@ class LocalHub:
         """Open the Hub service as ``holder``."""
         with self.channel(holder) as channel:
             yield hub_pb2_grpc.HubStub(channel)
+
+
+def _run_hub(script: Path | None, root: Path, log_file: Path) -> None:
+    """Be the hub process: stderr goes to the log file."""
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 2)
+    os.close(log)
+    if script is None:
+        from share_server.hub.__main__ import main
+
+        sys.exit(main([str(root)]))
+    sys.argv = [str(script), str(root)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def submit_header(

@@ -169,7 +169,7 @@ def test_the_campaign_catches_a_planted_bug(
 ) -> None:
     script = tmp_path / "hasty_hub.py"
     script.write_text(bug)
-    server = new_hub(program=(str(script),))
+    server = new_hub(script=script)
     problems = _campaign(server, toy_spec, [make_payload(n) for n in range(5)], kills=1)
     assert any(sign in problem for problem in problems), problems
 
@@ -180,7 +180,8 @@ def test_a_second_hub_on_the_same_directory_is_refused(
     server = new_hub()
     server.start()
     second = server.launch()
-    assert second.wait(60) == 1
+    second.join(60)
+    assert second.exitcode == 1
     assert "already runs" in server.log_file.read_text()
     payload = make_payload(1)
     with server.hub(server.enrol("acme/alice")) as hub:
@@ -208,7 +209,7 @@ def test_a_hub_whose_disk_fails_stops_acknowledging_and_exits(
         "print('fsync calls:', len(calls), file=sys.stderr)\n"
         "sys.exit(code)\n"
     )
-    server = new_hub(program=(str(script),))
+    server = new_hub(script=script)
     server.start()
     acknowledged = []
     with server.hub(server.enrol("acme/alice")) as hub:
@@ -226,7 +227,7 @@ def test_a_hub_whose_disk_fails_stops_acknowledging_and_exits(
     assert set(names) == {grpc.StatusCode.UNAVAILABLE}
     assert server.wait() == 1
     assert "fsync calls: 3" in server.log_file.read_text(), "a failed fsync was tried again"
-    server.program = ("-m", "share_server.hub")
+    server.script = None
     server.start()
     with server.hub(server.own("operator")) as hub:
         rows = hub.ListUpdates(hub_pb2.ListUpdatesRequest(), timeout=30).updates

@@ -173,7 +173,7 @@ def test_an_update_that_cannot_be_merged_is_refused_with_its_reason_and_blocks_n
         "merging.merge = faulty\n"
         "sys.exit(__main__.main(sys.argv[1:]))\n"
     )
-    server = new_hub(program=(str(script),))
+    server = new_hub(script=script)
     server.start()
     with server.hub(server.enrol("acme/alice")) as hub:
         named = _submit(hub, toy_spec, "acme/shape", make_payload(1))
