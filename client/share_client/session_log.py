@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,28 @@ _SENTENCES: Mapping[str, str] = {
     "node": "{reason}",
 }
 
+WAITING_EVERY_S = 5.0
+"""A hub that is away is mentioned this often, not at every attempt."""
+
 
 class SessionLog:
-    """Appends events to one file and hands them to a callback."""
+    """Appends events to one file."""
 
-    def __init__(self, path: Path, callback: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         make_private_directory(path.parent)
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
         self._file = os.fdopen(handle, "a", encoding="utf-8")
-        self._callback = callback
+        self._waited = -WAITING_EVERY_S
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event."""
+        """Append one event. Of a series of ``waiting`` only one in :data:`WAITING_EVERY_S` is written."""
+        if event == "waiting":
+            if time.monotonic() - self._waited < WAITING_EVERY_S:
+                return
+            self._waited = time.monotonic()
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._callback is not None:
-            self._callback(line)
 
     def close(self) -> None:
         """Close the file."""
