@@ -170,6 +170,8 @@ def stub(seen: list[Seen]) -> Callable[..., Any]:
         body = b""
         while True:
             event = await receive()
+            if event["type"] == "http.disconnect":  # cut off by the gateway: not a request
+                return
             body += event.get("body", b"")
             if not event.get("more_body"):
                 break
