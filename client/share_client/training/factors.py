@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from share_core.types import Core, SiteBasis
 
-IN_NORM = 1 / math.sqrt(3)
-"""Norm of the ``in_`` columns at the start: that of LoRA's usual initialisation, uniform in +-1/sqrt(d_in)."""
+IN_NORM = 2 / math.sqrt(3)
+"""Norm of the ``in_`` columns at the start: that of LoRA's, uniform in +-1/sqrt(d_in), times its scale alpha / r = 2."""
 
 
 REFERENCE_WIDTH = 384

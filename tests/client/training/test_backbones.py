@@ -93,7 +93,7 @@ def test_encoder_without_query_and_value_is_refused(tmp_path: Path) -> None:
 
     GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, n_positions=8)).save_pretrained(tmp_path)
     words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
     with pytest.raises(ConfigError, match=r"expected Linear modules named query, value.* found none"):
         load_backbone(str(tmp_path), "cpu")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from share_client.data import content_hash, read_images, read_text
 from share_core.errors import ConfigError
@@ -22,7 +23,7 @@ def test_images_are_scaled_and_cut(tmp_path: Path) -> None:
     assert rows.labels == (2, 0)
 
 
-def _holed() -> np.ndarray:  # type: ignore[type-arg]
+def _holed() -> NDArray[np.float64]:
     x = np.zeros((4, 8, 8))
     x[2, 3, 3] = np.nan
     return x
