@@ -82,9 +82,13 @@ class Store:
         return await self._loop.run_in_executor(self._file_threads, self._guarded, work)
 
     async def close(self) -> None:
-        """Finish what was begun, close the journal and free the directory."""
+        """Finish what was begun, close the journal and free the directory; also after a failure."""
+        closing = self._loop.run_in_executor(self._journal_thread, self._journal.close)
         if self._failure is None:
-            await self._on_journal(self._journal.close)
+            await closing
+        else:
+            # Nothing more can be promised; what a close leaves behind is read back by the next start.
+            await asyncio.gather(closing, return_exceptions=True)
         self._release()
 
     async def _on_journal(self, work: Callable[[], T]) -> T:

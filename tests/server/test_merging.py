@@ -1,0 +1,136 @@
+"""The merge loop: payload durable, then version row durable, then published; never the other way round."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from share_core.errors import StorageError
+from share_core.merge import HubState
+from share_core.types import SpaceSpec
+from share_core.wire import payload_bytes
+from share_server.hub import merging
+from share_server.hub.feed import Feed
+from share_server.hub.history import History
+from share_server.hub.merging import MergeLoop
+from share_server.store.blobs import BlobStore
+from share_server.store.records import NewUpdate
+from share_server.store.store import Store
+from share_server.store.updates import accept_update
+from share_server.store.versions import commit_version, head_version
+
+
+async def _accept(store: Store, payload: bytes) -> None:
+    split = payload_bytes(payload)
+    await store.io(lambda: store.blobs.put(payload))
+    new = NewUpdate(
+        update_id=secrets.token_hex(16),
+        member="acme/alice",
+        task_id="acme/task",
+        create=True,
+        base_version=0,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        size=len(payload),
+        coefficients=split.coefficients,
+        directions=split.directions,
+        heads=split.heads,
+        envelope=split.envelope,
+        lease_id="",
+        rows=0,
+    )
+    await store.do(lambda journal: accept_update(journal, new, 1))
+
+
+def _order(root: Path, spec: SpaceSpec, payload: bytes, monkeypatch: pytest.MonkeyPatch, mutant: str = "") -> list[str]:
+    """Merge one update with every step recorded; ``mutant`` plants a bug."""
+    events: list[str] = []
+    put = BlobStore.put
+
+    def recorded_put(self: BlobStore, data: bytes) -> str:
+        digest = put(self, data)
+        events.append("payload")
+        return digest
+
+    def recorded_commit(*arguments: object) -> None:
+        commit_version(*arguments)  # type: ignore[arg-type]
+        events.append("row")
+
+    class Recorded(Feed):
+        def publish(self, state: HubState) -> None:
+            events.append("publish")
+            super().publish(state)
+
+    async def run() -> None:
+        store, state = await Store.open(root, spec)
+        await _accept(store, payload)
+        monkeypatch.setattr(BlobStore, "put", recorded_put)
+        monkeypatch.setattr(merging, "commit_version", recorded_commit)
+        feed = Recorded(state)
+        loop = MergeLoop(store, spec, feed, History(store, spec, feed))
+        if mutant == "publish first":
+            honest = loop._commit
+
+            async def hasty(row: object, before: object, computed: merging._Computed) -> None:
+                feed.publish(computed.state)
+                await honest(row, before, computed)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(loop, "_commit", hasty)
+        running = asyncio.create_task(loop.run())
+        while feed.version == 0 or events[-1:] != ["publish"]:
+            await asyncio.sleep(0.01)
+        loop.stop()
+        await running
+        await store.close()
+
+    asyncio.run(run())
+    return events
+
+
+def test_a_version_is_durable_before_it_is_published(
+    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = _order(tmp_path / "store", toy_spec, make_payload(1), monkeypatch)
+    assert events == ["payload", "row", "publish"]
+
+
+def test_publishing_first_would_be_noticed(
+    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = _order(tmp_path / "store", toy_spec, make_payload(1), monkeypatch, "publish first")
+    assert events != ["payload", "row", "publish"]
+
+
+def test_nobody_sees_a_version_that_could_not_be_committed(
+    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("the disk refused")
+
+    async def run() -> None:
+        store, state = await Store.open(tmp_path / "store", toy_spec)
+        await _accept(store, make_payload(1))
+        monkeypatch.setattr(merging, "commit_version", refuse)
+        feed = Feed(state)
+        with pytest.raises(StorageError, match="the disk refused"):
+            await MergeLoop(store, toy_spec, feed, History(store, toy_spec, feed)).run()
+        assert feed.version == 0
+        assert store.failed.is_set()
+        await store.close()
+        store, state = await Store.open(tmp_path / "store", toy_spec)
+        assert (state.space.version, await store.do(head_version)) == (0, 0)
+        monkeypatch.undo()
+        feed = Feed(state)
+        loop = MergeLoop(store, toy_spec, feed, History(store, toy_spec, feed))
+        running = asyncio.create_task(loop.run())
+        while feed.version == 0:
+            await asyncio.sleep(0.01)
+        loop.stop()
+        await running
+        await store.close()
+
+    asyncio.run(run())
