@@ -9,8 +9,8 @@ directions. The bases are frozen.
 
 Adam moves every number by about the learning rate, so a step on a column of B moves dW by ``lr sqrt(d_out)`` times the
 norm of the column of A, but a step on a column of E_o only by ``lr sqrt(k_out)``. The cores' rate is therefore
-multiplied by ``sqrt(384 / k)`` and that of free directions by ``sqrt(384 / d)``, and all ``in_`` columns start with the same norm :data:`IN_NORM`. So one
-learning rate serves subspaces of any size, and backbones of any width.
+multiplied by ``sqrt(384 / k)``, that of free directions by ``sqrt(384 / d)``, and all ``in_`` columns start with the
+same norm :data:`IN_NORM`. So one learning rate serves subspaces of any size, and backbones of any width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from share_core.types import Core, SiteBasis
 
 IN_NORM = 2 / math.sqrt(3)
 """Norm of the ``in_`` columns at the start: LoRA's (uniform in +-1/sqrt(d_in)) times its scale alpha / r = 2."""
-
 
 REFERENCE_WIDTH = 384
 """Length of the columns for which ``learning_rate`` is meant: the width of MiniLM."""
