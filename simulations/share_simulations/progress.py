@@ -133,7 +133,8 @@ class LineProgress:
                 self._last[line.member] = line
                 what = f"{line.state} {line.task}".strip()
                 count = f"{line.merged}/{line.tasks} merged"
-                self._print(f"v{view.version} {line.member}: {what}; {count}, evaluated at v{line.version}")
+                evaluated = f"evaluated at v{line.version}" if line.version else "nothing evaluated"
+                self._print(f"v{view.version} {line.member}: {what}; {count}, {evaluated}")
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -80,7 +80,7 @@ def matrix_table(results: Results) -> Table:
     first = {t.task: t.first_version for t in results.per_task}
     table = Table(title="The same for every task after each task's own last merge", title_justify="left")
     table.add_column("after", no_wrap=True)
-    table.add_column("version", justify="right")
+    table.add_column("at", justify="right")
     for task in matrix.tasks:
         table.add_column(numbers[task], justify="right")
     for after, version, row in zip(matrix.tasks, matrix.versions, matrix.values, strict=True):
@@ -88,7 +88,7 @@ def matrix_table(results: Results) -> Table:
             "." if value is None and version < first[task] else percent(value)
             for task, value in zip(matrix.tasks, row, strict=True)
         ]
-        table.add_row(f"{numbers[after]} {after.partition('/')[2]}", str(version), *cells)
+        table.add_row(f"{numbers[after]} {after.partition('/')[2]}", f"v{version}", *cells)
     return table
 
 

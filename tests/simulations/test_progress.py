@@ -42,8 +42,8 @@ def test_lines_are_printed_for_changes_only(scenario: Scenario) -> None:
     progress.note("stage")
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "v0 north/trainer: training a; 0/2 merged, evaluated at v0",
-        "v0 east/trainer: not started; 0/1 merged, evaluated at v0",
+        "v0 north/trainer: training a; 0/2 merged, nothing evaluated",
+        "v0 east/trainer: not started; 0/1 merged, nothing evaluated",
         "stage",
     ]
 
