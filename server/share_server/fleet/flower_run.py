@@ -30,6 +30,7 @@ class FlowerRun:
         self._commands = commands
         # A database from an earlier life may hold runs that Flower still takes for running.
         self._others_alive = files.database.exists()
+        self._others: list[str] | None = None
         self._submitted_at = 0.0
         self._failures = 0
         self._not_before = 0.0
@@ -38,7 +39,7 @@ class FlowerRun:
         """Forget the run because the SuperLink that carried it has died."""
         self.run_id = None
         self.dispatching = False
-        self._others_alive = True
+        self._others_alive, self._others = True, None
 
     def step(self) -> None:
         """Submit the run if there is none, stop all others, and see whether its ServerApp lives."""
@@ -47,10 +48,6 @@ class FlowerRun:
             if now >= self._not_before:
                 self._submit()
             return
-        # After submitting, because each command takes seconds and nothing waits for these.
-        if self._others_alive and now >= self._not_before:
-            self._stop_others()
-            return
         alive = server_app_run(self._files.server_app) == self.run_id
         if alive and not self.dispatching:
             self.dispatching, self._failures = True, 0
@@ -58,6 +55,9 @@ class FlowerRun:
         elif not alive and (self.dispatching or now - self._submitted_at > _START_LIMIT):
             log.warning("run lost its ServerApp, submitting anew", run_id=self.run_id, seen=self.dispatching)
             self._failed(now)
+        elif self._others_alive and now >= self._not_before:
+            # After submitting and one at a time: each command takes seconds and nothing waits for these.
+            self._stop_one_other()
 
     def _submit(self) -> None:
         try:
@@ -69,15 +69,18 @@ class FlowerRun:
         self._submitted_at = time.monotonic()
         log.info("submitted", run_id=self.run_id)
 
-    def _stop_others(self) -> None:
+    def _stop_one_other(self) -> None:
+        """Run one command towards stopping every run but ours: ask for them, or stop the next one."""
         try:
-            for run_id in self._commands.unfinished_runs():
-                if run_id != self.run_id:
-                    self._commands.stop(run_id)
-                    log.info("stopped an older run", run_id=run_id)
-            self._others_alive = False
+            if self._others is None:
+                self._others = [run_id for run_id in self._commands.unfinished_runs() if run_id != self.run_id]
+            elif self._others:
+                self._commands.stop(self._others[-1])
+                log.info("stopped an older run", run_id=self._others.pop())
+            self._others_alive = self._others != []
         except UnavailableError as error:
             log.warning("older runs not stopped", reason=str(error))
+            self._others = None
             self._not_before = time.monotonic() + _PAUSES[1]
 
     def _failed(self, now: float) -> None:

@@ -71,10 +71,9 @@ def test_runs_of_an_earlier_life_are_stopped_but_not_our_own(files: FleetFiles) 
     commands = Commands()
     commands.unfinished = ["7", "8"]
     run = flower_run.FlowerRun(files, commands)  # type: ignore[arg-type]
-    run.step()
-    run.step()
-    run.step()
-    assert commands.asked == ["submit", "stop 7", "stop 8"]
+    for _ in range(5):
+        run.step()
+    assert commands.asked == ["submit", "stop 8", "stop 7"]
     assert run.run_id == "100"
 
 
@@ -95,8 +94,8 @@ def test_a_run_is_submitted_again_when_its_server_app_lets_go_of_the_lock(files:
         assert run.dispatching
     run.step()
     assert run.run_id is None
-    run.step()
-    run.step()
+    for _ in range(4):
+        run.step()
     assert run.run_id == "101"
     assert commands.asked == ["submit", "submit", "stop 100"]
 
