@@ -11,6 +11,12 @@ Adam moves every number by about the learning rate, so a step on a column of B m
 norm of the column of A, but a step on a column of E_o only by ``lr sqrt(k_out)``. The cores' rate is therefore
 multiplied by ``sqrt(384 / k)``, that of free directions by ``sqrt(384 / d)``, and all ``in_`` columns start with the
 same norm :data:`IN_NORM`. So one learning rate serves subspaces of any size, and backbones of any width.
+
+Few columns need larger steps than many: the gradient of a task is concentrated, so all columns of a factor learn much
+the same direction, and phi of them together move dW only phi / 8 as far as the 8 columns of the LoRA for which the
+learning rate is meant. The rate of free directions is therefore multiplied by ``8 / phi`` as well. Measured on MiniLM
+(1,500 rows, 3 epochs, 2 directions, empty space, one seed), accuracy at 1, 2 and 4 times the plain rate: trec .932, .940,
+.948; sst2 .831, .835, .841.
 """
 
 from __future__ import annotations
@@ -29,6 +35,10 @@ IN_NORM = 2 / math.sqrt(3)
 
 REFERENCE_WIDTH = 384
 """Length of the columns for which ``learning_rate`` is meant: the width of MiniLM."""
+
+
+REFERENCE_COLUMNS = 8
+"""Number of columns for which ``learning_rate`` is meant: the usual rank of LoRA."""
 
 
 def rate_for(length: int) -> float:
@@ -112,10 +122,11 @@ class SpaceFactors(SiteFactors):
         return out, torch.cat([self.right @ self.core_in, self.free_in], dim=1)
 
     def rated(self) -> Sequence[Rated]:
-        """Free directions at the plain rate, core factors at ``sqrt(d / k)`` times it."""
+        """Core factors and free directions, by the rules of the module's docstring."""
+        few = REFERENCE_COLUMNS / max(1, self.free_out.shape[1])
         return [
             Rated(self.core_out, rate_for(self.left.shape[1])),
             Rated(self.core_in, rate_for(self.right.shape[1])),
-            Rated(self.free_out, rate_for(self.left.shape[0])),
-            Rated(self.free_in, rate_for(self.right.shape[0])),
+            Rated(self.free_out, few * rate_for(self.left.shape[0])),
+            Rated(self.free_in, few * rate_for(self.right.shape[0])),
         ]

@@ -1,4 +1,9 @@
-"""Where training in a space starts: the core from what others learned, the free directions from the gradient."""
+"""Where training in a space starts.
+
+A task that the space already holds starts from its own core. A new one starts from zero, not from the mean of the
+stored cores: after a handful of unrelated tasks that mean is mostly one of them, and on the digits it cost 2 points of
+accuracy (docs/adr/0006). Free directions start from the gradient.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,7 @@ from share_client.training.factors import IN_NORM
 from share_client.training.inject import ProbedLinear, injected
 from share_client.training.options import TrainingOptions
 from share_core.linalg import canonical, float64, numerical_rank, residual
-from share_core.space import mean_cores
-from share_core.types import Core, Cores, SiteBasis, Space
+from share_core.types import Core, SiteBasis, Space
 
 
 def start_cores(
@@ -23,7 +27,7 @@ def start_cores(
 ) -> dict[str, Core]:
     """Return a core of rank min(``rank``, k_out, k_in) for every site.
 
-    It is the task's own stored core, or else the mean of all stored cores, or else zero. What the start leaves of the
+    It is the task's own stored core, or else zero. What the start leaves of the
     rank is filled with ``out`` zero and ``in_`` random: with both zero there is no gradient. Every ``in_`` column has
     norm :data:`~.factors.IN_NORM`, whatever the size of the start, so that all columns learn at one rate.
 
@@ -34,11 +38,7 @@ def start_cores(
         rank: pseudo-rank p.
         draw: where random columns come from.
     """
-    start: Cores = {}
-    if task_id in space.cores:
-        start = space.cores[task_id]
-    elif space.cores:
-        start = mean_cores(list(space.cores.values()), rank)
+    start = space.cores.get(task_id, {})
     return {site: _filled(start.get(site), space.bases[site], rank, draw) for site in sites}
 
 
