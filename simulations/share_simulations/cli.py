@@ -51,7 +51,7 @@ Keep = Annotated[bool, typer.Option("--keep", help="Keep the server's and the cl
 def quickstart(
     clients: Annotated[int, typer.Option(help="1 to 3 organisations.")] = 3,
     tasks: Annotated[int, typer.Option(help="Tasks in all, at least one per client.")] = 8,
-    epochs: Annotated[int, typer.Option(help="Passes over each task's training rows.")] = 30,
+    epochs: Annotated[int, typer.Option(help="Passes over each task's training rows.")] = 20,
     seed: Seed = 0,
     as_json: Json = False,
     out: Out = None,
@@ -106,7 +106,7 @@ def data_quickstart(
     out: Annotated[Path, typer.Option(help="Folder to write; one folder per client appears in it.")],
     clients: Annotated[int, typer.Option(help="1 to 3 organisations.")] = 3,
     tasks: Annotated[int, typer.Option(help="Tasks in all, at least one per client.")] = 8,
-    epochs: Annotated[int, typer.Option(help="Passes over each task's training rows.")] = 30,
+    epochs: Annotated[int, typer.Option(help="Passes over each task's training rows.")] = 20,
     seed: Seed = 0,
 ) -> None:
     """Write each quickstart client's private data and tasks.toml, to type the commands by hand."""

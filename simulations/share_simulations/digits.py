@@ -104,7 +104,7 @@ class QuickstartOptions:
     clients: int = len(CLIENTS)
     tasks: int = sum(len(c.tasks) for c in CLIENTS)
     """Tasks in all; the last arrivals are left out first."""
-    epochs: int = 30
+    epochs: int = 20
     seed: int = 0
 
 

@@ -15,8 +15,8 @@ same norm :data:`IN_NORM`. So one learning rate serves subspaces of any size, an
 Few columns need larger steps than many: the gradient of a task is concentrated, so all columns of a factor learn much
 the same direction, and phi of them together move dW only phi / 8 as far as the 8 columns of the LoRA for which the
 learning rate is meant. The rate of free directions is therefore multiplied by ``8 / phi`` as well. Measured on MiniLM
-(1,500 rows, 3 epochs, 2 directions, empty space, one seed), accuracy at 1, 2 and 4 times the plain rate: trec .932, .940,
-.948; sst2 .831, .835, .841.
+(1,500 rows, 3 epochs, 2 directions, empty space, one seed), accuracy at 1, 2 and 4 times the plain rate: trec .932,
+.940, .948; sst2 .831, .835, .841.
 """
 
 from __future__ import annotations
