@@ -100,6 +100,6 @@ def main() -> None:
     """Run the command line; a refused file is one sentence on stderr and exit code 1."""
     try:
         app()
-    except FedshareError as error:
+    except (FedshareError, OSError) as error:
         typer.echo(f"share-space: {error}", err=True)
         raise SystemExit(1) from None

@@ -101,6 +101,22 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 
 @app.command()
+def snapshot(
+    directory: Directory,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("space.safetensors"),
+    version: Annotated[int, typer.Option(help="Which version; 0 is the newest.", min=0)] = 0,
+) -> None:
+    """Save one version of the space, bases and coefficients of every task, for 'share-space inspect'."""
+    from share_client.member import ClientLayout, load_member
+
+    with _plain_errors(), _connected(directory) as link:
+        space_id = load_member(ClientLayout(directory)).space_id
+        fetched, payload = link.fetch_snapshot(space_id, version)
+        output.write_bytes(payload)
+    typer.echo(f"{output}: version {fetched}, {len(payload)} bytes")
+
+
+@app.command()
 def space(
     backbone: Annotated[str, typer.Option(help="digits-vit, minilm, or the path of a Hugging Face model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The space.toml to write.")] = Path("space.toml"),
@@ -126,13 +142,13 @@ def _read_token(argument: str | None) -> str | None:
     if argument is None:
         return None
     if argument == "-":
-        return sys.stdin.readline().strip()
+        return sys.stdin.buffer.readline().decode("utf-8", "replace").strip()
     if argument.startswith("fs1."):
         return argument
     path = Path(argument)
     if not path.is_file():
         raise ConfigError(f"{argument!r} is neither a join token (it would begin with fs1.) nor a file")
-    return path.read_text(encoding="utf-8").strip()
+    return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _default_directory(token: str | None) -> Path:
@@ -163,6 +179,11 @@ def _plain_errors() -> Iterator[None]:
         yield
     except FedshareError as error:
         typer.echo(f"share-client: {error}", err=True)
+        raise typer.Exit(1) from error
+    except BrokenPipeError:
+        raise  # somebody closed our output, as head does: typer ends quietly
+    except OSError as error:
+        typer.echo(f"share-client: {error}: put that right, then run the same command again", err=True)
         raise typer.Exit(1) from error
 
 

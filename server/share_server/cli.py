@@ -58,11 +58,12 @@ def init(  # the options of one command are its interface
     ] = None,
 ) -> None:
     """Make a server directory: certificate authority, keys, space and configuration."""
-    from share_server.config import ServerConfig, listen_address_for
+    from share_server.config import ServerConfig, check_hosts, listen_address_for
     from share_server.provision import create_server, free_ports
 
     with _plain_errors():
         hosts = tuple(host) if host else ServerConfig().hosts
+        check_hosts(hosts, "--host")
         ports = [port, port + 1, port + 2] if port else free_ports(3)
         config = ServerConfig(
             hosts=hosts,
@@ -201,6 +202,11 @@ def _plain_errors() -> Iterator[None]:
         yield
     except FedshareError as error:
         typer.echo(f"share-server: {error}", err=True)
+        raise typer.Exit(1) from error
+    except BrokenPipeError:
+        raise  # somebody closed our output, as head does: typer ends quietly
+    except OSError as error:
+        typer.echo(f"share-server: {error}: put that right, then run the same command again", err=True)
         raise typer.Exit(1) from error
 
 

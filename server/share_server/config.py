@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import Any, TypeVar
 from share_core.errors import ConfigError
 
 T = TypeVar("T")
+
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
+)
 
 DEFAULT_PORT = 7443
 """First of the three ports unless told otherwise."""
@@ -115,6 +120,19 @@ def listen_address_for(hosts: tuple[str, ...]) -> str:
     return "127.0.0.1" if all(_is_loopback(host) for host in hosts) else "0.0.0.0"
 
 
+def check_hosts(hosts: tuple[str, ...], where: str) -> None:
+    """Refuse what clients could not connect to.
+
+    Raises:
+        ConfigError: the list is empty, or one of them is neither a host name nor an address.
+    """
+    if not hosts:
+        raise ConfigError(f"{where}: hosts must be a list of names or addresses with at least one entry")
+    for host in hosts:
+        if not isinstance(host, str) or not (_HOST_NAME.fullmatch(host) or _is_address(host)):
+            raise ConfigError(f"{where}: {host!r} is neither a host name nor an address; give it without a port")
+
+
 def read_config(path: Path) -> ServerConfig:
     """Read ``server.toml``.
 
@@ -130,8 +148,7 @@ def read_config(path: Path) -> ServerConfig:
     lease = _section(LeaseConfig, values.pop("lease", {}), f"{path}: [lease]")
     limits = _section(LimitConfig, values.pop("limits", {}), f"{path}: [limits]")
     config = _section(ServerConfig, values, str(path), lease=lease, limits=limits)
-    if not config.hosts or not all(isinstance(host, str) and host for host in config.hosts):
-        raise ConfigError(f"{path}: hosts must be a list of names or addresses with at least one entry")
+    check_hosts(config.hosts, str(path))
     ports = [config.hub_port, config.enrol_port, config.gateway_port]
     if not all(1 <= port <= 65535 for port in ports) or len(set(ports)) != 3:
         raise ConfigError(f"{path}: hub_port, enrol_port and gateway_port must be three ports, got {ports}")
@@ -190,9 +207,12 @@ def _value(default: Any, value: Any, where: str) -> Any:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
+
+
+def _is_address(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    return True

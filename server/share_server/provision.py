@@ -49,11 +49,13 @@ def create_server(layout: Layout, config: ServerConfig, spec: SpaceSpec, now: da
     """Fill a fresh server directory: authority, enrolment key, certificates, space and configuration.
 
     Raises:
-        ConfigError: it is a server directory already, or cannot be written.
+        ConfigError: it is a server directory already, holds something else, or cannot be written.
     """
     if layout.config.exists():
         raise ConfigError(f"{layout.root} is a server directory already: choose another one")
     try:
+        if layout.root.is_dir() and any(layout.root.iterdir()):
+            raise ConfigError(f"{layout.root} is not empty: choose a new directory, or empty this one")
         for folder in (layout.ca_cert.parent, layout.certificate("server").parent, layout.fleet, layout.logs):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)

@@ -176,6 +176,9 @@ def main() -> None:
     except FedshareError as error:
         print(f"share-sim: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"share-sim: {error}: put that right, then run the same command again", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

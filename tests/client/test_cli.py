@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from share_client.cli import app
@@ -113,3 +114,20 @@ def test_help_does_not_wait_for_torch() -> None:
     code = f"import sys, share_client.cli; print([m for m in ({heavy}) if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_token_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\x7f\xb8\x00\xff")
+    answer = RUNNER.invoke(app, ["join", str(tmp_path / "token")])
+    assert answer.exit_code == 1
+    assert "share-client: this is no join token" in answer.stderr
+
+
+def test_a_client_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    from share_client.cli import _plain_errors
+    from share_client.durable import make_private_directory
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(typer.Exit) as refused, _plain_errors():
+        make_private_directory(tmp_path / "file")
+    assert refused.value.exit_code == 1

@@ -179,3 +179,19 @@ def test_status_and_tasks_of_a_running_hub(
     assert [task["task_id"] for task in tasks["tasks"]] == ["acme/task"]
     assert "acme/task" in _run("tasks", root)[1]
     assert "1 merged" in _run("status", root)[1]
+
+
+def test_init_leaves_a_directory_alone_that_holds_something_else(tmp_path: Path, space_file: Path) -> None:
+    answer = CliRunner().invoke(app, ["init", str(tmp_path), "--space", str(space_file), "--port", "0"])
+    assert answer.exit_code == 1
+    assert "is not empty" in answer.stderr
+    assert list(tmp_path.iterdir()) == [space_file]
+
+
+@pytest.mark.parametrize("host", ["", "bad host", "name:7443", "http://name", "-x", "a..b", "::g"])
+def test_init_refuses_a_host_that_no_client_could_reach(tmp_path: Path, space_file: Path, host: str) -> None:
+    server = tmp_path / "server"
+    answer = CliRunner().invoke(app, ["init", str(server), "--space", str(space_file), "--port", "0", "--host", host])
+    assert answer.exit_code == 1
+    assert "neither a host name nor an address" in answer.stderr
+    assert not server.exists()
