@@ -45,6 +45,9 @@ EXIT_FAILED = 1
 _HUB_REFUSED = 1
 """The hub's exit code when its storage or its merging failed, or its configuration cannot be used."""
 
+_HUB_SAYS = "share-server hub: "
+"""How the sentence begins with which a hub says why it cannot run."""
+
 _TICK = 0.15
 _REAP_EVERY = 1.0
 _DEATHS_AT_START = 3
@@ -106,7 +109,7 @@ class _Supervisor:
                 self._stop()
         if failure is not None:
             log.warning("giving up", reason=failure)
-            Console(stderr=True).print(failure, markup=False, highlight=False)
+            Console(stderr=True).print(failure, markup=False, highlight=False, soft_wrap=True)
             return EXIT_FAILED
         return EXIT_STOPPED
 
@@ -131,6 +134,9 @@ class _Supervisor:
 
     def _hopeless(self, service: Service) -> str | None:
         refused = service is self._hub and service.exit_code == _HUB_REFUSED
+        last = service.tail().rpartition("\n")[2]
+        if refused and last.startswith(_HUB_SAYS):
+            return f"share-server: the hub cannot run: {last.removeprefix(_HUB_SAYS)}"
         if refused or (not service.was_healthy and service.deaths >= _DEATHS_AT_START):
             return (
                 f"share-server: the {service.name} cannot run (exit code {service.exit_code}). Everything was "

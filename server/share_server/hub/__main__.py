@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
     log.start_logging()
     try:
         return asyncio.run(serve(Layout(Path(arguments[0]))))
-    except FedshareError as error:
-        log.failure("cannot run", error)
+    except (FedshareError, OSError) as error:
+        log.warning("cannot run", error=type(error).__name__, reason=str(error))
         print(f"share-server hub: {error}", file=sys.stderr)
         return 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from share_core.types import SpaceSpec
-from share_server.config import ServerConfig
+from share_server.config import ServerConfig, read_config
 from share_server.layout import Layout
 from share_server.provision import create_server, free_ports
 
@@ -110,3 +111,12 @@ def test_sigkill_of_the_supervisor_takes_the_hub_along(layout: Layout, planted: 
     if alive(hub):
         os.kill(hub, signal.SIGKILL)
     assert bool(gone) is not planted
+
+
+def test_a_port_in_use_is_one_sentence(layout: Layout) -> None:
+    port = read_config(layout.config).hub_port
+    with socket.create_server(("127.0.0.1", port)):
+        done = subprocess.run([*RUN, str(layout.root), "--no-fleet"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"share-server: the hub cannot run: cannot listen on 127.0.0.1:{port}" in done.stderr
