@@ -28,8 +28,8 @@ from share_server.store import blobs as blob_module
 from share_server.store.blobs import BlobStore
 from share_server.store.journal import Journal
 from share_server.store.members import add_traffic, bind_node, enrol_member, find_node, list_nodes
-from share_server.store.records import MemberRow, NewUpdate, UpdateState, VersionCommit, VersionRow
-from share_server.store.reports import list_traffic
+from share_server.store.records import EvaluationRow, MemberRow, NewUpdate, UpdateState, VersionCommit, VersionRow
+from share_server.store.reports import MOST_METRICS, list_evaluations, list_traffic, record_evaluations
 from share_server.store.store import Store
 from share_server.store.updates import accept_update, count_states, find_update, next_accepted, refuse_update
 from share_server.store.versions import commit_version, find_task, head_version, list_tasks, read_version
@@ -375,3 +375,24 @@ def test_traffic_adds_up(journal: Journal) -> None:
     assert (alice.updates, alice.coefficients, alice.directions, alice.heads) == (2, 2, 4, 6)
     assert (alice.down_deltas, alice.down_snapshots) == (15, 7)
     assert (rows["acme/bob"].updates, rows["acme/bob"].down_snapshots) == (0, 2)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "emptied"])
+def test_payloads_without_their_journal_are_not_taken_for_an_empty_space(
+    tmp_path: Path, toy_spec: SpaceSpec, damage: Callable[[Path], object]
+) -> None:
+    _with_store(tmp_path, toy_spec, lambda store: store.io(lambda: store.blobs.put(b"payload")))
+    assert (tmp_path / "journal.db").stat().st_size > 0
+    damage(tmp_path / "journal.db")
+    with pytest.raises(StorageError, match=r"journal .* is gone, but payloads"):
+        _with_store(tmp_path, toy_spec, lambda store: store.io(store.blobs.free_bytes))
+
+
+def test_metrics_of_one_task_and_version_are_limited_and_all_or_none(journal: Journal) -> None:
+    accept_update(journal, _new(), 1)
+    full = [EvaluationRow("acme/task", 1, f"metric{number}", 0.5, 10) for number in range(MOST_METRICS)]
+    record_evaluations(journal, full)
+    record_evaluations(journal, full)  # the same ones again replace their values
+    with pytest.raises(RequestError, match="at most 16 are kept"):
+        record_evaluations(journal, [EvaluationRow("acme/task", 1, "onemore", 0.5, 10)])
+    assert list_evaluations(journal) == sorted(full, key=lambda one: one.metric)

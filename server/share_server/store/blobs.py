@@ -155,6 +155,11 @@ class BlobStore:
                 f"payload {digest} is damaged: expected {size} bytes of that digest, got {got} bytes of {found}"
             )
 
+    def empty(self) -> bool:
+        """Return whether no payload was ever kept here."""
+        with storage("looking for payloads"):
+            return next(self._blobs.glob("*/*"), None) is None
+
     def free_bytes(self) -> int:
         """Return how many bytes this user may still write on the disk."""
         with storage("asking for free space"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from share_core.errors import UnknownTaskError
+from share_core.errors import RequestError, UnknownTaskError
 from share_server.store.journal import Journal
 from share_server.store.records import EvaluationRow, TrafficRow
+
+MOST_METRICS = 16
+"""Metrics one task may have at one version: what a member reports must not fill everybody's list."""
 
 
 def record_evaluations(journal: Journal, evaluations: Sequence[EvaluationRow]) -> None:
@@ -14,6 +17,7 @@ def record_evaluations(journal: Journal, evaluations: Sequence[EvaluationRow]) -
 
     Raises:
         UnknownTaskError: a task does not exist.
+        RequestError: a task would get more than :data:`MOST_METRICS` metrics at one version.
     """
     with journal.transaction():
         for one in evaluations:
@@ -24,6 +28,15 @@ def record_evaluations(journal: Journal, evaluations: Sequence[EvaluationRow]) -
                 "value = excluded.value, rows = excluded.rows",
                 (one.task_id, one.version, one.metric, one.value, one.rows),
             )
+        for task_id, version in {(one.task_id, one.version) for one in evaluations}:
+            found = journal.row(
+                "SELECT count(*) FROM evaluations WHERE task_id = ? AND version = ?", (task_id, version)
+            )
+            if found is not None and found[0] > MOST_METRICS:
+                raise RequestError(
+                    f"task {task_id} would have {found[0]} metrics at version {version}, at most {MOST_METRICS} are "
+                    "kept: nothing was recorded"
+                )
 
 
 def list_evaluations(journal: Journal) -> list[EvaluationRow]:

@@ -54,6 +54,7 @@ class Store:
         store = cls(root)
         try:
             store.blobs = await store.io(lambda: BlobStore(root))
+            await store.io(lambda: _require_journal(root, store.blobs))
             store._journal = await store._on_journal(lambda: Journal(root / "journal.db", spec.space_id))
             state = await store.do(lambda journal: recover(journal, store.blobs, spec))
         except BaseException:
@@ -109,6 +110,20 @@ class Store:
         self._journal_thread.shutdown(wait=True)
         self._file_threads.shutdown(wait=True)
         os.close(self._lock)
+
+
+def _require_journal(root: Path, blobs: BlobStore) -> None:
+    """Refuse payloads without a journal: an empty one would begin a new space and forget what was acknowledged.
+
+    Raises:
+        StorageError: the journal is gone or empty and payloads are there.
+    """
+    path = root / "journal.db"
+    if (not path.exists() or path.stat().st_size == 0) and not blobs.empty():
+        raise StorageError(
+            "the journal (store/journal.db) is gone, but payloads of earlier updates are there: bring it back from a "
+            "backup, or move the whole store away to begin an empty space"
+        )
 
 
 def lock_directory(root: Path) -> int:
