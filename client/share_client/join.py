@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from share_client.durable import make_private_directory
 from share_client.enrol import enrol
 from share_client.link import HubLink
 from share_client.member import ClientLayout, Member, load_credentials, load_member, save_member
 from share_client.session_log import sentence
-from share_core.errors import CertificateError, ConfigError
+from share_core.errors import CertificateError, ConfigError, SpaceMismatchError
 from share_core.identity import identity_of
 
 
@@ -54,6 +54,7 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
 
     Raises:
         AccessError, IdentityError: the federation does not accept this member any more.
+        SpaceMismatchError: the backbone in the tasks file is not the one of the space.
     """
     from share_client.fleet.supernode import SuperNode, wait_for_node
 
@@ -63,7 +64,15 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
         tell(f"{member.member} is enrolled as {role}: only trainers work leases, nothing more to do")
         return
     stop = threading.Event()
-    with _stopping_on_signals(stop), HubLink(member.hub_address, credentials) as link, _following(layout, tell):
+    mismatches: list[str] = []
+
+    def look(line: dict[str, Any]) -> None:
+        tell(sentence(line))
+        if line.get("event") == "failed" and line.get("error") == SpaceMismatchError.__name__:
+            mismatches.append(str(line.get("reason")))  # no later lease can end otherwise: trying on would hide it
+            stop.set()
+
+    with _stopping_on_signals(stop), HubLink(member.hub_address, credentials) as link, _following(layout, look):
         node_id = wait_for_node(layout, link, stop, tell)
         if stop.is_set():
             return
@@ -73,6 +82,8 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
         tell(f"node {node_id} of {member.member}: waiting for leases")
         SuperNode(layout, member, tasks_path, link, stop, tell).run()
         tell("stopped")
+    if mismatches:
+        raise SpaceMismatchError(mismatches[0])
 
 
 @contextlib.contextmanager
@@ -105,14 +116,14 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _following(layout: ClientLayout, tell: Callable[[str], None]) -> Iterator[None]:
-    """Tell every new line of the session log while the block runs."""
+def _following(layout: ClientLayout, look: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Pass on every new line of the session log while the block runs."""
     done = threading.Event()
     make_private_directory(layout.logs)
     layout.session_log.touch(mode=0o600)
     with layout.session_log.open(encoding="utf-8") as file:
         file.seek(0, 2)
-        thread = threading.Thread(target=_tail, args=(file, done, tell), name="follow-log", daemon=True)
+        thread = threading.Thread(target=_tail, args=(file, done, look), name="follow-log", daemon=True)
         thread.start()
         try:
             yield
@@ -121,7 +132,7 @@ def _following(layout: ClientLayout, tell: Callable[[str], None]) -> Iterator[No
             thread.join()
 
 
-def _tail(file: TextIO, done: threading.Event, tell: Callable[[str], None]) -> None:
+def _tail(file: TextIO, done: threading.Event, look: Callable[[dict[str, Any]], None]) -> None:
     partial = ""
     while True:
         last = done.is_set()
@@ -129,7 +140,7 @@ def _tail(file: TextIO, done: threading.Event, tell: Callable[[str], None]) -> N
         *lines, partial = partial.split("\n")
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):
-                tell(sentence(json.loads(line)))
+                look(json.loads(line))
         if last:
             return
         done.wait(0.2)

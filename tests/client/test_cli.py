@@ -13,7 +13,12 @@ import typer
 from typer.testing import CliRunner
 
 from share_client.cli import app
+from share_client.fleet import supernode
+from share_client.join import join
+from share_client.member import ClientLayout, load_member
 from share_client.session import SessionOptions, run_session
+from share_client.session_log import SessionLog
+from share_core.errors import SpaceMismatchError
 from share_core.spec_file import read_spec
 
 RUNNER = CliRunner()
@@ -131,3 +136,26 @@ def test_a_client_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) 
     with pytest.raises(typer.Exit) as refused, _plain_errors():
         make_private_directory(tmp_path / "file")
     assert refused.value.exit_code == 1
+
+
+def test_join_ends_when_the_backbone_is_not_the_spaces(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = hub.client(tmp_path / "c", "cliorg/wrong")
+
+    class Node:
+        """Stands for Flower: a lease whose session finds the wrong backbone."""
+
+        def __init__(self, layout: ClientLayout, *others: Any) -> None:
+            self._log, self._stop = SessionLog(layout.session_log), others[3]
+
+        def run(self) -> None:
+            self._log.write("failed", error="UnavailableError", reason="goes away by itself")
+            self._log.write("failed", error="SpaceMismatchError", reason="this backbone has no site 'x'")
+            self._log.close()
+            assert self._stop.wait(60)
+
+    monkeypatch.setattr(supernode, "SuperNode", Node)
+    monkeypatch.setattr(supernode, "wait_for_node", lambda *_: 7)
+    with pytest.raises(SpaceMismatchError, match="no site 'x'"):
+        join(layout, load_member(layout), tmp_path / "tasks.toml", lambda text: None)
