@@ -193,3 +193,21 @@ def test_an_update_that_cannot_be_merged_is_refused_with_its_reason_and_blocks_n
     server.start()
     with server.hub(server.own("operator")) as hub:
         assert hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).refused == 2
+
+
+def test_one_organisation_cannot_take_every_call(new_hub: Callable[..., LocalHub]) -> None:
+    hub = new_hub(limits=LimitConfig(concurrent_calls=16))
+    hub.start()
+    request = hub_pb2.FollowVersionsRequest(space_id=hub.spec.space_id)
+    with hub.hub(hub.enrol("greedy/one")) as greedy, hub.hub(hub.enrol("modest/one")) as modest:
+        open_ones = [greedy.FollowVersions(request) for _ in range(2)]
+        status = hub_pb2.GetStatusRequest()
+        while modest.GetStatus(status, timeout=30).subscribers < 2:
+            time.sleep(0.02)
+        with pytest.raises(grpc.RpcError, match="greedy follows with 2 streams, which is the most"):
+            next(greedy.FollowVersions(request))
+        other = modest.FollowVersions(request)
+        while modest.GetStatus(status, timeout=30).subscribers < 3:
+            time.sleep(0.02)
+        for stream in (*open_ones, other):
+            stream.cancel()

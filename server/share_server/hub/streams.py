@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 
 from share_core.errors import RebaseError, RequestError, SpaceMismatchError, UnavailableError, VersionError
@@ -51,6 +51,7 @@ class Streams:
         self._gate = gate
         self._traffic = traffic
         self._deltas: OrderedDict[int, bytes] = OrderedDict()
+        self._open: Counter[str] = Counter()  # streams by organisation: none may take the calls of all others
 
     async def follow(
         self, caller: Caller, request: hub_pb2.FollowVersionsRequest
@@ -70,6 +71,10 @@ class Streams:
             raise VersionError(
                 f"version {position} is not known here: the newest is {self._feed.version}; fetch a snapshot"
             )
+        most = max(1, self._limits.concurrent_calls // 8)
+        if self._open[caller.organisation] >= most:
+            raise UnavailableError(f"{caller.organisation} follows with {most} streams, which is the most: close some")
+        self._open[caller.organisation] += 1
         self._feed.subscribers += 1
         try:
             while True:
@@ -89,6 +94,7 @@ class Streams:
                 position += 1
         finally:
             self._feed.subscribers -= 1
+            self._open[caller.organisation] -= 1
 
     async def fetch(
         self, caller: Caller, request: hub_pb2.FetchSnapshotRequest
