@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from share_client.member import ClientLayout, load_member
 from share_client.outbox import list_outbox
 from share_client.records import Records
 from share_core.types import Delta, Space
+from share_proto.v1 import hub_pb2
 
 
 def client_status(layout: ClientLayout) -> dict[str, Any]:
@@ -50,7 +52,10 @@ def print_status(found: dict[str, Any]) -> None:
     console.print(
         f"{member['member']} in {member['space_id']}, hub {member['hub_address']}", markup=False, soft_wrap=True
     )
-    table = Table("task", "merged in", "last evaluation", "remark")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("task", overflow="fold")
+    for heading in ("merged in", "last evaluation", "remark"):
+        table.add_column(heading)
     for task in found["tasks"]:
         seen = [line for line in task["history"] if line["event"] == "evaluation"]
         last = f"{seen[-1]['metric']} {seen[-1]['value']:.4f} at version {seen[-1]['version']}" if seen else "-"
@@ -58,9 +63,10 @@ def print_status(found: dict[str, Any]) -> None:
     console.print(table)
     for entry in found["outbox"]:
         state = "at the hub, waiting for its merge" if entry["acknowledged"] else "not yet sent"
-        console.print(f"outbox: {entry['update_id']} of {entry['task']}, {state}", markup=False)
+        console.print(f"outbox: {entry['update_id']} of {entry['task']}, {state}", markup=False, soft_wrap=True)
     for entry in found["refused"]:
-        console.print(f"refused: {entry['update_id']} of {entry['task']}: {entry['reason']}", markup=False)
+        text = f"refused: {entry['update_id']} of {entry['task']}: {entry['reason']}"
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def watch_versions(link: HubLink) -> Iterator[dict[str, Any]]:
@@ -96,21 +102,22 @@ def _line(event: Delta | Space) -> dict[str, Any]:
 def task_list(link: HubLink) -> dict[str, Any]:
     """Return every task of the space."""
     answer = link.list_tasks()
-    names = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget")
+    names = [field.name for field in hub_pb2.TaskRecord.DESCRIPTOR.fields]
     return {
         "version": answer.version,
-        "tasks": [
-            {**{name: getattr(task, name) for name in names}, "coefficients": task.coefficients}
-            for task in answer.tasks
-        ],
+        "tasks": [{name: getattr(task, name) for name in names} for task in answer.tasks],
     }
 
 
 def print_tasks(found: dict[str, Any]) -> None:
     """Print what :func:`task_list` returned, for people."""
-    table = Table("task", "owner", "updated in", "updates", "error bound", "coefficients")
+    table = Table(box=box.SIMPLE_HEAD, caption="last: version; coeff.: numbers; error: relative bound, ! over budget")
+    for heading in ("task", "owner"):
+        table.add_column(heading, overflow="fold")  # a name goes on in the next line, it is never cut
+    for heading in ("last", "updates", "coeff.", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for task in found["tasks"]:
-        bound = f"{task['error_bound']:.4f}" + (" over budget" if task["over_budget"] else "")
-        cells = (task["updated_version"], task["updates"], bound, task["coefficients"])
+        bound = f"{task['error_bound']:.4f}" + ("!" if task["over_budget"] else "")
+        cells = (task["updated_version"], task["updates"], task["coefficients"], bound)
         table.add_row(task["task_id"], task["owner"], *(str(cell) for cell in cells))
     Console().print(table)

@@ -1,9 +1,10 @@
-"""Tables for people, made of the hub's answers."""
+"""Tables for people, made of the hub's answers; readable at 80 columns, and no name in them is ever cut."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -18,8 +19,11 @@ def show(table: Table) -> None:
 
 def status_table(answer: hub_pb2.GetStatusResponse) -> Table:
     """Return the counters of the hub."""
-    table = Table("hub", "", title=answer.space_id[:23], show_header=False)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     started = datetime.fromtimestamp(answer.started_unix_ms / 1000, tz=UTC)
+    table.add_row("space", answer.space_id)
     table.add_row("version", str(answer.version))
     table.add_row("tasks", str(answer.tasks))
     table.add_row("updates", f"{answer.merged} merged, {answer.accepted} waiting, {answer.refused} refused")
@@ -31,31 +35,34 @@ def status_table(answer: hub_pb2.GetStatusResponse) -> Table:
 
 
 def traffic_table(answer: hub_pb2.GetStatusResponse) -> Table:
-    """Return the payload bytes exchanged with every member."""
-    table = Table("member", title="payload bytes")
-    for column in ("updates", "coefficients", "directions", "heads", "envelope", "deltas down", "snapshots down"):
-        table.add_column(column, justify="right")
+    """Return the payload bytes exchanged with every member: up are coefficients and directions, down all versions."""
+    table = _names_and_numbers("member", numbers=("updates", "up", "heads", "envelope", "down", "total"))
+    table.title = "payload bytes"
     for row in answer.traffic:
-        up = row.up
-        counts = (up.coefficients, up.directions, up.heads, up.envelope, row.down_deltas, row.down_snapshots)
+        up = row.up.coefficients + row.up.directions
+        down = row.down_deltas + row.down_snapshots
+        counts = (up, row.up.heads, row.up.envelope, down, up + row.up.heads + row.up.envelope + down)
         table.add_row(row.member, str(row.updates), *(decimal(count) for count in counts))
     return table
 
 
 def task_table(answer: hub_pb2.ListTasksResponse) -> Table:
     """Return the tasks of one version."""
-    table = Table("task", "owner", title=f"tasks of version {answer.version}")
-    for column in ("created", "updated", "updates", "coefficients", "error bound"):
-        table.add_column(column, justify="right")
+    table = _names_and_numbers("task", "owner", numbers=("first", "last", "updates", "coeff.", "error"))
+    table.title = f"tasks of version {answer.version}"
+    table.caption = "first, last: versions; coeff.: numbers stored; error: relative bound, ! over budget"
     for task in answer.tasks:
-        bound = f"{task.error_bound:.4f}" + (" over budget" if task.over_budget else "")
-        table.add_row(
-            task.task_id,
-            task.owner,
-            str(task.created_version),
-            str(task.updated_version),
-            str(task.updates),
-            str(task.coefficients),
-            bound,
-        )
+        error = f"{task.error_bound:.4f}" + ("!" if task.over_budget else "")
+        numbers = (task.created_version, task.updated_version, task.updates, task.coefficients)
+        table.add_row(task.task_id, task.owner, *(str(number) for number in numbers), error)
+    return table
+
+
+def _names_and_numbers(*names: str, numbers: tuple[str, ...]) -> Table:
+    """Return an empty table; where it is too wide, names go on in the next line and numbers stay whole."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
     return table
