@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from share_client import session_log
 from share_client.link import HubLink, Submission
 from share_client.outbox import Outbox, Training, list_outbox
 from share_client.records import MOST_RETRAININGS, Records
@@ -149,6 +151,13 @@ def test_a_hub_that_forgot_gets_it_again_under_the_same_id(bench: Any) -> None:
 
 
 def test_every_event_has_a_sentence() -> None:
+    sources = Path(session_log.__file__).parent.glob("*.py")
+    written = {event for path in sources for event in re.findall(r'log\.write\(\s*"(\w+)"', path.read_text())}
+    assert {"training", "trained", "version", "failed"} <= written, "the search finds what is known to be there"
+    assert written <= set(session_log._SENTENCES)
+
+
+def test_a_sentence_holds_what_the_event_says() -> None:
     line = {"event": "evaluation", "task": "t", "metric": "accuracy", "value": 0.5, "version": 3, "rows": 9}
     assert sentence(line) == "t: accuracy 0.5000 at version 3 on 9 rows"
     assert sentence({"event": "strange", "x": 1}) == '{"event": "strange", "x": 1}'
