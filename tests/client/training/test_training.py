@@ -1,9 +1,15 @@
-"""Training in a space: what it learns, what it exports, and that the backbone stays as it was."""
+"""Training in a space: what it learns, what it exports, and that the backbone stays as it was.
+
+The last test plants bugs and shows that the checks above it catch them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,17 +22,22 @@ from share_client.training import (
     TrainingOptions,
     TrainResult,
     evaluate,
+    in_space,
+    inject,
+    load_backbone,
     train_in_space,
     train_lora,
 )
 from share_client.training.factors import IN_NORM, SpaceFactors, rate_for
+from share_client.training.in_space import canonical_factors
 from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.loop import train
 from share_client.training.start import outside_directions, start_cores
 from share_core.errors import ConfigError, SpaceMismatchError
 from share_core.fingerprint import describe_space
 from share_core.linalg import product_norm
 from share_core.merge import HubState, MergePolicy, empty_state, merge
-from share_core.space import empty_space, task_adapter, update_adapter
+from share_core.space import compress_core, empty_space, task_adapter, update_adapter
 from share_core.types import Adapter, Core, SiteBasis, Space
 
 OPTIONS = TrainingOptions(epochs=4)
@@ -110,7 +121,7 @@ def test_second_task_sends_coefficients_and_two_directions(second: TrainResult, 
 def test_trained_forward_is_that_of_the_merged_weights(
     backbone: Backbone, inverted: PreparedTask, second: TrainResult, merged: HubState, grown: Space
 ) -> None:
-    """Injected factors, exported update, and dW added to the weights agree: nothing is lost on the way."""
+    """The exported update and what the hub stores of it, injected, act as dW added to the weights does."""
     adapter = update_adapter(second.update, grown.bases)
     expected = outputs_with_weights(backbone, adapter, inverted)
     state = merge(merged, "o/inverted", adapter, POLICY).state
@@ -299,3 +310,115 @@ def test_lora_baseline_has_its_rank_and_learns(backbone: Backbone, bars: Prepare
     adapted = evaluate(backbone, bars, result.adapter, result.head).value
     assert adapted > 0.5
     assert adapted > evaluate(backbone, bars, None, frozen.head).value
+
+
+def test_the_update_says_what_was_trained(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
+    """The dW of the update is that of the trained parameters, core and free directions, at every site."""
+    trained: dict[str, SpaceFactors] = {}
+
+    def watched(*arguments: Any) -> Any:
+        trained.update(arguments[3])
+        return train(*arguments)
+
+    with mock.patch.object(in_space, "train", watched):
+        result = train_in_space(backbone, bars, grown, "o/new", replace(OPTIONS, epochs=1))
+    adapter = update_adapter(result.update, grown.bases)
+    assert trained.keys() == adapter.keys()
+    for site, change in trained.items():
+        out, in_ = (factor.detach().double() for factor in change.factors())
+        got = adapter[site].out @ adapter[site].in_.T
+        torch.testing.assert_close(got, out @ in_.T, rtol=1e-4, atol=1e-5)
+        assert float(got.norm()) > 1e-3, "nothing was trained, so the comparison shows nothing"
+
+
+# --- planted bugs ------------------------------------------------------------------------------------------------
+
+Check = Callable[[Backbone, PreparedTask, Space], None]
+
+
+class _Thawed(AdaptedLinear):
+    def __init__(self, base: torch.nn.Linear, change: Any) -> None:
+        super().__init__(base, change)
+        base.requires_grad_(True)
+
+
+def _without_core(change: SpaceFactors) -> tuple[Tensor, Tensor]:
+    return change.free_out, change.free_in
+
+
+def _swapped_residual(out: Tensor, in_: Tensor) -> Any:
+    return canonical_factors(in_, out)
+
+
+def _swapped_core(out: Tensor, in_: Tensor, rank: int) -> Any:
+    return compress_core(in_, out, rank)
+
+
+@contextmanager
+def _left_in_place(backbone: Backbone, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    for site, module in modules.items():
+        inject._place(backbone.module, site, module)
+    yield
+
+
+@contextmanager
+def _removed_unless_interrupted(backbone: Backbone, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    originals = {site: backbone.linear(site) for site in modules}
+    for site, module in modules.items():
+        inject._place(backbone.module, site, module)
+    yield
+    for site, original in originals.items():
+        inject._place(backbone.module, site, original)
+
+
+def _zeros(columns: Tensor) -> Tensor:
+    return torch.zeros_like(columns)
+
+
+def _gradients(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
+    test_gradient_reaches_every_part()
+
+
+def _directions(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
+    test_free_directions_are_orthogonal_to_the_subspace(3)
+
+
+def _new_start(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
+    test_a_new_task_starts_at_zero_and_never_at_the_saddle(grown)
+
+
+LOOP = "share_client.training.loop"
+
+
+@pytest.mark.parametrize(
+    ("check", "where", "bug"),
+    [
+        (test_training_leaves_the_backbone_bit_equal, f"{LOOP}.AdaptedLinear", _Thawed),
+        (test_training_leaves_the_backbone_bit_equal, f"{LOOP}.injected", _left_in_place),
+        (
+            test_training_that_is_interrupted_leaves_the_backbone_bit_equal,
+            f"{LOOP}.injected",
+            _removed_unless_interrupted,
+        ),
+        (_gradients, "share_client.training.factors.SpaceFactors.factors", _without_core),
+        (test_the_update_says_what_was_trained, "share_client.training.in_space.canonical_factors", _swapped_residual),
+        (test_the_update_says_what_was_trained, "share_client.training.in_space.compress_core", _swapped_core),
+        (_directions, "share_client.training.start.residual", lambda basis, x: x),
+        (_new_start, "share_client.training.start._orthonormal_after", _zeros),
+    ],
+    ids=[
+        "base-not-frozen",
+        "injection-not-removed",
+        "injection-not-removed-after-interrupt",
+        "core-ignored",
+        "residual-swapped",
+        "core-swapped",
+        "gradient-inside-subspace",
+        "start-at-the-saddle",
+    ],
+)
+def test_planted_bug_is_caught(check: Check, where: str, bug: Any, bars: PreparedTask, grown: Space) -> None:
+    own = load_backbone("digits-vit", "cpu")  # the bug may spoil it
+    check(own, bars, grown)
+    with mock.patch(where, bug), pytest.raises((AssertionError, TypeError, ConfigError)):
+        check(own, bars, grown)
