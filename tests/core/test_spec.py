@@ -94,7 +94,7 @@ def test_broken_space_toml_is_refused_by_key(text: str, words: str) -> None:
 def test_an_edited_shape_refuses_the_backbone() -> None:
     """The shape is in the id only through the fingerprint, so the file reads; no backbone fits it."""
     spec = spec_from_toml(edited("[2, 5]", "[2, 6]"), "space.toml")
-    with pytest.raises(SpaceMismatchError, match="a.query"):
+    with pytest.raises(SpaceMismatchError, match=r"a\.query"):
         check_backbone(spec, WEIGHTS)
 
 
