@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from share_client.durable import make_private_directory, write_atomic
+from share_client.durable import make_private_directory
+from share_core.durable import write_atomic
 from share_core.errors import PayloadError
 from share_core.types import Space, SpaceSpec
 from share_core.wire import decode_snapshot, encode_snapshot

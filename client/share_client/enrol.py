@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from share_client.channel import error_from_rpc, open_pinned_channel
-from share_client.durable import make_private_directory, write_atomic
+from share_client.durable import make_private_directory
 from share_client.member import ClientLayout, Member, load_member, save_member
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError, TokenError, UnavailableError
 from share_core.identity import (
     JoinToken,
@@ -63,8 +64,8 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
     _make_keys(layout)
     answer = _ask_certificate(token_text.strip(), token, authority, layout)
     _check_answer(answer, token, authority, layout)
-    write_atomic(layout.authority, authority, mode=0o644)
-    write_atomic(layout.certificate, answer.certificate_pem, mode=0o644)
+    write_atomic(layout.authority, authority, PUBLIC)
+    write_atomic(layout.certificate, answer.certificate_pem, PUBLIC)
     member = Member(
         member=answer.member,
         hub_address=answer.hub_address,
@@ -143,7 +144,7 @@ def _make_keys(layout: ClientLayout) -> None:
     if not (layout.node_key.exists() and layout.node_public_key.exists()):
         private, public = make_node_key()
         write_atomic(layout.node_key, private)
-        write_atomic(layout.node_public_key, public, mode=0o644)
+        write_atomic(layout.node_public_key, public, PUBLIC)
 
 
 def _ask_certificate(

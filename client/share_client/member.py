@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
-from share_client.durable import to_json, write_atomic
+from share_client.durable import to_json
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError
 from share_core.identity import not_after
 
@@ -135,7 +136,7 @@ class Credentials:
 
 def save_member(layout: ClientLayout, member: Member) -> None:
     """Write ``member.json`` atomically."""
-    write_atomic(layout.member, to_json(asdict(member)), mode=0o644)
+    write_atomic(layout.member, to_json(asdict(member)), PUBLIC)
 
 
 def load_member(layout: ClientLayout) -> Member:

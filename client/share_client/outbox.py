@@ -24,17 +24,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from share_client.durable import (
-    TEMPORARY,
-    flush_directory,
-    make_private_directory,
-    remove_tree,
-    sweep,
-    to_json,
-    write_atomic,
-    write_flushed,
-)
+from share_client.durable import make_private_directory, remove_tree, sweep, to_json
 from share_client.link import Submission
+from share_core.durable import TEMPORARY, flush_directory, write_atomic, write_flushed
 from share_core.errors import ConfigError, DigestError
 from share_core.names import check_update_id
 

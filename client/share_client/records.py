@@ -20,7 +20,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from share_client.durable import append_line, make_private_directory, read_json_lines, to_json, write_atomic
+from share_client.durable import append_line, make_private_directory, read_json_lines, to_json
+from share_core.durable import write_atomic
 from share_core.errors import ConfigError
 
 MOST_RETRAININGS = 5

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from share_client.durable import PRIVATE, make_private_directory
+from share_client.durable import make_private_directory
+from share_core.durable import PRIVATE
 
 _SENTENCES: Mapping[str, str] = {
     "started": "session for {member} in {space} at version {version}",

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import secrets
 import socket
 from datetime import datetime, timedelta
-from pathlib import Path
 
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import ConfigError
 from share_core.identity import (
     Identity,
@@ -60,12 +59,12 @@ def create_server(layout: Layout, config: ServerConfig, spec: SpaceSpec, now: da
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
         authority, key = make_authority("fedshare authority", now)
-        write_file(layout.ca_key, key, secret=True)
-        write_file(layout.ca_cert, authority)
-        write_file(layout.enrol_key, secrets.token_bytes(32), secret=True)
-        write_file(layout.space, spec_to_toml(spec).encode())
+        write_atomic(layout.ca_key, key)
+        write_atomic(layout.ca_cert, authority, PUBLIC)
+        write_atomic(layout.enrol_key, secrets.token_bytes(32))
+        write_atomic(layout.space, spec_to_toml(spec).encode(), PUBLIC)
         renew_certificates(layout, config, now)
-        write_file(layout.config, config_to_toml(config).encode())
+        write_atomic(layout.config, config_to_toml(config).encode(), PUBLIC)
     except OSError as error:
         raise ConfigError(f"{layout.root} cannot be written: {error.strerror}") from error
 
@@ -81,7 +80,7 @@ def renew_certificates(layout: Layout, config: ServerConfig, now: datetime) -> l
         if path.exists() and not_after(path.read_bytes()) - now > timedelta(days=OWN_DAYS / 3):
             continue
         if not layout.key(name).exists():
-            write_file(layout.key(name), new_private_key_pem(), secret=True)
+            write_atomic(layout.key(name), new_private_key_pem())
         certificate = sign_csr(
             layout.ca_cert.read_bytes(),
             layout.ca_key.read_bytes(),
@@ -91,7 +90,7 @@ def renew_certificates(layout: Layout, config: ServerConfig, now: datetime) -> l
             OWN_DAYS,
             server_names=listener_names(config) if name == "server" else (),
         )
-        write_file(path, certificate)
+        write_atomic(path, certificate, PUBLIC)
         made.append(name)
     return made
 
@@ -144,14 +143,3 @@ def free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-def write_file(path: Path, data: bytes, *, secret: bool = False) -> None:
-    """Write a file whole or not at all; ``secret`` ones are readable by their owner only."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600 if secret else 0o644)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

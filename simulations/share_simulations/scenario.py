@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import ConfigError
 from share_core.names import check_name
 
@@ -143,9 +144,7 @@ def write_tasks_file(root: Path, scenario: Scenario, client: ClientPlan, tasks: 
     """Write a client's tasks.toml and return its path. A reader sees either the old list or the new one."""
     path = client_folder(root, client) / "tasks.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".toml.new")
-    draft.write_text(tasks_toml(scenario, client, tasks), encoding="utf-8")
-    draft.replace(path)
+    write_atomic(path, tasks_toml(scenario, client, tasks).encode(), PUBLIC)
     return path
 
 

@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from share_client.durable import make_private_directory, write_atomic
+from share_client.durable import make_private_directory
 from share_client.enrol import make_node_key
 from share_client.fleet.deactivate import deactivate
 from share_client.fleet.forwarder import Forwarder
 from share_client.member import ClientLayout
+from share_core.durable import write_atomic
 from share_core.identity import Identity, identity_of, make_authority, make_csr, new_private_key_pem, sign_csr
 
 

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import pytest
 
-from share_client.durable import make_private_directory, write_atomic
+from share_client.durable import make_private_directory
 from share_client.enrol import make_node_key
 from share_client.fleet import supernode
 from share_client.fleet.environment import LINGER, node_environment, read_linger, read_paths
 from share_client.fleet.supernode import SuperNode, wait_for_node
 from share_client.link import HubLink
 from share_client.member import ClientLayout, Member, load_member, save_member
+from share_core.durable import write_atomic
 from share_core.errors import AccessError, CertificateError, ConfigError, FedshareError, UnavailableError
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 

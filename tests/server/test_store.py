@@ -113,14 +113,14 @@ def _record_order(root: Path, monkeypatch: pytest.MonkeyPatch, mutant: str = "")
         rename(source, target)
 
     monkeypatch.setattr(blob_module, "sync_file", lambda file: events.append("fsync file"))
-    monkeypatch.setattr(blob_module, "sync_directory", lambda path: events.append("fsync directory"))
+    monkeypatch.setattr(blob_module, "flush_directory", lambda path: events.append("fsync directory"))
     monkeypatch.setattr(os, "rename", recorded_rename)
     journal._db.set_trace_callback(lambda text: events.append("commit") if text == "COMMIT" else None)
     (root / "blobs" / hashlib.sha256(b"payload").hexdigest()[:2]).mkdir()
     if mutant == "no fsync":
         monkeypatch.setattr(blob_module, "sync_file", lambda file: None)
     if mutant == "no directory fsync":
-        monkeypatch.setattr(blob_module, "sync_directory", lambda path: None)
+        monkeypatch.setattr(blob_module, "flush_directory", lambda path: None)
     if mutant == "row first":
         accept_update(journal, _new(), 1)
     digest = blobs.put(b"payload")

@@ -17,8 +17,9 @@ import threading
 from datetime import datetime
 from pathlib import Path
 
-from share_client.durable import make_private_directory, write_atomic
+from share_client.durable import make_private_directory
 from share_client.member import ClientLayout
+from share_core.durable import write_atomic
 from share_core.errors import UnavailableError
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import ConfigError
 
 
@@ -64,20 +64,15 @@ class FleetFiles:
         return self.root / "keys"
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old text or the new one."""
+def write_text(path: Path, text: str, mode: int = PUBLIC) -> None:
+    """Replace ``path`` by ``text`` in one step, making its directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    draft.replace(path)
+    write_atomic(path, text.encode(), mode)
 
 
 def write_superlink_address(files: FleetFiles, address: str) -> None:
     """Tell the gateway where the SuperLink listens."""
-    write_atomically(files.superlink, json.dumps({"address": address}) + "\n")
+    write_text(files.superlink, json.dumps({"address": address}) + "\n")
 
 
 def read_superlink_address(files: FleetFiles) -> str:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 
 from share_core.errors import RequestError, UnavailableError
 from share_core.lifeline import tied
-from share_server.fleet.files import FleetFiles, write_atomically
+from share_server.fleet.files import FleetFiles, write_text
 from share_server.fleet.node_table import canonical_key
 from share_server.fleet.superlink import CONNECTION, environment
 
@@ -43,7 +43,7 @@ class FlowerCommands:
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f"[superlink.{CONNECTION}]\naddress = {address}\nroot-certificates = {authority}\n"
         )
-        write_atomically(self._files.home / "config.toml", text)
+        write_text(self._files.home / "config.toml", text)
 
     def submit(self) -> str:
         """Submit the shim; return the id of the run."""
@@ -69,7 +69,7 @@ class FlowerCommands:
             RequestError: it is no elliptic-curve key in PEM form.
         """
         path = self._files.node_keys / f"{member.replace('/', '+')}.pub"
-        write_atomically(path, openssh_key(public_key, member))
+        write_text(path, openssh_key(public_key, member))
         answer = self._call("supernode", "register", str(path), CONNECTION, "--name", member)
         return int(answer["node-id"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from share_server.fleet.files import write_atomically
+from share_server.fleet.files import write_text
 
 SERVER_APP = "share_server.fleet.server_app:app"
 """The thin ServerApp."""
@@ -33,4 +33,4 @@ clientapp = "{client_app}"
 
 def write_shim(folder: Path, server_app: str = SERVER_APP, client_app: str = CLIENT_APP) -> None:
     """Write the app into ``folder``."""
-    write_atomically(folder / "pyproject.toml", _PYPROJECT.format(server_app=server_app, client_app=client_app))
+    write_text(folder / "pyproject.toml", _PYPROJECT.format(server_app=server_app, client_app=client_app))

@@ -10,8 +10,9 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from share_core.durable import PRIVATE
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
-from share_server.fleet.files import FleetFiles, write_atomically
+from share_server.fleet.files import FleetFiles, write_text
 
 CONNECTION = "own"
 """Name of the connection in Flower's ``config.toml``."""
@@ -32,9 +33,9 @@ def prepare(files: FleetFiles) -> None:
     certificate = sign_csr(
         authority, authority_key, make_csr(key), identity, now, _CERTIFICATE_DAYS, ("127.0.0.1", "localhost")
     )
-    write_atomically(files.key, key.decode("ascii"), mode=0o600)
-    write_atomically(files.certificate, certificate.decode("ascii"))
-    write_atomically(files.authority, authority.decode("ascii"))
+    write_text(files.key, key.decode("ascii"), PRIVATE)
+    write_text(files.certificate, certificate.decode("ascii"))
+    write_text(files.authority, authority.decode("ascii"))
 
 
 def free_port() -> int:

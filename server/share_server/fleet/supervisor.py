@@ -27,7 +27,7 @@ from share_core import lifeline
 from share_core.errors import ConfigError
 from share_server.config import ServerConfig
 from share_server.fleet import shim, superlink
-from share_server.fleet.files import FleetFiles, write_atomically, write_superlink_address
+from share_server.fleet.files import FleetFiles, write_superlink_address, write_text
 from share_server.fleet.flower_run import FlowerRun
 from share_server.fleet.flwr_cli import FlowerCommands
 from share_server.fleet.hub_link import HubLink
@@ -195,7 +195,7 @@ class _Supervisor:
             "addresses": self._addresses(),
             "run_id": run_id,
         }
-        write_atomically(self._layout.run_file, json.dumps(content, indent=2) + "\n")
+        write_text(self._layout.run_file, json.dumps(content, indent=2) + "\n")
         log.info("up", run_id=run_id)
         if first:
             self._greet()

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from share_core.durable import flush_directory
 from share_core.errors import StorageError, UnavailableError
 
 
@@ -77,7 +78,7 @@ class Staged:
             self._close()
             make_durable_directory(target.parent)
             os.rename(self._path, target)  # noqa: PTH104 - the order of these calls is checked by a test
-            sync_directory(target.parent)
+            flush_directory(target.parent)
         return digest
 
     def discard(self) -> None:
@@ -181,17 +182,8 @@ def sync_file(file: int) -> None:
     os.fsync(file)
 
 
-def sync_directory(path: Path) -> None:
-    """Flush the entries of a directory to the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def make_durable_directory(path: Path) -> None:
     """Create ``path`` if it is missing, with its name flushed in the parent."""
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
-        sync_directory(path.parent)
+        flush_directory(path.parent)

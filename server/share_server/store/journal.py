@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from share_core.durable import flush_directory
 from share_core.errors import ConfigError, StorageError
-from share_server.store.blobs import storage, sync_directory
+from share_server.store.blobs import storage
 from share_server.store.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
 
 _DOMAIN = b"fedshare journal 1"
@@ -67,7 +68,7 @@ class Journal:
         if problems != "ok":
             raise StorageError(f"the journal is damaged: {problems}; restore it from a backup")
         with storage("opening the journal"):
-            sync_directory(path.parent)
+            flush_directory(path.parent)
         self._check(space_id)
         self._last = self._read_last()
 
