@@ -6,8 +6,10 @@ import hashlib
 import json
 import secrets
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import grpc
 import pytest
@@ -17,6 +19,7 @@ from share_core.errors import FedshareError
 from share_core.types import Factors, SiteUpdate, SpaceSpec, Update
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.config import LimitConfig
 from share_server.local import Holder, LocalHub, submit_header, submit_messages
 from share_server.operator import named_error
 
@@ -332,3 +335,33 @@ def test_errors_name_no_path_of_the_server(
     _, error = _refusal(lambda: _send(hub, submit_header(toy_spec, "acme/p", b"x" * 20), b"x" * 20))
     assert str(shared_hub.layout.root) not in str(error)
     assert "Traceback" not in str(error)
+
+
+def test_one_organisation_cannot_hold_all_upload_slots(
+    shared_hub: LocalHub, hub: Hub, toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
+) -> None:
+    """Stalled uploads of one organisation fill its share; the next one is turned away, others are served."""
+    payload = make_payload(3)
+    release = threading.Event()
+
+    def stalled(name: str) -> Iterator[hub_pb2.SubmitRequest]:
+        yield hub_pb2.SubmitRequest(header=submit_header(toy_spec, f"acme/{name}", payload))
+        release.wait(60)
+
+    def upload(name: str) -> FedshareError:
+        return _refusal(lambda: hub.Submit(stalled(name), timeout=60))[1]
+
+    share = LimitConfig().concurrent_uploads // 4
+    with ThreadPoolExecutor(share + 1) as pool:
+        calls = [pool.submit(upload, f"slow{number}") for number in range(share + 1)]
+        try:
+            done, held = wait(calls, return_when=FIRST_COMPLETED)
+            assert ["which is its share" in str(call.result()) for call in done] == [True]
+            assert len(held) == share
+            with shared_hub.hub(shared_hub.enrol("other/bob")) as other:
+                header = submit_header(toy_spec, "other/task", payload)
+                assert _send(other, header, payload).ingest_seq > 0
+        finally:
+            release.set()
+        assert {type(call.result()).__name__ for call in held} == {"DigestError"}, "the payloads never came"
+    _serves(hub, toy_spec, payload)

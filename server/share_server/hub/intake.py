@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Intake:
         self._limits = limits
         self._feed = feed
         self._history = history
-        self._uploads = 0
+        self._uploads: Counter[str] = Counter()
 
     async def receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
         """Receive one update; return (its row, whether it was durable before this call).
@@ -73,9 +74,8 @@ class Intake:
         """
         if self._feed.closing:
             raise UnavailableError("the hub is stopping: send the update again in a moment")
-        if self._uploads >= self._limits.concurrent_uploads:
-            raise UnavailableError(f"{self._uploads} uploads are in progress, which is the most: try again")
-        self._uploads += 1
+        self._check_slots(caller.organisation)
+        self._uploads[caller.organisation] += 1
         try:
             async with asyncio.timeout(self._limits.upload_total_s):
                 return await self._receive(caller, messages)
@@ -84,7 +84,16 @@ class Intake:
                 f"the upload took longer than {self._limits.upload_total_s:g} s: send it again"
             ) from error
         finally:
-            self._uploads -= 1
+            self._uploads[caller.organisation] -= 1
+
+    def _check_slots(self, organisation: str) -> None:
+        """Refuse what would leave the others no slot: one organisation may hold a quarter of them."""
+        most = self._limits.concurrent_uploads
+        share = max(1, most // 4)
+        if self._uploads.total() >= most:
+            raise UnavailableError(f"{most} uploads are in progress, which is the most: try again")
+        if self._uploads[organisation] >= share:
+            raise UnavailableError(f"{organisation} has {share} uploads in progress, which is its share: try again")
 
     async def _receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
         header = await self._header(messages)
