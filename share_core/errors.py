@@ -35,6 +35,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+ERROR_KEY = "share-error"
+"""Trailing metadata of a gRPC answer that names the class of a refusal."""
+
 
 class FedshareError(Exception):
     """Base of every error raised on purpose. The message is one sentence for a person."""
@@ -167,7 +170,7 @@ class ConfigError(FedshareError):
 
 
 def error_classes() -> dict[str, type[FedshareError]]:
-    """Return every error class by its name, the name that travels as ``share-error``."""
+    """Return every error class by its name, the name that travels under :data:`ERROR_KEY`."""
     found: dict[str, type[FedshareError]] = {}
     waiting: list[type[FedshareError]] = [FedshareError]
     while waiting:

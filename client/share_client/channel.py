@@ -12,6 +12,7 @@ import grpc
 
 from share_client.member import Credentials
 from share_core.errors import (
+    ERROR_KEY,
     AccessError,
     DigestError,
     FedshareError,
@@ -22,9 +23,6 @@ from share_core.errors import (
     error_classes,
 )
 
-ERROR_KEY = "share-error"
-"""Trailing metadata that names the class of a refusal."""
-
 CHUNK_BYTES = 1 << 20
 """Size of one chunk of a payload."""
 
@@ -32,7 +30,7 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 4 << 20),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in truth the time a handshake may take, also over a slow line
     ("grpc.max_reconnect_backoff_ms", 5_000),
     # A follower may hear nothing for hours: without pings a vanished hub or a forgetful NAT would go unnoticed.
     ("grpc.keepalive_time_ms", 60_000),

@@ -1,4 +1,4 @@
-"""Calls to the running hub with the operator's certificate."""
+"""Calls to the running hub with the server's own certificates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from share_core.errors import ConfigError, FedshareError, UnavailableError, error_classes
+from share_core.errors import ERROR_KEY, ConfigError, FedshareError, UnavailableError, error_classes
 from share_proto.v1 import hub_pb2_grpc
 from share_server.config import ServerConfig
 from share_server.layout import Layout
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 _DEADLINE_S = 10.0
 
-CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.use_local_subchannel_pool", 1),  # two identities in one process must not share a connection
+    ("grpc.enable_http_proxy", 0),  # the hub is on this machine
     ("grpc.max_receive_message_length", 4 * 2**20),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 """Channel arguments of every caller on the server's side."""
 
 
-@contextmanager
-def hub_channel(layout: Layout, config: ServerConfig, name: str = "operator") -> Iterator[grpc.Channel]:
-    """Open a channel to the hub of this directory with the certificate ``operator`` or ``fleet``.
+def open_channel(layout: Layout, config: ServerConfig, name: str) -> grpc.Channel:
+    """Return a channel to the hub of this directory with the certificate ``operator`` or ``fleet``.
 
     Raises:
         ConfigError: the directory is incomplete.
@@ -38,15 +38,18 @@ def hub_channel(layout: Layout, config: ServerConfig, name: str = "operator") ->
             layout.ca_cert.read_bytes(), layout.key(name).read_bytes(), layout.certificate(name).read_bytes()
         )
     except OSError as error:
-        raise ConfigError(f"{layout.root} is no complete server directory: {error}") from error
-    with grpc.secure_channel(config.local_hub_address, credentials, CHANNEL_OPTIONS) as channel:
-        yield channel
+        raise ConfigError(
+            f"{layout.root} is no complete server directory: {error}: run 'share-server init {layout.root}'"
+        ) from error
+    # The listener may be bound to every interface; its certificate names the hosts that clients use.
+    expected: tuple[str, int | str] = ("grpc.ssl_target_name_override", config.hosts[0].strip("[]"))
+    return grpc.secure_channel(config.local_hub_address, credentials, [*CHANNEL_OPTIONS, expected])
 
 
 @contextmanager
 def operator_stub(layout: Layout, config: ServerConfig) -> Iterator[hub_pb2_grpc.HubStub]:
     """Open the Hub service as operator."""
-    with hub_channel(layout, config) as channel:
+    with open_channel(layout, config, "operator") as channel:
         yield hub_pb2_grpc.HubStub(channel)
 
 
@@ -67,7 +70,7 @@ def named_error(error: grpc.RpcError, address: str) -> FedshareError:
     call = error if isinstance(error, grpc.Call) else None
     details = (call.details() if call else None) or "no details"
     trailing: Any = call.trailing_metadata() if call else None
-    name = next((str(value) for key, value in trailing or () if key == "share-error"), "")
+    name = next((str(value) for key, value in trailing or () if key == ERROR_KEY), "")
     if name in error_classes():
         return error_classes()[name](details)
     if call is not None and call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

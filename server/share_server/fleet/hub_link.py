@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from share_core.errors import ConfigError, UnavailableError
+from share_core.errors import UnavailableError
 from share_proto.v1 import fleet_pb2, fleet_pb2_grpc
 from share_server.config import ServerConfig
 from share_server.layout import Layout
+from share_server.operator import open_channel
 
 CALL_SECONDS = 5.0
 """Longest wait for one call. The hub is on this machine."""
@@ -27,14 +28,6 @@ _TRANSIENT = frozenset(
     }
 )
 """What a restarting or overloaded hub answers. Anything else means that we are wrong and retrying is no help."""
-
-_OPTIONS: list[tuple[str, int | str]] = [
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-]
 
 
 @dataclass(frozen=True)
@@ -58,17 +51,7 @@ class HubLink:
     """
 
     def __init__(self, layout: Layout, config: ServerConfig) -> None:
-        try:
-            credentials = grpc.ssl_channel_credentials(
-                root_certificates=layout.ca_cert.read_bytes(),
-                private_key=layout.key("fleet").read_bytes(),
-                certificate_chain=layout.certificate("fleet").read_bytes(),
-            )
-        except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be read: run 'share-server init {layout.root}'") from error
-        # The listener may be bound to every interface; its certificate names the hosts clients use.
-        name: tuple[str, int | str] = ("grpc.ssl_target_name_override", config.hosts[0])
-        self._channel = grpc.secure_channel(config.local_hub_address, credentials, options=[*_OPTIONS, name])
+        self._channel = open_channel(layout, config, "fleet")
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 

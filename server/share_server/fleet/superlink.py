@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import socket
 import ssl
 import sys
 from datetime import UTC, datetime
@@ -36,13 +35,6 @@ def prepare(files: FleetFiles) -> None:
     write_text(files.key, key.decode("ascii"), PRIVATE)
     write_text(files.certificate, certificate.decode("ascii"))
     write_text(files.authority, authority.decode("ascii"))
-
-
-def free_port() -> int:
-    """Return a loopback port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(files: FleetFiles) -> dict[str, str]:

@@ -35,6 +35,7 @@ from share_server.fleet.registrar import Registrar
 from share_server.fleet.service import Service
 from share_server.hub import log
 from share_server.layout import Layout
+from share_server.provision import free_ports
 
 EXIT_STOPPED = 0
 """Asked to stop, and everything has ended."""
@@ -222,7 +223,7 @@ class _Supervisor:
         self._choose_port()
 
     def _choose_port(self) -> None:
-        self._port = superlink.free_port()
+        (self._port,) = free_ports(1)
         write_superlink_address(self._files, f"127.0.0.1:{self._port}")
         self._commands.configure(self._port)
 

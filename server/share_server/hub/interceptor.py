@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from share_core.errors import FedshareError, UnavailableError
+from share_core.errors import ERROR_KEY, FedshareError, UnavailableError
 from share_server.hub import log
 
 _LONGEST_SENTENCE = 1500
@@ -85,7 +85,7 @@ class Door(aio.ServerInterceptor):
 
 
 async def refuse(method: str, context: aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """End a call with ``error``: its status, its sentence, and its class name as ``share-error``.
+    """End a call with ``error``: its status, its sentence, and its class name under ``ERROR_KEY``.
 
     Anything that is not a FedshareError is a fault of ours: the caller learns only a number under which the operator
     finds the traceback in the log.
@@ -100,5 +100,5 @@ async def refuse(method: str, context: aio.ServicerContext[Any, Any], error: Exc
         name, code = FedshareError.__name__, grpc.StatusCode.INTERNAL
         sentence = f"the hub failed on this call; its log has the reason under {number}"
         log.failure("call failed", error, method=method, number=number)
-    await context.abort(code, sentence[:_LONGEST_SENTENCE], (("share-error", name),))
+    await context.abort(code, sentence[:_LONGEST_SENTENCE], ((ERROR_KEY, name),))
     raise AssertionError("abort always raises")
