@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from share_client.backbones.pretrain_digits import FIRST_TASK_ROW
 from share_core.errors import ConfigError
 from share_simulations.scenario import Arrival, ClientPlan, Scenario, TaskPlan, TomlValue, client_folder
 
-FIRST_TASK_ROW = 597
-"""Rows from here on are unknown to the backbone."""
 TEST_ROWS = 400
 """Rows at the end that every task is tested on."""
 

@@ -89,17 +89,7 @@ def _start_server(
     """Initialise and start the server; return it and the hub's address once it is up."""
     folder = str(folders.server)
     progress.note("starting the server")
-    init = [
-        "share-server",
-        "init",
-        folder,
-        "--space",
-        scenario.backbone,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-    ]
+    init = ["share-server", "init", folder, "--space", scenario.backbone, "--host", "127.0.0.1", "--port", "0"]
     processes.call("init", init)
     server = processes.start("server", ["share-server", "run", folder])
     ready = folders.server / "run.json"

@@ -75,11 +75,6 @@ class AccuracyMatrix:
             return None
         return self.values[self.versions.index(version)][self.tasks.index(task)]
 
-    def rows_at(self, versions: Iterable[int]) -> AccuracyMatrix:
-        """Return the matrix of the given versions only, in the given order."""
-        wanted = tuple(versions)
-        return AccuracyMatrix(self.tasks, wanted, tuple(tuple(self.at(v, t) for t in self.tasks) for v in wanted))
-
 
 def accuracy_matrix(measured: Iterable[Measured], tasks: Sequence[str], newest: int) -> AccuracyMatrix:
     """Return the accuracy of ``tasks`` at the versions 1 to ``newest``, shape (newest, len(tasks))."""
@@ -95,15 +90,6 @@ def last_merges(submissions: Iterable[Submission]) -> dict[str, int]:
         if submission.version:
             last[submission.task] = max(last.get(submission.task, 0), submission.version)
     return dict(sorted(last.items(), key=lambda item: item[1]))
-
-
-def first_merges(submissions: Iterable[Submission]) -> dict[str, int]:
-    """Return for every merged task the version in which it first appeared."""
-    first: dict[str, int] = {}
-    for submission in submissions:
-        if submission.version:
-            first[submission.task] = min(first.get(submission.task, submission.version), submission.version)
-    return first
 
 
 def task_matrix(matrix: AccuracyMatrix, last: Mapping[str, int]) -> AccuracyMatrix:

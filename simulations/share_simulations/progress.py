@@ -105,16 +105,6 @@ class Progress(Protocol):
         """Show the newest view."""
 
 
-class SilentProgress:
-    """Shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Show nothing."""
-
-    def show(self, view: FederationView) -> None:
-        """Show nothing."""
-
-
 class LineProgress:
     """One line per change, for logs and pipes."""
 

@@ -28,7 +28,6 @@ def images(path: Path) -> list[bytes]:
 
 
 def test_task_rows_are_not_the_rows_of_the_pretraining() -> None:
-    assert digits.FIRST_TASK_ROW == pretrain_digits.FIRST_TASK_ROW
     pretraining, _ = pretrain_digits.pretraining_digits()
     known = {row.tobytes() for row in pretraining.numpy().reshape(-1, 8, 8).astype(np.float32)}
     ours, labels = task_rows()
