@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, ImageBackbone
-from share_client.data import ImageRows, content_hash, read_images
+from share_client.data import ImageRows, read_images
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
@@ -59,7 +59,6 @@ class ImageClassification(Classification):
             train=_Images(_fit(train, backbone, config), indices_of(train.labels, classes)),
             test=_Images(_fit(test, backbone, config), indices_of(test.labels, classes)),
             classes=classes,
-            content_hash=content_hash(config.train, config.test),
         )
 
 

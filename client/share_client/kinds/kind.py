@@ -43,8 +43,6 @@ class PreparedTask:
     """Test rows, for evaluation only."""
     classes: tuple[int | str, ...]
     """Labels in order of their index: sorted, over training and test rows."""
-    content_hash: str
-    """SHA-256 over both data files, whole; see :func:`share_client.data.content_hash`."""
 
     @property
     def train_rows(self) -> int:

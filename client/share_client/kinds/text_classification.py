@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, TextBackbone
-from share_client.data import content_hash, read_text
+from share_client.data import read_text
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
@@ -64,5 +64,4 @@ class TextClassification(Classification):
             train=_Texts(tokens[0], indices_of(train.labels, classes), backbone),
             test=_Texts(tokens[1], indices_of(test.labels, classes), backbone),
             classes=classes,
-            content_hash=content_hash(config.train, config.test),
         )
