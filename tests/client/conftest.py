@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -20,15 +17,23 @@ from typing import Any
 import pytest
 import torch
 
-from share_client.enrol import enrol
+from share_client.durable import make_private_directory
+from share_client.enrol import enrol, make_node_key
 from share_client.link import HubLink
 from share_client.member import ClientLayout, load_credentials, load_member
+from share_core.durable import write_atomic
 from share_core.fingerprint import describe_space
-from share_core.identity import Identity, token_decode, token_encode
+from share_core.identity import (
+    Identity,
+    make_authority,
+    make_csr,
+    new_private_key_pem,
+    sign_csr,
+    token_decode,
+    token_encode,
+)
 from share_core.types import SpaceSpec
-from share_server.config import ServerConfig
-from share_server.layout import Layout
-from share_server.provision import create_server, free_ports, invite_member
+from share_server.local import LocalHub
 
 HERE = Path(__file__).parent
 
@@ -55,39 +60,12 @@ def spec(fake: ModuleType) -> SpaceSpec:
     return describe_space("fake", fake.site_weights(), k_max=32, tau=0.05)
 
 
-class Hub:
-    """One server directory and its hub process."""
-
-    def __init__(self, root: Path, spec: SpaceSpec) -> None:
-        ports = free_ports(3)
-        self.config = ServerConfig(hub_port=ports[0], enrol_port=ports[1], gateway_port=ports[2])
-        self.layout = Layout(root)
-        create_server(self.layout, self.config, spec, datetime.now(UTC))
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with (self.layout.root / "hub.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "share_server.hub", str(self.layout.root)], stdout=log, stderr=log
-            )
-        for port in (self.config.hub_port, self.config.enrol_port):
-            self._wait_for(port)
-
-    def kill(self) -> None:
-        """End the hub as a power cut would."""
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(30)
+class Hub(LocalHub):
+    """A real hub that also makes client directories."""
 
     def token(self, member: str, **changes: Any) -> str:
         """Return a join token for ``organisation/name``; ``changes`` forge its fields under the real key."""
-        organisation, _, name = member.partition("/")
-        text = invite_member(self.layout, self.config, Identity("trainer", organisation, name), 1.0, datetime.now(UTC))
+        text = self.invite(member)
         if not changes:
             return text
         token = replace(token_decode(text), **changes)
@@ -105,19 +83,6 @@ class Hub:
         layout = ClientLayout(root)
         enrol(self.token(member), layout, datetime.now(UTC))
         return layout
-
-    def _wait_for(self, port: int) -> None:
-        assert self.process is not None
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            assert self.process.poll() is None, (self.layout.root / "hub.log").read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            except OSError:
-                time.sleep(0.05)
-            else:
-                return
-        raise AssertionError(f"the hub does not listen on {port}")
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +116,27 @@ def connect() -> Iterator[Callable[[ClientLayout], HubLink]]:
     yield open_link
     for link in links:
         link.close()
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> tuple[ClientLayout, bytes, bytes]:
+    """An enrolled directory made without a server, and the authority that signed it: certificate and key."""
+    now = datetime.now(UTC)
+    authority, authority_key = make_authority("test", now)
+    layout = ClientLayout(tmp_path / "client")
+    make_private_directory(layout.identity)
+    key = new_private_key_pem()
+    certificate = sign_csr(authority, authority_key, make_csr(key), Identity("trainer", "org", "one"), now, 1)
+    private, public = make_node_key()
+    for path, data in (
+        (layout.key, key),
+        (layout.certificate, certificate),
+        (layout.authority, authority),
+        (layout.node_key, private),
+        (layout.node_public_key, public),
+    ):
+        write_atomic(path, data)
+    return layout, authority, authority_key
 
 
 @pytest.fixture

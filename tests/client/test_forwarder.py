@@ -16,8 +16,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from share_client.durable import make_private_directory
-from share_client.enrol import make_node_key
 from share_client.fleet.deactivate import deactivate
 from share_client.fleet.forwarder import Forwarder
 from share_client.member import ClientLayout
@@ -78,36 +76,15 @@ class Gateway:
 
 
 @pytest.fixture
-def member(tmp_path: Path) -> tuple[ClientLayout, bytes, bytes]:
-    """An enrolled directory, made without a server; with the authority that signed it."""
-    now = datetime.now(UTC)
-    authority, authority_key = make_authority("test", now)
-    layout = ClientLayout(tmp_path / "client")
-    make_private_directory(layout.identity)
-    key = new_private_key_pem()
-    certificate = sign_csr(authority, authority_key, make_csr(key), Identity("trainer", "org", "one"), now, 1)
-    private, public = make_node_key()
-    for path, data in (
-        (layout.key, key),
-        (layout.certificate, certificate),
-        (layout.authority, authority),
-        (layout.node_key, private),
-        (layout.node_public_key, public),
-    ):
-        write_atomic(path, data)
-    return layout, authority, authority_key
-
-
-@pytest.fixture
-def gateway(tmp_path: Path, member: tuple[ClientLayout, bytes, bytes]) -> Iterator[Gateway]:
-    gateway = Gateway(tmp_path, *member, port=0)
+def gateway(tmp_path: Path, offline: tuple[ClientLayout, bytes, bytes]) -> Iterator[Gateway]:
+    gateway = Gateway(tmp_path, *offline, port=0)
     yield gateway
     gateway.close()
 
 
 @pytest.fixture
-def forwarder(gateway: Gateway, member: tuple[ClientLayout, bytes, bytes]) -> Iterator[Forwarder]:
-    forwarder = Forwarder(member[0], f"127.0.0.1:{gateway.port}", datetime.now(UTC))
+def forwarder(gateway: Gateway, offline: tuple[ClientLayout, bytes, bytes]) -> Iterator[Forwarder]:
+    forwarder = Forwarder(offline[0], f"127.0.0.1:{gateway.port}", datetime.now(UTC))
     forwarder.start()
     yield forwarder
     forwarder.stop()
@@ -128,7 +105,7 @@ def test_bytes_go_through_with_our_certificate(gateway: Gateway, forwarder: Forw
 
 
 def test_a_gateway_that_is_down_is_a_503_and_not_a_failed_handshake(
-    tmp_path: Path, gateway: Gateway, forwarder: Forwarder, member: tuple[ClientLayout, bytes, bytes]
+    tmp_path: Path, gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes]
 ) -> None:
     gateway.close()
     with local_client(forwarder) as client:
@@ -136,7 +113,7 @@ def test_a_gateway_that_is_down_is_a_503_and_not_a_failed_handshake(
         assert answer.status_code == 503
         assert not {"ssl", "tls", "certificate"} & set(answer.text.lower().split()), "Flower takes these for fatal"
         assert f"127.0.0.1:{gateway.port}" in forwarder.trouble
-        again = Gateway(tmp_path, *member, port=gateway.port)
+        again = Gateway(tmp_path, *offline, port=gateway.port)
         try:
             assert client.post("/v1/fleet/push-object", content=b"back").content == b"back"
             assert forwarder.trouble == ""
@@ -145,9 +122,9 @@ def test_a_gateway_that_is_down_is_a_503_and_not_a_failed_handshake(
 
 
 def test_a_gateway_of_another_federation_is_not_spoken_to(
-    tmp_path: Path, member: tuple[ClientLayout, bytes, bytes]
+    tmp_path: Path, offline: tuple[ClientLayout, bytes, bytes]
 ) -> None:
-    layout = member[0]
+    layout = offline[0]
     stranger = Gateway(tmp_path, layout, *make_authority("other", datetime.now(UTC)), port=0)
     forwarder = Forwarder(layout, f"127.0.0.1:{stranger.port}", datetime.now(UTC))
     forwarder.start()
@@ -161,11 +138,11 @@ def test_a_gateway_of_another_federation_is_not_spoken_to(
 
 
 def test_the_deactivate_call_is_signed_as_flower_wants(
-    gateway: Gateway, forwarder: Forwarder, member: tuple[ClientLayout, bytes, bytes]
+    gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes]
 ) -> None:
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 
-    layout = member[0]
+    layout = offline[0]
     for status in (200, 401):
         gateway.status = status
         assert deactivate(layout, forwarder.port, forwarder.authority, 2**63 + 5) == status

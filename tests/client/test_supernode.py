@@ -13,16 +13,12 @@ from typing import Any, cast
 
 import pytest
 
-from share_client.durable import make_private_directory
-from share_client.enrol import make_node_key
 from share_client.fleet import supernode
 from share_client.fleet.environment import LINGER, node_environment, read_linger, read_paths
 from share_client.fleet.supernode import SuperNode, wait_for_node
 from share_client.link import HubLink
 from share_client.member import ClientLayout, Member, load_member, save_member
-from share_core.durable import write_atomic
 from share_core.errors import AccessError, CertificateError, ConfigError, FedshareError, UnavailableError
-from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 
 MEMBER = Member("org/one", "127.0.0.1:1", "127.0.0.1:2", "sha256:aa", node_id=5)
 
@@ -45,26 +41,9 @@ def node(node_id: int, revoked: bool = False) -> Any:
 
 
 @pytest.fixture
-def layout(tmp_path: Path) -> ClientLayout:
-    from datetime import UTC, datetime
-
-    now = datetime.now(UTC)
-    layout = ClientLayout(tmp_path / "client")
-    make_private_directory(layout.identity)
-    authority, authority_key = make_authority("test", now)
-    key = new_private_key_pem()
-    certificate = sign_csr(authority, authority_key, make_csr(key), Identity("trainer", "org", "one"), now, 1)
-    private, public = make_node_key()
-    for path, data in (
-        (layout.key, key),
-        (layout.certificate, certificate),
-        (layout.authority, authority),
-        (layout.node_key, private),
-        (layout.node_public_key, public),
-    ):
-        write_atomic(path, data)
-    save_member(layout, MEMBER)
-    return layout
+def layout(offline: tuple[ClientLayout, bytes, bytes]) -> ClientLayout:
+    save_member(offline[0], MEMBER)
+    return offline[0]
 
 
 @pytest.fixture
