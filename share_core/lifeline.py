@@ -8,8 +8,9 @@ then kill and reap them. Two consequences for callers:
 * fork tied children from the main thread, or from a thread that lives as long as the process;
 * the tie is not inherited by grandchildren: each of our modules that Flower loads calls :func:`arm` itself.
 
-Elsewhere :func:`arm` polls the parent's id from a thread, :func:`tie` and :func:`become_subreaper` do nothing
-and say so by their result. Reaping matters because Flower's own watchers take a zombie for a living process.
+Elsewhere :func:`arm` polls the parent's id from a thread, which :func:`tied` cannot take across its exec, and
+:func:`become_subreaper` does nothing and says so by its result. Reaping matters because Flower's own watchers take a
+zombie for a living process.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def _load_prctl() -> Callable[[int, int], int] | None:
     return call
 
 
-# Loaded at import: between fork and exec nothing may be imported or allocated at leisure.
 _PRCTL = _load_prctl()
 
 
@@ -60,23 +60,12 @@ def arm(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tie() -> Callable[[], None] | None:
-    """Return a ``preexec_fn`` that ties a foreign program to this process; None where that is impossible.
-
-    Call it in the process that forks, just before ``subprocess.Popen``.
-    """
-    if _PRCTL is None:
-        return None
-    parent = os.getpid()
-    return lambda: arm(parent)
-
-
 def tied(command: Sequence[str]) -> list[str]:
     """Return ``command`` wrapped so that it arms itself before it becomes the program; the process id stays.
 
-    Prefer it to :func:`tie` where other threads run (gRPC's, for one): no Python code runs between fork and exec,
-    so no lock that a thread held at the fork can stop the child. Call it in the process that forks. The program
-    must be on the PATH of the child's environment.
+    No Python code runs between fork and exec, so no lock that another thread (gRPC's, for one) held at the fork can
+    stop the child. Call it in the process that forks. The program must be a path, or on the PATH of the child's
+    environment.
     """
     return [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(os.getpid()), *command]
 

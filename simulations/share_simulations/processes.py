@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from share_core.errors import ConfigError, FedshareError
-from share_core.lifeline import become_subreaper, children, kill_adopted, tie
+from share_core.lifeline import become_subreaper, children, kill_adopted, tied
 
 TAIL_LINES = 25
 """Lines of a failing process's log that an error shows."""
@@ -106,13 +106,12 @@ class Processes:
         log = self._logs / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [installed(command[0]), *command[1:]],
+                tied([installed(command[0]), *command[1:]]),
                 stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 process_group=0,
-                preexec_fn=tie(),  # noqa: PLW1509  this runs in the main thread, and prctl is all it calls
             )
         child = Child(name, process, log)
         self._children.append(child)
