@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from share_core.errors import ConfigError, FedshareError
+from share_server.config import DEFAULT_PORT
 from share_server.layout import Layout
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def init(  # the options of one command are its interface
     ] = None,
     port: Annotated[
         int, typer.Option(help="First of three ports: hub, enrolment, gateway. 0 picks free ones.", min=0, max=65533)
-    ] = 7443,
+    ] = DEFAULT_PORT,
     k_max: Annotated[
         int | None, typer.Option(help="Most basis vectors per site and side; beyond it the space compacts.", min=1)
     ] = None,
