@@ -3,8 +3,7 @@
 A version whose step only appends is kept as its delta alone: replaying it is concatenation and zero padding,
 exact to the bit. A step that rotates a basis multiplies matrices, whose last bits depend on the machine and
 its thread count; such a version is kept whole, and so is every :data:`SNAPSHOT_EVERY`-th, which bounds the
-replay. The stored bytes are the
-authority: a running hub continues from what it stored, not from what it computed.
+replay. The stored bytes are the authority: a running hub continues from what it stored, not from what it computed.
 """
 
 from __future__ import annotations
