@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from share_core.errors import ConfigError, FedshareError
+from share_core.command_line import run_command
+from share_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from share_core.types import Space, SpaceSpec
@@ -97,9 +98,5 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run the command line; a refused file is one sentence on stderr and exit code 1."""
-    try:
-        app()
-    except (FedshareError, OSError) as error:
-        typer.echo(f"share-space: {error}", err=True)
-        raise SystemExit(1) from None
+    """Console script."""
+    run_command(app, "share-space")

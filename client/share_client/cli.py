@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from share_core.errors import ConfigError, FedshareError
+from share_core.command_line import plain_errors, run_command
+from share_core.errors import ConfigError
 
 app = typer.Typer(
     name="share-client",
@@ -54,7 +55,7 @@ def join(
         console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] ", end="")
         console.print(text, markup=False)
 
-    with _plain_errors():
+    with plain_errors("share-client"):
         text = _read_token(token)
         layout = ClientLayout(directory or _default_directory(text))
         read_tasks(tasks)  # a mistake in the file must not cost a token
@@ -69,7 +70,7 @@ def status(directory: Directory, as_json: Json = False) -> None:
     from share_client.member import ClientLayout
     from share_client.status import client_status, print_status
 
-    with _plain_errors():
+    with plain_errors("share-client"):
         found = client_status(ClientLayout(directory))
         if as_json:
             typer.echo(json.dumps(found))
@@ -82,7 +83,7 @@ def watch(directory: Directory, as_json: Json = False) -> None:
     """Follow the versions of the space until stopped."""
     from share_client.status import watch_versions
 
-    with _plain_errors(), _connected(directory) as link:
+    with plain_errors("share-client"), _connected(directory) as link:
         for line in watch_versions(link):
             typer.echo(json.dumps(line) if as_json else line["text"])
 
@@ -92,7 +93,7 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
     """List every task of the space."""
     from share_client.status import print_tasks, task_list
 
-    with _plain_errors(), _connected(directory) as link:
+    with plain_errors("share-client"), _connected(directory) as link:
         found = task_list(link)
         if as_json:
             typer.echo(json.dumps(found))
@@ -109,7 +110,7 @@ def snapshot(
     """Save one version of the space, bases and coefficients of every task, for 'share-space inspect'."""
     from share_client.member import ClientLayout, load_member
 
-    with _plain_errors(), _connected(directory) as link:
+    with plain_errors("share-client"), _connected(directory) as link:
         space_id = load_member(ClientLayout(directory)).space_id
         fetched, payload = link.fetch_snapshot(space_id, version)
         output.write_bytes(payload)
@@ -128,7 +129,7 @@ def space(
     from share_core.fingerprint import describe_space
     from share_core.spec_file import spec_to_toml
 
-    with _plain_errors():
+    with plain_errors("share-client"):
         if not 0 <= tau < 1:
             raise ConfigError(f"tau must be at least 0 and below 1, got {tau:g}")
         loaded = load_backbone(backbone, "cpu")
@@ -172,27 +173,9 @@ def _connected(directory: Path) -> Iterator[Any]:
         yield link
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn a refusal into one sentence on stderr and exit code 1."""
-    try:
-        yield
-    except FedshareError as error:
-        typer.echo(f"share-client: {error}", err=True)
-        raise typer.Exit(1) from error
-    except BrokenPipeError:
-        raise  # somebody closed our output, as head does: typer ends quietly
-    except OSError as error:
-        typer.echo(f"share-client: {error}: put that right, then run the same command again", err=True)
-        raise typer.Exit(1) from error
-
-
 def main() -> None:
     """Console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(app, "share-client")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from share_core.errors import ConfigError, FedshareError
+from share_core.command_line import plain_errors, run_command
+from share_core.errors import ConfigError
 from share_server.config import DEFAULT_PORT
 from share_server.layout import Layout
 
@@ -62,7 +60,7 @@ def init(  # the options of one command are its interface
     from share_server.config import ServerConfig, check_hosts, listen_address_for
     from share_server.provision import create_server, free_ports
 
-    with _plain_errors():
+    with plain_errors("share-server"):
         hosts = tuple(host) if host else ServerConfig().hosts
         check_hosts(hosts, "--host")
         ports = [port, port + 1, port + 2] if port else free_ports(3)
@@ -94,7 +92,7 @@ def invite(
     from share_server.config import read_config
     from share_server.provision import invite_member
 
-    with _plain_errors():
+    with plain_errors("share-server"):
         organisation, slash, own = name.partition("/")
         identity = Identity(role, organisation, own if slash else organisation)
         layout = Layout(directory)
@@ -115,7 +113,7 @@ def run(
     from share_server.config import read_config
     from share_server.provision import renew_certificates
 
-    with _plain_errors():
+    with plain_errors("share-server"):
         layout = Layout(directory)
         config = read_config(layout.config)
         renew_certificates(layout, config, datetime.now(UTC))
@@ -133,7 +131,7 @@ def status(directory: Directory, as_json: Json = False) -> None:
     from share_server.config import read_config
     from share_server.operator import ask, operator_stub
 
-    with _plain_errors():
+    with plain_errors("share-server"):
         layout = Layout(directory)
         config = read_config(layout.config)
         with operator_stub(layout, config) as hub:
@@ -154,7 +152,7 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
     from share_server.config import read_config
     from share_server.operator import ask, operator_stub
 
-    with _plain_errors():
+    with plain_errors("share-server"):
         layout = Layout(directory)
         config = read_config(layout.config)
         with operator_stub(layout, config) as hub:
@@ -196,27 +194,9 @@ def _numbers(value: object) -> object:
     return int(value) if isinstance(value, str) and value.lstrip("-").isdigit() else value
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn a refusal into one sentence on stderr and exit code 1."""
-    try:
-        yield
-    except FedshareError as error:
-        typer.echo(f"share-server: {error}", err=True)
-        raise typer.Exit(1) from error
-    except BrokenPipeError:
-        raise  # somebody closed our output, as head does: typer ends quietly
-    except OSError as error:
-        typer.echo(f"share-server: {error}: put that right, then run the same command again", err=True)
-        raise typer.Exit(1) from error
-
-
 def main() -> None:
     """Console script."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(app, "share-server")
 
 
 if __name__ == "__main__":

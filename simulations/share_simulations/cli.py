@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from share_core.command_line import INTERRUPTED, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from share_simulations.federation import RunFolders
     from share_simulations.progress import LineProgress, LiveProgress
     from share_simulations.scenario import Scenario
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,17 +167,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors become one sentence and an exit code."""
-    from share_core.errors import FedshareError
-
-    try:
-        app()
-    except FedshareError as error:
-        print(f"share-sim: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        print(f"share-sim: {error}: put that right, then run the same command again", file=sys.stderr)
-        sys.exit(1)
+    """Console script."""
+    run_command(app, "share-sim")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,11 @@ def test_a_token_file_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_client_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
-    from share_client.cli import _plain_errors
     from share_client.durable import make_private_directory
+    from share_core.command_line import plain_errors
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(typer.Exit) as refused, _plain_errors():
+    with pytest.raises(typer.Exit) as refused, plain_errors("share-client"):
         make_private_directory(tmp_path / "file")
     assert refused.value.exit_code == 1
 
