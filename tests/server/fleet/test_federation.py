@@ -1,6 +1,6 @@
 """One real SuperLink, gateway, SuperNode and ClientApp, in one story told in order: leases, kills, strangers, the end.
 
-The member's backbone is not the server's, so each lease ends at once and idle: the road is tested, not training.
+The member has one tiny task and does not linger, so each lease ends at once: the road is tested, not training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from share_core.identity import Identity
-from share_core.types import SpaceSpec
+from share_core.spec_file import builtin_spec
 from share_server.config import LeaseConfig, ServerConfig
 from share_server.fleet.superlink import SERVER_DIRECTORY
 from share_server.layout import Layout
@@ -83,14 +83,14 @@ class Federation:
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory, toy_spec: SpaceSpec) -> Iterator[Federation]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("federation")
     hub, enrol, gateway = free_ports(3)
     config = ServerConfig(
         hub_port=hub, enrol_port=enrol, gateway_port=gateway, lease=LeaseConfig(minutes=2.0, idle_retry_s=1.0)
     )
     made = Federation(Layout(folder / "server"), config, folder)
-    create_server(made.layout, config, toy_spec, datetime.now(UTC))
+    create_server(made.layout, config, builtin_spec("digits-vit"), datetime.now(UTC))
     made.start()
     token = invite_member(made.layout, config, Identity("trainer", "acme", "ann"), 1.0, datetime.now(UTC))
     np.savez(folder / "a.npz", x=np.zeros((20, 8, 8), np.float32), y=np.arange(20) % 10)
@@ -100,6 +100,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, toy_spec: SpaceSpec) ->
     with (folder / "client.log").open("wb") as log:
         client = subprocess.Popen(
             [BIN / "share-client", "join", "-", "--tasks", tasks, "--dir", folder / "client"],
+            env={**os.environ, "FEDSHARE_LINGER_S": "0.2", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -143,6 +144,7 @@ def test_a_run_cannot_be_submitted_through_the_public_port(federation: Federatio
         )
         return dict(json.loads(done.stdout[done.stdout.find("{") : done.stdout.rfind("}") + 1] or "{}"))
 
+    federation.wait(lambda: federation.state()["run_id"])
     before = federation.state()
     assert submit(tmp_path).get("success") is not True
     assert federation.state() == before
@@ -151,6 +153,7 @@ def test_a_run_cannot_be_submitted_through_the_public_port(federation: Federatio
 
 
 def test_a_killed_superlink_comes_back_and_the_same_node_works_on(federation: Federation) -> None:
+    federation.wait(lambda: federation.state()["run_id"])
     before = federation.state()
     left = federation.processes()
     os.kill(before["processes"]["superlink"], signal.SIGKILL)
@@ -164,6 +167,7 @@ def test_a_killed_superlink_comes_back_and_the_same_node_works_on(federation: Fe
 
 
 def test_a_killed_server_app_is_replaced(federation: Federation) -> None:
+    federation.wait(lambda: federation.state()["run_id"])
     before = federation.state()
     words = (federation.layout.fleet / "serverapp.lock").read_text().split()
     assert words[0] == before["run_id"]
