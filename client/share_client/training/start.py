@@ -27,9 +27,9 @@ def start_cores(
 ) -> dict[str, Core]:
     """Return a core of rank min(``rank``, k_out, k_in) for every site.
 
-    It is the task's own stored core, or else zero. What the start leaves of the
-    rank is filled with ``out`` zero and ``in_`` random: with both zero there is no gradient. Every ``in_`` column has
-    norm :data:`~.factors.IN_NORM`, whatever the size of the start, so that all columns learn at one rate.
+    It is the task's own stored core, or else zero. What the start leaves of the rank is filled with ``out`` zero and
+    ``in_`` random: with both zero there is no gradient. Every ``in_`` column has norm :data:`~.factors.IN_NORM`,
+    whatever the size of the start, so that all columns learn at one rate.
 
     Args:
         space: the version to train in.

@@ -27,7 +27,7 @@ from share_core.errors import (
 )
 from share_core.names import check_update_id, split_task_id
 from share_core.types import SpaceSpec, Update
-from share_core.wire import PayloadSplit, decode_update, payload_bytes
+from share_core.wire import PayloadSplit, decode_update, max_payload_bytes, payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig
 from share_server.hub.access import Caller
@@ -65,6 +65,8 @@ class Intake:
         self._feed = feed
         self._history = history
         self._uploads: Counter[str] = Counter()
+        self.max_payload_bytes = min(limits.max_payload_bytes, max_payload_bytes(spec))
+        """The operator's limit, or what an update of this space can need if that is less."""
 
     async def receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
         """Receive one update; return (its row, whether it was durable before this call).
@@ -138,9 +140,9 @@ class Intake:
             )
         if header.payload_size <= 0:
             raise RequestError(f"payload_size must be positive, got {header.payload_size}")
-        if header.payload_size > self._limits.max_payload_bytes:
+        if header.payload_size > self.max_payload_bytes:
             raise PayloadTooLargeError(
-                f"payload of {header.payload_size} bytes: at most {self._limits.max_payload_bytes} are accepted"
+                f"payload of {header.payload_size} bytes: at most {self.max_payload_bytes} are accepted"
             )
         if not _HEX_64.fullmatch(header.payload_sha256):
             raise RequestError("payload_sha256 is not 64 lower-case hexadecimal digits")

@@ -102,7 +102,7 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, store: S
         options=HUB_OPTIONS,
         maximum_concurrent_rpcs=config.limits.concurrent_calls,
     )
-    service = HubService(store, spec, config.limits, feed, intake, loop, streams, traffic)
+    service = HubService(store, spec, feed, intake, loop, streams, traffic)
     hub_pb2_grpc.add_HubServicer_to_server(service, main)
     fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(store, config, spec.space_id, feed), main)
     health_pb2_grpc.add_HealthServicer_to_server(health, main)

@@ -13,7 +13,6 @@ from share_core.errors import AccessError, RequestError, UnknownUpdateError, Ver
 from share_core.names import check_update_id, split_task_id
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
-from share_server.config import LimitConfig
 from share_server.hub import convert
 from share_server.hub.access import CALLER, Caller
 from share_server.hub.clock import now_ms
@@ -42,7 +41,6 @@ class HubService(hub_pb2_grpc.HubServicer):
         self,
         store: Store,
         spec: SpaceSpec,
-        limits: LimitConfig,
         feed: Feed,
         intake: Intake,
         loop: MergeLoop,
@@ -51,7 +49,6 @@ class HubService(hub_pb2_grpc.HubServicer):
     ) -> None:
         self._store = store
         self._spec = spec
-        self._limits = limits
         self._feed = feed
         self._intake = intake
         self._loop = loop
@@ -63,7 +60,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self, request: hub_pb2.DescribeSpaceRequest, context: Context
     ) -> hub_pb2.DescribeSpaceResponse:
         """Sites, limits, newest version."""
-        return convert.describe(self._spec, self._feed.version, self._limits.max_payload_bytes)
+        return convert.describe(self._spec, self._feed.version, self._intake.max_payload_bytes)
 
     async def Submit(
         self, request_iterator: AsyncIterator[hub_pb2.SubmitRequest], context: Context
