@@ -90,17 +90,16 @@ class Forwarder:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        connections: set[asyncio.Task[None]] = set()
+        self._loop, self._end = loop, end = asyncio.get_running_loop(), asyncio.Event()
+        connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            connections.add(task)
-            try:
-                await self._connection(reader, writer)
-            finally:
-                connections.discard(task)
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if end.is_set():  # its handshake ended while we were stopping
+                writer.transport.abort()
+                return
+            task = loop.create_task(self._connection(reader, writer))
+            connections[task] = writer
+            task.add_done_callback(lambda done: connections.pop(done, None))
 
         try:
             server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=self._local)
@@ -110,11 +109,14 @@ class Forwarder:
             return
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
-        await self._end.wait()
+        await end.wait()
         server.close()
-        for task in list(connections):
+        open_now = dict(connections)
+        for task in open_now:
             task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.gather(*open_now, return_exceptions=True)
+        for writer in open_now.values():  # a task cancelled before its first step has closed nothing
+            writer.transport.abort()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
