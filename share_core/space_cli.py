@@ -30,10 +30,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show version, sizes and tasks of a snapshot."""
-    from share_core.spec_file import builtin_spec, read_spec
+    from share_core.spec_file import find_spec
     from share_core.wire import decode_snapshot
 
-    spec = read_spec(Path(space)) if space.endswith(".toml") else builtin_spec(space)
+    spec = find_spec(space)
     try:
         payload = snapshot.read_bytes()
     except OSError as error:

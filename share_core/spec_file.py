@@ -119,6 +119,16 @@ def builtin_spec(name: str) -> SpaceSpec:
     return spec_from_toml(text, f"built-in space {name}")
 
 
+def find_spec(name_or_path: str) -> SpaceSpec:
+    """Return the space of a file, or of a built-in name; what ends with ``.toml`` is always a file.
+
+    Raises:
+        ConfigError: if there is no such file or name.
+    """
+    path = Path(name_or_path)
+    return read_spec(path) if name_or_path.endswith(".toml") or path.is_file() else builtin_spec(name_or_path)
+
+
 def _table(raw: dict[str, Any], key: str, source: str) -> dict[str, Any]:
     value = raw.get(key)
     if not isinstance(value, dict):

@@ -164,9 +164,9 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 
 def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:
-    from share_core.spec_file import builtin_spec, read_spec
+    from share_core.spec_file import find_spec
 
-    spec = read_spec(Path(space)) if Path(space).is_file() else builtin_spec(space)
+    spec = find_spec(space)
     if tau is not None and not 0 <= tau < 1:
         raise ConfigError(f"tau must be at least 0 and below 1, got {tau:g}")
     changes: dict[str, int | float] = {}

@@ -11,7 +11,7 @@ import torch
 from share_core.errors import ConfigError, SpaceMismatchError, TensorShapeError
 from share_core.fingerprint import check_backbone, describe_space, fingerprint_weight
 from share_core.names import check_name, check_update_id, split_task_id
-from share_core.spec_file import builtin_spec, builtin_specs, read_spec, spec_from_toml, spec_to_toml
+from share_core.spec_file import builtin_spec, builtin_specs, find_spec, read_spec, spec_from_toml, spec_to_toml
 
 WEIGHTS = {"b.value": torch.arange(12.0).reshape(3, 4), "a.query": torch.ones(2, 5)}
 
@@ -110,6 +110,9 @@ def test_builtin_spaces_are_readable_and_unknown_ones_are_named() -> None:
         assert builtin_spec(name).backbone == name
     with pytest.raises(ConfigError, match="no built-in space 'nope'"):
         builtin_spec("nope")
+    with pytest.raises(ConfigError, match=r"cannot read missing\.toml"):
+        find_spec("missing.toml")
+    assert find_spec("digits-vit") == builtin_spec("digits-vit")
     with pytest.raises(ConfigError, match="cannot read"):
         read_spec(Path("/nonexistent/space.toml"))
 

@@ -75,7 +75,7 @@ def train_in_space(
 
 
 def check_sites(backbone: Backbone, space: Space) -> None:
-    """Refuse a space that cannot belong to this backbone. Weights are compared by ``check_backbone``, at enrolment.
+    """Refuse a space that cannot belong to this backbone. A session compares the weights by ``check_backbone``.
 
     Raises:
         SpaceMismatchError: naming the first site that is unknown or has another shape.

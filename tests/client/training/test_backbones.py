@@ -59,7 +59,7 @@ def test_pretraining_uses_only_its_own_rows() -> None:
 
 
 def test_shipped_features_tell_unseen_digits_apart(backbone: Backbone) -> None:
-    """Nearest class mean over rows the pretraining never saw; random weights reach about half of that."""
+    """Nearest class mean over rows the pretraining never saw; chance is a tenth."""
     sklearn = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's digits")
     digits = sklearn.load_digits()
     pixels = torch.tensor(digits.images[597:], dtype=torch.float32).unsqueeze(1) / 16
