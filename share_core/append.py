@@ -55,10 +55,10 @@ def append(bases: Mapping[str, SiteBasis], adapter: Adapter, tau: float) -> Appe
         New directions in float32 and the adapter's cores in the grown coordinates.
     """
     lefts, right_factors, norm2 = _left_sides(bases, adapter)
-    q_out, spent = _choose(lefts, tau * tau * norm2 / 2)
+    q_out, spent = choose_directions(_above_noise(lefts), tau * tau * norm2 / 2)
     seen = {site: side.coordinates[: bases[site].k_out + q_out[site]] for site, side in lefts.items()}
     rights = _right_sides(bases, right_factors, seen, {site: side.floor for site, side in lefts.items()})
-    q_in, _ = _choose(rights, tau * tau * norm2 - spent)
+    q_in, _ = choose_directions(_above_noise(rights), tau * tau * norm2 - spent)
     transition: dict[str, SiteTransition] = {}
     cores: dict[str, Core] = {}
     for site, right in rights.items():
@@ -121,14 +121,20 @@ def _sides(
     return {name: _Side(directions[i], s[i].tolist(), coordinates[i], floors[i]) for i, name in enumerate(names)}
 
 
-def _choose(sides: Mapping[str, _Side], budget2: float) -> tuple[dict[str, int], float]:
-    """Return how many leading directions to keep per site, and the energy (at most ``budget2``) of those left out."""
-    counts = {site: sum(strength > side.floor for strength in side.strengths) for site, side in sides.items()}
-    offers = sorted(
-        (strength * strength, site) for site, side in sides.items() for strength in side.strengths[: counts[site]]
-    )
+def _above_noise(sides: Mapping[str, _Side]) -> dict[str, list[float]]:
+    return {site: [value for value in side.strengths if value > side.floor] for site, side in sides.items()}
+
+
+def choose_directions(strengths: Mapping[str, list[float]], budget2: float) -> tuple[dict[str, int], float]:
+    """Return how many leading directions to keep per site, and the energy (at most ``budget2``) of those left out.
+
+    Args:
+        strengths: descending singular values by site; those that are rounding noise are not among them.
+        budget2: largest energy to leave out over all sites.
+    """
+    counts = {site: len(own) for site, own in strengths.items()}
     spent = 0.0
-    for energy, site in offers:
+    for energy, site in sorted((value * value, site) for site, own in strengths.items() for value in own):
         if spent + energy > budget2:
             break
         spent += energy
