@@ -66,23 +66,22 @@ def grow(stack: SiteStack, by: Growth, caps: tuple[int, int], sweeps: int, consu
         measured=torch.cat([stack.recent.measured, stack.recent.measured.new_zeros(1)]),
     )
     drop = (max(0, k_out - caps[0]), max(0, k_in - caps[1]))
-    gram_left, gram_right = _padded_gram(stack.gram_left, k_out), _padded_gram(stack.gram_right, k_in)
     step = StackStep(stack.names, by.add_left, by.add_right)
     if drop == (0, 0):
         return replace(
             stack,
             left=_widened(stack.left, by.add_left),
             right=_widened(stack.right, by.add_right),
-            gram_left=gram_left,
-            gram_right=gram_right,
+            gram_left=_padded_gram(stack.gram_left, k_out),
+            gram_right=_padded_gram(stack.gram_right, k_in),
             recent=grown,
         ), step
     root = grown.weights.sqrt().to(grown.out.dtype)[:, None, None]
     newest = Cores(grown.out * root, grown.in_)
-    lost_left, lost_right = choose_dropped(gram_left, gram_right, newest, drop, sweeps)
+    lost_left, lost_right = choose_dropped(stack.gram_left, stack.gram_right, newest, drop, sweeps)
     left = None if lost_left is None else reflector(lost_left)
     right = None if lost_right is None else reflector(lost_right)
-    pending = (_energy(gram_left, left) + _energy(gram_right, right)).clamp_min(0).sqrt()
+    pending = (_energy(stack.gram_left, left) + _energy(stack.gram_right, right)).clamp_min(0).sqrt()
     settled = tuple(
         replace(
             follow(chunk, (k_out, k_in), left, right),
@@ -95,8 +94,8 @@ def grow(stack: SiteStack, by: Growth, caps: tuple[int, int], sweeps: int, consu
         names=stack.names,
         left=_turned(stack.left, by.add_left, left, consume),
         right=_turned(stack.right, by.add_right, right, consume),
-        gram_left=gram_left if left is None else reflect_gram(gram_left, left),
-        gram_right=gram_right if right is None else reflect_gram(gram_right, right),
+        gram_left=_turned_gram(stack.gram_left, left, k_out),
+        gram_right=_turned_gram(stack.gram_right, right, k_in),
         settled=settled,
         recent=_cut(grown, left, right),
     ), replace(step, reflect_left=left, reflect_right=right)
@@ -162,7 +161,12 @@ def _turned(basis: Tensor, add: Tensor, by: Reflector | None, consume: bool) -> 
 def _energy(gram: Tensor, by: Reflector | None) -> Tensor:
     if by is None:
         return gram.new_zeros(gram.shape[0])
-    return ((gram @ by.dropped) * by.dropped).sum((-2, -1))
+    known = by.dropped[..., : gram.shape[-1], :]
+    return ((gram @ known) * known).sum((-2, -1))
+
+
+def _turned_gram(gram: Tensor, by: Reflector | None, k: int) -> Tensor:
+    return _padded_gram(gram, k) if by is None else reflect_gram(gram, by)
 
 
 def _cut(chunk: TaskChunk, left: Reflector | None, right: Reflector | None) -> TaskChunk:

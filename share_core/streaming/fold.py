@@ -16,7 +16,7 @@ from share_core.streaming.compact import Growth, StackStep, grow, polish
 from share_core.streaming.project import ROUNDING, Canonical, Side, canonical_stack, residual_side
 from share_core.streaming.reflect import Reflector
 from share_core.streaming.stacking import Counts, join_stacks, split_stack
-from share_core.streaming.state import SiteStack, StreamPolicy, StreamState
+from share_core.streaming.state import SiteStack, StreamPolicy, StreamState, stacked_factors
 from share_core.types import Adapter, SiteTransition
 
 POLISH_EVERY = 64
@@ -68,7 +68,7 @@ def fold(
     check_adapter(state, adapter)
     if task in state.tasks:
         state = drop(state, [task])
-    forms = [_canonical(stack, adapter) for stack in state.stacks]
+    forms = [canonical_stack(*stacked_factors(stack, adapter)) for stack in state.stacks]
     norm2 = sum(float(form.s.square().sum()) for form in forms)
     weight = share / max(norm2, NORM_FLOOR)
     stacks: list[SiteStack] = []
@@ -118,19 +118,6 @@ def check_adapter(state: StreamState, adapter: Adapter) -> None:
             )
         require_finite(out, f"adapter at {site!r}, output factor")
         require_finite(in_, f"adapter at {site!r}, input factor")
-
-
-def _canonical(stack: SiteStack, adapter: Adapter) -> Canonical:
-    """Return the canonical form of the adapter at the sites of a stack; a missing site is zero."""
-    rank = max((adapter[name].rank for name in stack.names if name in adapter), default=0)
-    out = stack.left.new_zeros(len(stack.names), stack.left.shape[-2], rank)
-    in_ = stack.right.new_zeros(len(stack.names), stack.right.shape[-2], rank)
-    for i, name in enumerate(stack.names):
-        if name in adapter:
-            own = adapter[name]
-            out[i, :, : own.rank].copy_(own.out)
-            in_[i, :, : own.rank].copy_(own.in_)
-    return canonical_stack(out, in_)
 
 
 def _growths(

@@ -19,7 +19,7 @@ ROUNDING = 4e-6
 """Share of a task's norm at a site that one merge may lose by rounding to float32 alone."""
 
 
-SLAB_BYTES = 8 << 20
+SLAB_BYTES = 4 << 20
 """Bytes of basis in one slab on a CPU."""
 
 
@@ -78,6 +78,18 @@ def residual_side(basis: Tensor, factor: Tensor, weights: Tensor) -> Side:
     return Side(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Side)))
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` for stacks; a stack of one site takes the plain product, which uses all cores on it."""
+    return torch.mm(a[0], b[0]).unsqueeze(0) if a.shape[0] == 1 else a @ b
+
+
+def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``x - a @ b`` for stacks."""
+    if a.shape[0] == 1:
+        return torch.addmm(x[0], a[0], b[0], alpha=-1).unsqueeze(0)
+    return torch.baddbmm(x, a, b, alpha=-1)
+
+
 def slabs(basis: Tensor) -> list[slice]:
     """Return the slices of a stack (S, d, k) to work on one after the other.
 
@@ -101,8 +113,8 @@ def _residual_slab(basis: Tensor, factor: Tensor, weights: Tensor) -> Side:
         factor: (S, d, r) orthonormal columns (or zero), float32.
         weights: (S, r, c) float64: what the columns of ``factor`` are multiplied by in dW.
     """
-    coordinates = basis.mT @ factor
-    rest = torch.baddbmm(factor, basis, coordinates, alpha=-1)
+    coordinates = product(basis.mT, factor)
+    rest = minus_product(factor, basis, coordinates)
     gram = _gram64(rest)
     energy, vectors = torch.linalg.eigh(_symmetric(weights.mT @ gram @ weights))
     strengths = energy.clamp_min(0).sqrt().flip(-1)[..., : factor.shape[-1]]
@@ -112,7 +124,7 @@ def _residual_slab(basis: Tensor, factor: Tensor, weights: Tensor) -> Side:
     inverse = torch.where(alive, strengths, 1.0).reciprocal() * alive
     mix = weights @ vectors.flip(-1)[..., : factor.shape[-1]] * inverse.unsqueeze(-2)
     directions = rest @ mix.to(rest.dtype)
-    directions = torch.baddbmm(directions, basis, basis.mT @ directions, alpha=-1)
+    directions = minus_product(directions, basis, product(basis.mT, directions))
     directions = directions @ _whitening(_gram64(directions), alive).to(rest.dtype)
     return Side(
         directions=directions,

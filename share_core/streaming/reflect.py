@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from share_core.linalg import float64
-from share_core.streaming.project import slabs
+from share_core.streaming.project import product, slabs
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,11 @@ def reflect_basis(base: Tensor, extra: Tensor, by: Reflector) -> Tensor:
     m = extra.shape[-1]
     shifted, z = by.shifted.to(base.dtype), by.z.to(base.dtype)
     for s in slabs(base):
-        w = torch.baddbmm(extra[s] @ shifted[s, -m:], base[s], shifted[s, :-m])
-        base[s].baddbmm_(w, z[s].mT, alpha=-1)
+        w = product(base[s], shifted[s, :-m]) + extra[s] @ shifted[s, -m:]
+        if w.shape[0] == 1:
+            base[s][0].addmm_(w[0], z[s][0].T, alpha=-1)
+        else:
+            base[s].baddbmm_(w, z[s].mT, alpha=-1)
     return base
 
 
@@ -77,6 +80,16 @@ def reflect_rows(rows: Tensor, by: Reflector) -> Tensor:
 
 
 def reflect_gram(gram: Tensor, by: Reflector) -> Tensor:
-    """Return ``P^T gram P`` for a symmetric ``gram`` (S, K, K)."""
-    half = reflect_rows(gram, by)
-    return reflect_rows(half.mT.contiguous(), by)
+    """Return ``P^T [gram 0; 0 0] P`` for a symmetric ``gram`` (S, k, k), k <= K - m: new directions carry nothing yet.
+
+    With ``F = N + E`` and ``Y = G F - Z (F^T G F) / 2`` this is ``G - Z Y^T - Y Z^T``: rank m again.
+    """
+    m, missing = by.z.shape[-1], by.z.shape[-2] - gram.shape[-1]
+    gram = torch.nn.functional.pad(gram, (0, missing, 0, missing)) if missing else gram.clone()
+    top = by.shifted[..., :-m, :]
+    half = gram @ top
+    y = half - by.z @ (top.mT @ half) / 2
+    ahead, behind = torch.cat([by.z, y], dim=-1), torch.cat([y, by.z], dim=-1).mT
+    for s in slabs(gram):
+        gram[s].baddbmm_(ahead[s], behind[s], alpha=-1)
+    return gram

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from share_core.linalg import float64
+from share_core.streaming.project import slabs
 
 DENSE_EIGEN = 96
 """Up to this size the eigenvectors come from a full decomposition; above, from inverse iteration."""
@@ -49,10 +50,10 @@ def weakest(gram: Tensor, count: int) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram + (RIDGE * largest)[:, None, None] * eye)
     if bool(failed.any()):
         return torch.linalg.eigh(gram.to(torch.float64)).eigenvectors[..., :count]
-    inverse = torch.cholesky_inverse(factor)
-    x = inverse[..., k - count :]
-    for _ in range(ITERATIONS - 1):
-        x = inverse @ torch.linalg.qr(x).Q
+    x = eye[:, k - count :].expand(*gram.shape[:-2], k, count)
+    for _ in range(ITERATIONS):
+        x = torch.linalg.solve_triangular(factor, x, upper=False)
+        x = torch.linalg.qr(torch.linalg.solve_triangular(factor.mT, x, upper=True)).Q
     return torch.linalg.qr(x.to(torch.float64)).Q
 
 
@@ -62,21 +63,44 @@ def choose_dropped(
     """Return the directions to drop on both sides, (S, K_out, drop[0]) and (S, K_in, drop[1]); None where 0.
 
     Args:
-        gram_left: (S, K_out, K_out) of the settled tasks.
-        gram_right: (S, K_in, K_in).
+        gram_left: (S, k_out, k_out) of the settled tasks; directions they do not know carry nothing.
+        gram_right: (S, k_in, k_in).
         newest: tasks that count one by one.
         drop: how many to drop on the left and on the right.
         sweeps: HOOI sweeps after the HOSVD start (De Lathauwer et al., 2000).
     """
+    parts = [
+        _choose(gram_left[s], gram_right[s], Cores(newest.out[s], newest.in_[s]), drop, sweeps)
+        for s in slabs(gram_left)
+    ]
+    return _whole([left for left, _ in parts]), _whole([right for _, right in parts])
+
+
+def _whole(parts: list[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
+
+
+def _choose(
+    gram_left: Tensor, gram_right: Tensor, newest: Cores, drop: tuple[int, int], sweeps: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Choose for the sites of one slab."""
     left, right = None, None
+    gram_left, gram_right = _grown(gram_left, newest.out.shape[-2]), _grown(gram_right, newest.in_.shape[-2])
     if drop[1]:
         right = weakest(gram_right + _gram(newest.in_, newest.out), drop[1])
     if drop[0]:
         left = weakest(gram_left + _gram(newest.out, _kept(newest.in_, right)), drop[0])
-    for _ in range(sweeps if drop[0] and drop[1] else 0):
+    for sweep in range(sweeps if drop[0] and drop[1] else 0):
         right = weakest(gram_right + _gram(newest.in_, _kept(newest.out, left)), drop[1])
-        left = weakest(gram_left + _gram(newest.out, _kept(newest.in_, right)), drop[0])
+        if sweep + 1 < sweeps:
+            left = weakest(gram_left + _gram(newest.out, _kept(newest.in_, right)), drop[0])
     return left, right
+
+
+def _grown(gram: Tensor, k: int) -> Tensor:
+    missing = k - gram.shape[-1]
+    return torch.nn.functional.pad(gram, (0, missing, 0, missing))
 
 
 def _kept(factor: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:

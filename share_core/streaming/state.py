@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from share_core.errors import ConfigError
-from share_core.types import SiteSpec
+from share_core.types import Adapter, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -172,3 +172,19 @@ def seeded_stack(names: list[str], left: Tensor, right: Tensor) -> SiteStack:
         settled=(),
         recent=empty_chunk(s, k_out, k_in, left.device),
     )
+
+
+def stacked_factors(stack: SiteStack, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Return the adapter's factors at the sites of a stack, (S, d_out, r) and (S, d_in, r) in float32.
+
+    Ranks are padded with zero columns and a missing site is zero: neither changes dW.
+    """
+    rank = max((adapter[name].rank for name in stack.names if name in adapter), default=0)
+    out = stack.left.new_zeros(len(stack.names), stack.left.shape[-2], rank)
+    in_ = stack.right.new_zeros(len(stack.names), stack.right.shape[-2], rank)
+    for i, name in enumerate(stack.names):
+        if name in adapter:
+            own = adapter[name]
+            out[i, :, : own.rank].copy_(own.out)
+            in_[i, :, : own.rank].copy_(own.in_)
+    return out, in_

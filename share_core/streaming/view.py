@@ -1,0 +1,184 @@
+"""Between a streamed subspace and the published form of it: bases and cores by site, ledgers by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from share_core.errors import TensorShapeError
+from share_core.ledger import TaskLedger
+from share_core.linalg import NORM_FLOOR, float64
+from share_core.streaming.chunks import current_bounds, grams, up_to_date
+from share_core.space import compress_core
+from share_core.streaming.project import FLOOR, canonical_stack
+from share_core.streaming.state import SiteStack, StreamState, TaskChunk, empty_chunk, empty_stream, stacked_factors
+from share_core.types import Adapter, Core, Cores, SiteBasis, SiteSpec, Space
+
+
+def settled_view(state: StreamState) -> StreamState:
+    """Return the same version with every task in current coordinates. Costs time proportional to the number of tasks."""
+    return replace(state, stacks=tuple(_current(stack) for stack in state.stacks))
+
+
+def bases_of(state: StreamState) -> dict[str, SiteBasis]:
+    """Return the bases by site; views, not copies."""
+    return {
+        name: SiteBasis(stack.left[i], stack.right[i]) for stack in state.stacks for i, name in enumerate(stack.names)
+    }
+
+
+def space_of(state: StreamState) -> Space:
+    """Return the published form of this version: bases, and every task's cores in float32."""
+    cores: dict[str, dict[str, Core]] = {task: {} for task in state.tasks}
+    for stack in settled_view(state).stacks:
+        for chunk in stack.chunks:
+            for j, task in enumerate(chunk.tasks):
+                for i, name in enumerate(stack.names):
+                    if (core := _core(chunk, i, j)) is not None:
+                        cores[task][name] = core
+    return Space(version=state.version, bases=bases_of(state), cores=cores)
+
+
+def ledger_of(state: StreamState) -> dict[str, TaskLedger]:
+    """Return the error ledger by task: bounds, exact only where they were measured and nothing was cut since."""
+    norms: dict[str, dict[str, float]] = {task: {} for task in state.tasks}
+    bounds: dict[str, dict[str, float]] = {task: {} for task in state.tasks}
+    measured = dict.fromkeys(state.tasks, True)
+    for stack in state.stacks:
+        for chunk in stack.chunks:
+            now, own = current_bounds(chunk).tolist(), chunk.norms.tolist()
+            exact = chunk.measured.tolist() if chunk.cuts == 0 else [False] * chunk.count
+            for j, task in enumerate(chunk.tasks):
+                measured[task] = measured[task] and exact[j]
+                for i, name in enumerate(stack.names):
+                    if own[i][j] > 0:
+                        norms[task][name], bounds[task][name] = own[i][j], now[i][j]
+    return {task: TaskLedger(norms[task], bounds[task], measured[task]) for task in state.tasks}
+
+
+def stream_of(space: Space, ledger: Mapping[str, TaskLedger], device: torch.device | str = "cpu") -> StreamState:
+    """Return a state that continues from a published space; the inverse of :func:`space_of`.
+
+    Args:
+        space: bases and cores.
+        ledger: norms and bounds of every task of the space.
+        device: where to compute.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, basis in sorted(space.bases.items()):
+        groups.setdefault((*basis.left.shape, *basis.right.shape), []).append(name)
+    stacks = tuple(_stack(names, space, ledger, torch.device(device)) for names in groups.values())
+    return StreamState(stacks, tuple(space.cores), space.version)
+
+
+def _stack(names: list[str], space: Space, ledger: Mapping[str, TaskLedger], device: torch.device) -> SiteStack:
+    left = torch.stack([space.bases[name].left for name in names]).to(device, torch.float32)
+    right = torch.stack([space.bases[name].right for name in names]).to(device, torch.float32)
+    s, k_out, k_in, tasks = len(names), left.shape[-1], right.shape[-1], tuple(space.cores)
+    p = max((space.cores[task][name].rank for task in tasks for name in names if name in space.cores[task]), default=0)
+    out = torch.zeros(s, len(tasks), k_out, p)
+    in_ = torch.zeros(s, len(tasks), k_in, p)
+    norms, bounds = (torch.zeros(s, len(tasks), dtype=torch.float64) for _ in range(2))
+    for j, task in enumerate(tasks):
+        for i, name in enumerate(names):
+            core = space.cores[task].get(name)
+            if core is not None:
+                out[i, j, :, : core.rank], in_[i, j, :, : core.rank] = core.out, core.in_
+            norms[i, j] = ledger[task].norms.get(name, 0.0)
+            bounds[i, j] = ledger[task].bounds.get(name, 0.0)
+    chunk = TaskChunk(
+        tasks=tasks,
+        out=out.to(device),
+        in_=in_.to(device),
+        weights=torch.tensor([1 / max(ledger[task].norm ** 2, NORM_FLOOR) for task in tasks], dtype=torch.float64).to(
+            device
+        ),
+        norms=norms.to(device),
+        bounds=bounds.to(device),
+        measured=torch.tensor([ledger[task].measured for task in tasks], dtype=torch.bool).to(device),
+    )
+    gram_left, gram_right = grams(chunk)
+    empty = empty_chunk(s, k_out, k_in, device)
+    return SiteStack(tuple(names), left, right, gram_left, gram_right, (chunk,) if tasks else (), empty)
+
+
+def _current(stack: SiteStack) -> SiteStack:
+    k = (stack.k_out, stack.k_in)
+    return replace(stack, settled=tuple(up_to_date(chunk, k) for chunk in stack.settled))
+
+
+def _core(chunk: TaskChunk, site: int, task: int) -> Core | None:
+    """Return one core without the zero columns it was padded with; None if nothing is left."""
+    out, in_ = chunk.out[site, task], chunk.in_[site, task]
+    size = (float64(out).norm(dim=0) * float64(in_).norm(dim=0)).cpu()
+    live = (size > FLOOR * 1e-3 * size.max()).nonzero().flatten().to(out.device) if size.numel() else size.long()
+    if live.numel() == 0 or float(size.max()) == 0:
+        return None
+    return Core(out[:, live], in_[:, live])
+
+
+def widened(state: StreamState, sites: Mapping[str, SiteSpec]) -> StreamState:
+    """Return the state with further sites, at which all tasks so far change nothing. Known sites are left alone.
+
+    Raises:
+        TensorShapeError: if a known site has another shape.
+    """
+    known = {name: (s.left.shape[-2], s.right.shape[-2]) for s in state.stacks for name in s.names}
+    for name, site in sites.items():
+        if name in known and known[name] != (site.d_out, site.d_in):
+            d_out, d_in = known[name]
+            raise TensorShapeError(f"site {name!r}: expected {d_out} x {d_in}, got {site.d_out} x {site.d_in}")
+    fresh = empty_stream({name: site for name, site in sites.items() if name not in known}).stacks
+    return replace(state, stacks=state.stacks + tuple(_with_tasks_of(state, stack) for stack in fresh))
+
+
+def _with_tasks_of(state: StreamState, stack: SiteStack) -> SiteStack:
+    """Return an empty stack with the chunks that every other stack has, so that stacks can be joined later."""
+    if not state.stacks:
+        return stack
+    like = state.stacks[0]
+    return replace(
+        stack,
+        settled=tuple(_idle(stack, chunk) for chunk in like.settled),
+        recent=_idle(stack, like.recent),
+    )
+
+
+def _idle(stack: SiteStack, like: TaskChunk) -> TaskChunk:
+    s, device = len(stack.names), stack.left.device
+    nothing = torch.zeros(s, like.count, dtype=torch.float64, device=device)
+    return TaskChunk(
+        tasks=like.tasks,
+        out=torch.zeros(s, like.count, stack.k_out, 0, device=device),
+        in_=torch.zeros(s, like.count, stack.k_in, 0, device=device),
+        weights=like.weights,
+        norms=nothing,
+        bounds=nothing,
+        measured=like.measured,
+    )
+
+
+def refitted(state: StreamState, adapter: Adapter, rank: int | None = None) -> Cores:
+    """Return the best cores of an adapter in the current bases, ``C = L^T dW R`` (MATH section 2, error ledger).
+
+    This wins back what compactions dropped and later adapters brought back.
+
+    Args:
+        state: the bases.
+        adapter: ambient factors.
+        rank: largest rank of a core; None keeps the adapter's own.
+    """
+    cores: dict[str, Core] = {}
+    for stack in state.stacks:
+        if not any(name in adapter for name in stack.names):
+            continue
+        form = canonical_stack(*stacked_factors(stack, adapter))
+        out = float64(stack.left.mT @ form.u) * form.s.unsqueeze(-2)
+        in_ = float64(stack.right.mT @ form.v)
+        for i, name in enumerate(stack.names):
+            core = compress_core(out[i], in_[i], rank or out.shape[-1])
+            if core is not None:
+                cores[name] = core
+    return cores
