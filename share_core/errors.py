@@ -27,6 +27,8 @@
     ├── UnavailableError               try again later                                   UNAVAILABLE
     │   └── StorageError               the disk refused; nothing was acknowledged        UNAVAILABLE
     └── ConfigError                    a configuration or data file that cannot be used  FAILED_PRECONDITION
+        └── AdapterError               an adapter directory that cannot be used          FAILED_PRECONDITION
+            └── UnsupportedAdapterError a kind of adapter that is not plain LoRA         FAILED_PRECONDITION
 
 Each class knows the gRPC status it travels as (``grpc_code``, a name, so that this module needs no gRPC).
 """
@@ -167,6 +169,14 @@ class ConfigError(FedshareError):
     """A configuration or data file that cannot be used."""
 
     grpc_code: ClassVar[str] = "FAILED_PRECONDITION"
+
+
+class AdapterError(ConfigError):
+    """An adapter directory that is incomplete or contradicts itself."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """A kind of adapter that is not plain LoRA, named."""
 
 
 def error_classes() -> dict[str, type[FedshareError]]:
