@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from share_core.errors import TensorShapeError
 from share_core.ledger import TaskLedger
 from share_core.linalg import NORM_FLOOR, float64
 from share_core.streaming.chunks import current_bounds, grams, up_to_date
 from share_core.space import compress_core
-from share_core.streaming.project import FLOOR, canonical_stack
+from share_core.streaming.project import FLOOR, ROUNDING, canonical_stack
+from share_core.streaming.stacking import picked
 from share_core.streaming.state import SiteStack, StreamState, TaskChunk, empty_chunk, empty_stream, stacked_factors
 from share_core.types import Adapter, Core, Cores, SiteBasis, SiteSpec, Space
 
@@ -182,3 +184,54 @@ def refitted(state: StreamState, adapter: Adapter, rank: int | None = None) -> C
             if core is not None:
                 cores[name] = core
     return cores
+
+
+def trimmed(state: StreamState) -> StreamState:
+    """Return the state without directions that no task uses, in a basis ordered by energy. Tasks do not move."""
+    parts: list[SiteStack] = []
+    for stack in settled_view(state).stacks:
+        gram_left, gram_right = _all_grams(stack)
+        left, right = _used(gram_left), _used(gram_right)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in range(len(stack.names)):
+            groups.setdefault((int(left[1][i]), int(right[1][i])), []).append(i)
+        for (k_out, k_in), index in groups.items():
+            part = picked(stack, index)
+            parts.append(_turned(part, left[0][index][..., :k_out], right[0][index][..., :k_in]))
+    return replace(state, stacks=tuple(parts))
+
+
+def _all_grams(stack: SiteStack) -> tuple[Tensor, Tensor]:
+    gram_left, gram_right = torch.zeros_like(stack.gram_left), torch.zeros_like(stack.gram_right)
+    for chunk in stack.chunks:
+        left, right = grams(chunk)
+        gram_left, gram_right = gram_left + left, gram_right + right
+    return gram_left, gram_right
+
+
+def _used(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvectors (S, k, k), strongest first, and how many of them carry anything (S,)."""
+    energy, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    energy = energy.flip(-1)
+    if energy.shape[-1] == 0:
+        return vectors, torch.zeros(gram.shape[0], dtype=torch.long)
+    return vectors.flip(-1), (energy > FLOOR**2 * energy[..., :1]).sum(-1)
+
+
+def _turned(stack: SiteStack, left: Tensor, right: Tensor) -> SiteStack:
+    """Return the stack with bases ``left P``: a rotation that loses nothing."""
+
+    def chunk_of(chunk: TaskChunk) -> TaskChunk:
+        out = (left.mT.unsqueeze(1) @ float64(chunk.out)).to(chunk.out.dtype)
+        in_ = (right.mT.unsqueeze(1) @ float64(chunk.in_)).to(chunk.in_.dtype)
+        return replace(chunk, out=out, in_=in_, bounds=chunk.bounds + ROUNDING * chunk.norms)
+
+    return replace(
+        stack,
+        left=(float64(stack.left) @ left).to(stack.left.dtype),
+        right=(float64(stack.right) @ right).to(stack.right.dtype),
+        gram_left=left.mT @ stack.gram_left @ left,
+        gram_right=right.mT @ stack.gram_right @ right,
+        settled=tuple(chunk_of(chunk) for chunk in stack.settled),
+        recent=chunk_of(stack.recent),
+    )
