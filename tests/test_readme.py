@@ -17,7 +17,7 @@ APPS = {
     "share-server": "share_server.cli",
     "share-client": "share_client.cli",
     "share-sim": "share_simulations.cli",
-    "share-space": "share_core.space_cli",
+    "share-space": "share_core.space_tool.cli",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from share_core.errors import ConfigError
 from share_simulations import metrics
-from share_simulations.baselines import LORA_RANK, Baseline
+from share_simulations.baselines.separate_lora import LORA_RANK, Baseline
 from share_simulations.metrics import AccuracyMatrix
 from share_simulations.scenario import Scenario
 from share_simulations.watch import Observation

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from share_core.errors import ConfigError
-from share_simulations.baselines import measure_baselines
+from share_simulations.baselines.separate_lora import measure_baselines
 from share_simulations.federation import RunFolders, run_federation
 from share_simulations.plots import CURVES_FILE, MATRIX_FILE, write_plots
 from share_simulations.progress import Progress

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from share_simulations.baselines import Baseline
+from share_simulations.baselines.separate_lora import Baseline
 from share_simulations.metrics import Measured, Site, Submission
 from share_simulations.results import Results, summarise
 from share_simulations.scenario import ClientPlan, Scenario, TaskPlan

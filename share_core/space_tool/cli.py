@@ -1,0 +1,307 @@
+"""``share-space``: shared subspaces as files, offline.
+
+Exit codes: 0 done; 1 refused or failed, with one clear sentence on standard error; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from share_core.command_line import run_command
+from share_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from share_core.space_tool.build import Progress
+    from share_core.space_tool.spacefile import FilePolicy, SpaceFile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Many LoRA adapters of one backbone as one shared subspace in one file: merge, look, check, export.",
+)
+
+Space = Annotated[Path, typer.Argument(help="A space file, as 'share-space merge' writes it.", show_default=False)]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories: DIR, or NAME=DIR to name the task.")
+]
+Output = Annotated[Path, typer.Option("--out", "-o", help="Where to write; replaced whole or not at all.")]
+InPlace = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Where to write. Default: replace SPACE.", show_default=False)
+]
+Cap = Annotated[int | None, typer.Option(help="Most directions per site and side. Default: 64.", show_default=False)]
+Budget = Annotated[
+    float | None, typer.Option(help="Most of each adapter's norm that may be lost, e.g. 0.05.", show_default=False)
+]
+Rank = Annotated[int | None, typer.Option(help="Most ranks of a task's coefficients.", show_default="the adapter's")]
+SiteCap = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=K: another cap for sites of this name.", show_default=False)
+]
+Backbone = Annotated[
+    Path | None, typer.Option(help="Local model to take the sites' fingerprints from.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]
+
+
+@app.command()
+def merge(
+    adapters: Adapters,
+    out: Output,
+    cap: Cap = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    site_cap: SiteCap = None,
+    backbone: Backbone = None,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into one new space. Any ranks and scales; sites may differ.
+
+    With --cap the space never holds more directions per site and loses as little as that allows; with --budget it holds
+    as many as every adapter needs to lose no more than that share of its norm.
+    """
+    from share_core.space_tool.build import merge_sources, parse_sources
+
+    policy = _policy(cap, budget, rank, site_cap)
+    sources = parse_sources(adapters)
+    with _timed(out, as_json, 2 * len(sources)) as (progress, finish):
+        finish(merge_sources(sources, policy, backbone, progress))
+
+
+@app.command()
+def add(
+    space: Space, adapters: Adapters, out: InPlace = None, backbone: Backbone = None, as_json: Json = False
+) -> None:
+    """Merge further adapters into a space; a task of the same name is replaced."""
+    from share_core.space_tool.build import add_sources, parse_sources
+    from share_core.space_tool.spacefile import read_space
+
+    file, sources = read_space(space), parse_sources(adapters)
+    with _timed(out or space, as_json, 2 * len(sources) + len(file.sources)) as (progress, finish):
+        finish(add_sources(file, sources, backbone, progress))
+
+
+@app.command()
+def remove(
+    space: Space,
+    tasks: Annotated[list[str] | None, typer.Argument(help="Tasks to remove.", show_default=False)] = None,
+    contributor: Annotated[
+        str | None, typer.Option(help="Remove all tasks named CONTRIBUTOR/...", show_default=False)
+    ] = None,
+    anew: Annotated[
+        bool, typer.Option(help="Merge the other adapters anew, so that no trace remains; needs their directories.")
+    ] = False,
+    out: InPlace = None,
+    as_json: Json = False,
+) -> None:
+    """Remove tasks. The others do not move; directions that nobody uses any more go too."""
+    from share_core.space_tool.build import rebuild, remove_tasks, tasks_of
+    from share_core.space_tool.spacefile import read_space
+
+    file = read_space(space)
+    gone = [*(tasks or []), *(tasks_of(file, contributor) if contributor else [])]
+    if not gone:
+        raise ConfigError("name the tasks to remove, or a contributor that has some")
+    with _timed(out or space, as_json, 3 * len(file.sources)) as (progress, finish):
+        rest = remove_tasks(file, gone, progress)
+        finish(rebuild(rest, file.policy, progress) if anew and rest.sources else rest)
+
+
+@app.command(name="rebuild")
+def rebuild_command(
+    space: Space,
+    out: InPlace = None,
+    cap: Cap = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    site_cap: SiteCap = None,
+    as_json: Json = False,
+) -> None:
+    """Merge a space's adapters anew at another size; needs their directories."""
+    from share_core.space_tool.build import rebuild
+    from share_core.space_tool.spacefile import read_space
+
+    file, policy = read_space(space), _policy(cap, budget, rank, site_cap)
+    with _timed(out or space, as_json, 2 * len(file.sources)) as (progress, finish):
+        finish(rebuild(file, policy, progress))
+
+
+@app.command()
+def inspect(
+    space: Annotated[Path, typer.Argument(help="A space file, or a snapshot that 'share-client snapshot' wrote.")],
+    spec: Annotated[
+        str | None,
+        typer.Option("--space", help="For a snapshot: its space.toml or built-in space.", show_default=False),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw spectra and errors: .png, .svg, .pdf.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show sites, sizes, spectra and every task's error."""
+    from share_core.space_tool.plot import write_plot
+    from share_core.space_tool.report import site_table, space_summary, task_table
+    from share_core.space_tool.spacefile import read_space
+
+    summary = _snapshot(space, spec) if spec else space_summary(read_space(space))
+    if plot is not None:
+        if spec:
+            raise ConfigError("a snapshot carries no errors to draw: give a space file without --space")
+        write_plot(summary, plot)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    backbone = summary["backbone"] or "unnamed backbone"
+    _print(f"[bold]{backbone}[/bold] version {summary['version']}: {len(summary['tasks'])} tasks")
+    _print(site_table(summary))
+    _print(task_table(summary))
+
+
+@app.command()
+def export(
+    space: Space,
+    task: Annotated[str, typer.Argument(help="The task to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty directory.")],
+    own_ranks: Annotated[
+        bool, typer.Option(help="Keep each site's rank (rank_pattern) instead of padding to one.")
+    ] = False,
+    heads: Annotated[bool, typer.Option(help="Copy heads and biases from the adapter it was merged from.")] = False,
+) -> None:
+    """Write a task as a PEFT adapter directory."""
+    from share_core.peft.reader import PeftExport, read_adapter
+    from share_core.peft.writer import write_adapter
+    from share_core.space import task_adapter
+    from share_core.space_tool.spacefile import read_space
+
+    file = read_space(space)
+    factors = task_adapter(file.space, task)
+    source = file.sources[task]
+    extra = read_adapter(Path(source.path)).extra if heads else None
+    write_adapter(out, factors, PeftExport.from_json(source.export), uniform_rank=not own_ranks, extra=extra)
+    ledger = file.ledger[task]
+    typer.echo(
+        f"{out}: task {task}, relative error {ledger.bound:.4g} ({'measured' if ledger.measured else 'upper bound'}), "
+        f"{'with' if extra else 'without'} heads"
+    )
+
+
+@app.command()
+def verify(
+    space: Space,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Check a space: layout, orthonormal bases, and the ledger against the adapters that are at hand."""
+    from share_core.space_tool import check
+    from share_core.space_tool.report import finding_table
+    from share_core.space_tool.spacefile import read_space
+
+    findings = check.verify(read_space(space))
+    ok = all(finding.ok for finding in findings)
+    if as_json:
+        rows = [{"checked": f.what, "ok": f.ok, "detail": f.detail} for f in findings]
+        typer.echo(json.dumps({"ok": ok, "findings": rows}))
+    else:
+        _print(finding_table(findings))
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    first: Space,
+    second: Annotated[Path, typer.Argument(help="Another space file.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Compare two spaces: tasks, errors, and how far their subspaces lie apart."""
+    from share_core.space_tool import check
+    from share_core.space_tool.report import diff_summary, diff_tables
+    from share_core.space_tool.spacefile import read_space
+
+    difference = check.diff(read_space(first), read_space(second))
+    if as_json:
+        typer.echo(json.dumps(diff_summary(difference)))
+        return
+    for what, tasks in (("only in the second", difference.added), ("only in the first", difference.removed)):
+        if tasks:
+            _print(f"{what}: {', '.join(tasks)}")
+    for table in diff_tables(difference):
+        _print(table)
+
+
+def _policy(cap: int | None, budget: float | None, rank: int | None, site_cap: list[str] | None) -> FilePolicy:
+    from share_core.space_tool.spacefile import FilePolicy
+
+    if cap is not None and budget is not None:
+        raise typer.BadParameter("give --cap or --budget, not both")
+    if (cap is not None and cap < 1) or (rank is not None and rank < 1):
+        raise typer.BadParameter("--cap and --rank must be at least 1")
+    if budget is not None and not 0 <= budget < 1:
+        raise typer.BadParameter("--budget must be at least 0 and below 1")
+    caps = {}
+    for entry in site_cap or []:
+        pattern, equals, value = entry.rpartition("=")
+        if not equals or not value.isdigit() or int(value) < 1:
+            raise typer.BadParameter(f"--site-cap {entry!r}: expected PATTERN=K with K at least 1")
+        caps[pattern] = int(value)
+    return FilePolicy(None if budget is not None else cap or 64, budget or 0.0, rank, caps)
+
+
+@contextmanager
+def _timed(out: Path, as_json: bool, steps: int) -> Iterator[tuple[Progress, Any]]:
+    """Show progress while a space is built, then write it and say what came out."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from share_core.space_tool.report import merge_summary
+    from share_core.space_tool.spacefile import write_space
+
+    begun = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("", total=steps)
+
+        def progress(what: str, task: str) -> None:
+            bar.update(row, advance=1, description=f"{what} {task}")
+
+        made: list[SpaceFile] = []
+        yield progress, made.append
+    size = write_space(out, made[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    summary = merge_summary(made[0], size, time.perf_counter() - begun, peak)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    _print(
+        f"{out}: {summary['adapters']} tasks at {summary['sites']} sites, {size:,} bytes for "
+        f"{summary['bytes_adapters']:,} bytes of adapters; relative error mean {summary['mean_error']:.4f}, "
+        f"max {summary['max_error']:.4f}"
+    )
+
+
+def _snapshot(path: Path, spec_name: str) -> dict[str, Any]:
+    from share_core.space_tool.report import snapshot_summary
+    from share_core.spec_file import find_spec
+    from share_core.wire import decode_snapshot
+
+    spec = find_spec(spec_name)
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return snapshot_summary(decode_snapshot(payload, spec), spec)
+
+
+def _print(what: object) -> None:
+    from rich.console import Console
+
+    Console().print(what)
+
+
+def main() -> None:
+    """Console script."""
+    run_command(app, "share-space")
