@@ -44,10 +44,10 @@ def weakest(gram: Tensor, count: int) -> Tensor:
     if k <= DENSE_EIGEN or 2 * count >= k:
         vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
         return vectors[..., :count]
-    gram = gram.to(torch.float32)
+    largest = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1)
+    scale = torch.where(largest > 0, largest, 1.0)[:, None, None]
     eye = torch.eye(k, device=gram.device)
-    largest = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(gram.dtype).tiny)
-    factor, failed = torch.linalg.cholesky_ex(gram + (RIDGE * largest)[:, None, None] * eye)
+    factor, failed = torch.linalg.cholesky_ex((gram / scale).to(torch.float32) + RIDGE * eye)
     if bool(failed.any()):
         return torch.linalg.eigh(gram.to(torch.float64)).eigenvectors[..., :count]
     x = eye[:, k - count :].expand(*gram.shape[:-2], k, count)
