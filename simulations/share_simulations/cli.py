@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from share_core.command_line import INTERRUPTED, run_command
+from share_simulations.bench_cli import bench_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,7 @@ app = typer.Typer(
 run_app = typer.Typer(no_args_is_help=True, help="Run a federation to its end and report what came out.")
 data_app = typer.Typer(no_args_is_help=True, help="Write data to try the commands by hand with.")
 app.add_typer(run_app, name="run")
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 Seed = Annotated[int, typer.Option(help="Seed of data, initial values and order of the rows.")]

@@ -3,8 +3,10 @@
 Per site it minimises ``sum_t w_t ||dW_t - L L^T dW_t R R^T||_F^2`` over orthonormal L (d_out, k), R (d_in, k), with
 ``w_t = 1 / ||dW_t||^2`` over all sites of the task: a Tucker-2 decomposition, by HOSVD start and HOOI sweeps (De
 Lathauwer, De Moor, Vandewalle, "On the best rank-1 and rank-(R1, R2, ..., RN) approximation of higher-order tensors",
-SIAM J. Matrix Anal. Appl. 21, 2000). Every half sweep is the exact optimum of one side given the other, so the objective
-never rises. The problem is not convex: HOOI ends in a stationary point, in the tests the global one.
+SIAM J. Matrix Anal. Appl. 21, 2000). Every half sweep is the exact optimum of one side given the other, so the
+objective never rises. The problem is not convex and HOOI ends in a stationary point: four random restarts lower the
+objective of 22 real MiniLM adapters by 0.04 % at k = 16; on tiny isotropic pools, one in ten gains from restarts, up to
+8 %.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ class _Reduced:
     """(n_in, r_t) by task"""
 
 
-def oracle(adapters: Mapping[str, Adapter], k: int) -> Compressed:
+def oracle(adapters: Mapping[str, Adapter], k: int, restarts: int = 0) -> Compressed:
     """Compress all adapters into one pair of bases per site, at most ``k`` columns a side, and a full core per task.
 
     A side whose stacked factors have rank at most k is exact. A core is counted as the smaller of the full matrix and
-    its two factors at its rank p: ``min(k_out k_in, p (k_out + k_in))``.
+    its two factors at its rank p: ``min(k_out k_in, p (k_out + k_in))``. With ``restarts`` the best of the HOSVD start
+    and that many seeded random ones is taken, at that many times the cost.
     """
     start = time.perf_counter()
     weights = task_weights(adapters)
@@ -67,7 +70,7 @@ def oracle(adapters: Mapping[str, Adapter], k: int) -> Compressed:
     numbers = 0
     for site, own in by_site(adapters).items():
         factors = {task: full_rank(f) for task, f in own.items()}
-        best = tucker(factors, weights, k)
+        best = tucker(factors, weights, k, restarts)
         stored[site] = {task: project(f, best.left, best.right) for task, f in factors.items()}
         numbers += best.left.numel() + best.right.numel()
         numbers += sum(core_numbers(best.left.shape[1], best.right.shape[1], f.rank) for f in factors.values())
@@ -98,10 +101,16 @@ def project(factors: Factors, left: Tensor, right: Tensor) -> Factors:
     return Factors(left @ (left.mT @ factors.out), right @ (right.mT @ factors.in_))
 
 
-def tucker(factors: Mapping[str, Factors], weights: Mapping[str, float], k: int) -> Tucker:
+def tucker(factors: Mapping[str, Factors], weights: Mapping[str, float], k: int, restarts: int = 0) -> Tucker:
     """Return the bases of one site for ``factors`` (float64, from :func:`full_rank`) of each task."""
     reduced = _reduce(factors, weights)
-    p_out, p_in, objective = _hooi(reduced, k)
+    best = _hooi(reduced, k, _best(reduced.in_, reduced.out, k))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(restarts):
+        size = reduced.q_in.shape[1]
+        start, _ = thin_qr(torch.randn(size, min(k, size), generator=generator, dtype=torch.float64))
+        best = min(best, _hooi(reduced, k, start), key=lambda result: result[2][-1])
+    p_out, p_in, objective = best
     return Tucker(reduced.q_out @ p_out, reduced.q_in @ p_in, objective)
 
 
@@ -121,11 +130,10 @@ def _span(x: Tensor) -> Tensor:
     return q @ u[:, keep]
 
 
-def _hooi(reduced: _Reduced, k: int) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """Return P_out (n_out, k_out), P_in (n_in, k_in) and the objective along the way."""
+def _hooi(reduced: _Reduced, k: int, p_in: Tensor) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """Return P_out (n_out, k_out), P_in (n_in, k_in) and the objective along the way, from a start ``p_in``."""
     out, in_ = reduced.out, reduced.in_
     total = sum(float((o @ (i.mT @ i)).mul(o).sum()) for o, i in zip(out, in_, strict=True))
-    p_in = _best(in_, out, k)
     p_out = _best(out, [p_in.mT @ x for x in in_], k)
     objective = [total - _captured(out, in_, p_out, p_in)]
     for _ in range(MAX_SWEEPS):

@@ -5,9 +5,11 @@ A baseline takes ``adapters`` (task -> site -> :class:`~share_core.types.Factors
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,3 +97,21 @@ def equal_rank(adapters: Mapping[str, Adapter], method: str) -> int:
 def _zero_like(factors: Factors) -> Factors:
     shape_out, shape_in = factors.out.shape[0], factors.in_.shape[0]
     return Factors(torch.zeros(shape_out, 0, dtype=torch.float64), torch.zeros(shape_in, 0, dtype=torch.float64))
+
+
+def one_for_all(method: str, merged: Adapter, adapters: Mapping[str, Adapter], seconds: float) -> Compressed:
+    """Return the result of a method that gives every task the same adapter ``merged``, kept once."""
+    numbers = sum(f.out.numel() + f.in_.numel() for f in merged.values())
+    return Compressed(method, dict.fromkeys(adapters, merged), numbers, seconds)
+
+
+def optional_package(module: str, requirement: str) -> Any:
+    """Import the library of a peer, which only a benchmark needs.
+
+    Raises:
+        ConfigError: it is not installed; the message says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"this baseline needs {error.name!r}: pip install {requirement}") from error

@@ -1,0 +1,163 @@
+"""What one merge costs: ours against the published restack and the peers, and against the machine's own limit.
+
+One run streams adapters of one shape into a space that is full from the start (as after a cold start), so that every
+merge does the whole job: project, append, choose, compact, carry coefficients. The time per update is the mean over a
+window of merges that ends at T tasks. Peers are timed on a few sites and scaled: sites never depend on each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from share_core.streaming.fold import fold
+from share_core.streaming.state import StreamPolicy, StreamState, seeded_stack
+from share_core.types import Adapter
+from share_simulations.baselines.oracle import oracle
+from share_simulations.baselines.paper import paper_once
+from share_simulations.baselines.types import errors
+from share_simulations.bench.generated import MISTRAL_7B, Generator, Shape
+from share_simulations.bench.ours import ours_stream
+from share_simulations.bench.machine import describe, matrix_product_rate, peak_mib, pick_device, seconds
+from share_simulations.bench.peers import Peer, time_peers
+
+REFERENCE_TASKS = 100
+"""The number of stored tasks that the scalars of the report are about."""
+WINDOW = 32
+"""Merges averaged for one figure: two full periods of settling tasks."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to measure."""
+
+    shape: Shape = MISTRAL_7B
+    tasks: tuple[int, ...] = (10, 100, 500)
+    device: str = "auto"
+    peer_sites: int = 1
+    """Sites that peers are timed on."""
+    error_sites: int = 2
+    """Sites on which errors are compared at :data:`REFERENCE_TASKS` tasks."""
+    peers: bool = True
+
+
+def run_merge(options: MergeOptions, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Measure, and return the report: scalars at 100 tasks (or the number nearest to it), and one row per T."""
+    device = pick_device(options.device)
+    progress("measuring the machine's matrix products")
+    rate = matrix_product_rate(device)
+    rows, flops = _stream(options, device, progress)
+    reference = min(options.tasks, key=lambda t: abs(math.log(t / REFERENCE_TASKS)))
+    per_update = rows[reference]
+    report: dict[str, Any] = {
+        "shape": vars(options.shape) | {"reference_tasks": reference},
+        "machine": describe(device) | {"matrix_product_gflops": round(rate / 1e9, 1)},
+        "seconds_per_update": per_update,
+        "by_tasks": {str(t): {"seconds_per_update": s} for t, s in rows.items()},
+        "growth": rows[max(rows)] / rows[min(rows)],
+        "flops_per_update": flops,
+        "roofline_fraction": flops / per_update / rate,
+        "peak_mib": round(peak_mib(device), 1),
+    }
+    if options.error_sites:
+        report |= _errors(options, reference, progress)
+    if options.peers:
+        ours = _ours_at(options, reference)
+        peers = time_peers(options.shape, reference, options.peer_sites, ours, progress)
+        report |= _against(peers, per_update)
+    return report
+
+
+def _stream(options: MergeOptions, device: torch.device, progress: Progress) -> tuple[dict[int, float], int]:
+    """Return seconds per update by number of stored tasks, and the products' operations in one merge."""
+    source = Generator(options.shape, device)
+    left, right = source.bases()
+    state = StreamState((seeded_stack(source.names, left, right),), ())
+    policy = StreamPolicy(k_max=options.shape.cap)
+    ends = {t: (t, t + WINDOW) for t in sorted(options.tasks)}
+    times: list[float] = []
+    flops = 0
+    for number in range(max(end for _, end in ends.values())):
+        adapter = source.adapter(number)
+        if not any(a <= number < b for a, b in ends.values()) and number % 10 == 0:
+            progress(f"merging adapter {number}")
+        done: list[StreamState] = []
+
+        def work(state: StreamState = state, number: int = number, adapter: Adapter = adapter) -> None:
+            done.append(fold(state, f"t{number}", adapter, policy, consume=True).state)
+
+        if number == ends[min(ends)][0]:  # counted apart: counting slows the merge down
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops = counter.get_total_flops()
+            times.append(float("nan"))
+        else:
+            times.append(seconds(work, device))
+        state = done[0]
+    rows = {}
+    for t, (a, b) in ends.items():
+        own = [x for x in times[a:b] if not math.isnan(x)]
+        rows[t] = sum(own) / len(own)
+    return rows, flops
+
+
+def _ours_at(options: MergeOptions, tasks: int) -> tuple[float, int]:
+    """Return our mean error and floats kept on the adapters that the peers are timed on."""
+    source = Generator(replace(options.shape, sites=options.peer_sites), torch.device("cpu"), seed=1)
+    adapters = {f"t{n}": source.adapter(n) for n in range(tasks)}
+    found = ours_stream(adapters, options.shape.cap)
+    return _mean(errors(adapters, found)), found.numbers
+
+
+def _errors(options: MergeOptions, tasks: int, progress: Progress) -> dict[str, Any]:
+    """Return mean errors on a few sites at the reference number of tasks: ours in one pass, the optimum, the paper's."""
+    shape = replace(options.shape, sites=options.error_sites)
+    source = Generator(shape, torch.device("cpu"), seed=1)
+    adapters = {f"t{n}": source.adapter(n) for n in range(tasks)}
+    progress(f"comparing errors: ours, {tasks} adapters at {shape.sites} sites")
+    ours = ours_stream(adapters, shape.cap)
+    progress("comparing errors: the optimum (HOOI over all adapters)")
+    best = oracle(adapters, shape.cap)
+    progress("comparing errors: the published merge")
+    paper = paper_once(adapters, shape.cap)
+    mean = {c.method: _mean(errors(adapters, c)) for c in (ours, best, paper)}
+    return {
+        "error": mean[ours.method],
+        "error_ratio_to_oracle": mean[ours.method] / mean[best.method],
+        "error_ratio_paper_to_oracle": mean[paper.method] / mean[best.method],
+        "error_ratio_to_paper": mean[ours.method] / mean[paper.method],
+    }
+
+
+def _against(peers: list[Peer], per_update: float) -> dict[str, Any]:
+    """Return every peer's time per merge beside ours, and the two speed-ups that the report is read for."""
+    rows = {
+        peer.name: {
+            "seconds_per_update": peer.seconds,
+            "speedup": peer.seconds / per_update,
+            "error": peer.error,
+            "same_job": peer.same_job,
+            "note": peer.note,
+        }
+        for peer in peers
+    }
+    restack = next(peer for peer in peers if peer.restack)
+    same = [peer for peer in peers if peer.same_job]
+    best = min(same, key=lambda peer: peer.seconds)
+    return {
+        "peers": rows,
+        "speedup_vs_restack": restack.seconds / per_update,
+        "speedup_vs_best_peer": best.seconds / per_update,
+        "best_peer": best.name,
+    }
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

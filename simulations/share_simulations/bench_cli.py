@@ -1,0 +1,141 @@
+"""The commands ``share-sim bench ...``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from share_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Benchmarks: a peer or the machine's limit beside ours, in the same run."
+)
+Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]
+
+
+@bench_app.command("merge")
+def bench_merge(
+    tasks: Annotated[str, typer.Option(help="Stored tasks to measure at, comma-separated.")] = "10,100,500",
+    sites: Annotated[int, typer.Option(min=1, help="Adapted matrices; Mistral-7B has 128 (q k v o).")] = 128,
+    dim: Annotated[int, typer.Option(min=2, help="Rows and columns of each matrix.")] = 4096,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    cap: Annotated[int, typer.Option(min=1, help="Directions per site and side.")] = 256,
+    peers: Annotated[bool, typer.Option(help="Also time the published merge and the peers.")] = True,
+    peer_sites: Annotated[int, typer.Option(min=1, help="Sites that peers are timed on, then scaled.")] = 1,
+    error_sites: Annotated[int, typer.Option(min=0, help="Sites that errors are compared on.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """What one merge costs, by default at Mistral-7B shapes with 10, 100 and 500 tasks stored (about half an hour).
+
+    A quick look: --sites 4 --tasks 10,100. Scalars are at 100 stored tasks.
+    """
+    from share_simulations.bench.generated import Shape
+    from share_simulations.bench.merge import MergeOptions, run_merge
+
+    shape = Shape(sites, dim, dim, rank, cap)
+    options = MergeOptions(shape, _numbers(tasks, "--tasks"), device, peer_sites, error_sites, peers)
+    report = run_merge(options, _note)
+    _finish(report, as_json, _merge_table)
+
+
+@bench_app.command("compress")
+def bench_compress(
+    pools: Annotated[
+        list[Path] | None,
+        typer.Option("--pool", help="Folder of PEFT adapter directories; repeat. Default: a generated pool."),
+    ] = None,
+    caps: Annotated[str, typer.Option(help="Directions per site and side, comma-separated.")] = "16,24,32,48,64",
+    orders: Annotated[int, typer.Option(min=1, help="Random orders of arrival.")] = 5,
+    peers: Annotated[bool, typer.Option(help="Also run the packages of others.")] = True,
+    as_json: Json = False,
+) -> None:
+    """What each task loses at a given size: ours, the optimum, the published merge and every package."""
+    from share_simulations.bench.compress import CompressOptions, run_compress
+
+    options = CompressOptions(tuple(pools or ()), _numbers(caps, "--caps"), orders, peers)
+    report = run_compress(options, _note)
+    _finish(report, as_json, _compress_table)
+
+
+@bench_app.command("endurance")
+def bench_endurance(
+    merges: Annotated[int, typer.Option(min=1, help="Merges in a row.")] = 10_000, as_json: Json = False
+) -> None:
+    """Ten thousand merges: orthonormal bases, a true ledger, flat memory."""
+    from share_simulations.bench.endurance import EnduranceOptions, run_endurance
+
+    report = run_endurance(EnduranceOptions(merges=merges), _note)
+    _finish(report, as_json, _plain_table)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{option} {text!r}: expected whole numbers of at least 1, comma-separated")
+    return numbers
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _finish(report: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Table]) -> None:
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        Console().print(table(report))
+
+
+def _plain_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    for key, value in report.items():
+        if not isinstance(value, dict):
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _merge_table(report: dict[str, Any]) -> Table:
+    table = _plain_table(report)
+    for tasks, row in report["by_tasks"].items():
+        table.add_row(f"seconds at {tasks} tasks", f"{row['seconds_per_update']:.4g}")
+    for name, peer in report.get("peers", {}).items():
+        table.add_row(name, f"{peer['speedup']:.1f} x slower, error {peer['error']:.3f}; {peer['note']}")
+    return table
+
+
+def _compress_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("pool", "cap", "method", "mean error", "max", "compression", "seconds")
+    for pool, own in report["pools"].items():
+        for cap, row in own["caps"].items():
+            for method, figures in row["methods"].items():
+                if "skipped" in figures:
+                    table.add_row(pool, cap, method, f"[dim]{figures['skipped']}[/dim]")
+                    continue
+                table.add_row(
+                    pool,
+                    cap,
+                    method,
+                    f"{figures['mean']:.4f}",
+                    f"{figures['max']:.4f}",
+                    f"{figures['compression']:.2f} x",
+                    f"{figures['seconds']:.2f}",
+                )
+            table.add_section()
+    return table
