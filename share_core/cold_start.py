@@ -38,7 +38,9 @@ def backbone_bases(weights: Mapping[str, Tensor], spec: SpaceSpec, k: int) -> di
         weight = weights.get(name)
         if weight is None or tuple(weight.shape) != (site.d_out, site.d_in):
             got = "none" if weight is None else tuple(weight.shape)
-            raise TensorShapeError(f"cold start: weight of site {name!r}: expected {site.d_out} x {site.d_in}, got {got}")
+            raise TensorShapeError(
+                f"cold start: weight of site {name!r}: expected {site.d_out} x {site.d_in}, got {got}"
+            )
         require_finite(weight, f"weight of site {name!r}")
         u, _, vh = torch.linalg.svd(float64(weight), full_matrices=False)
         left, right = u[:, :k], vh[:k].T

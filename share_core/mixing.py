@@ -61,9 +61,7 @@ class Contribution:
     """Training rows the client declares; counted only up to the operator's cap, since nobody can check them."""
 
 
-def contributor_weights(
-    contributions: Sequence[Contribution], staleness: Staleness, rows_cap: int = 0
-) -> list[float]:
+def contributor_weights(contributions: Sequence[Contribution], staleness: Staleness, rows_cap: int = 0) -> list[float]:
     """Return one weight per contribution, summing to 1: equal per organisation, times staleness.
 
     Several contributions of one organisation share its weight. With ``rows_cap`` above 0, declared rows up to that
@@ -106,9 +104,7 @@ def fedasync(current: Cores, update: Contribution, alpha: float, staleness: Stal
     return mean_cores([current, update.cores], rank, [1 - a, a])
 
 
-def fedbuff(
-    current: Cores, changes: Sequence[Contribution], rate: float, staleness: Staleness, rank: int
-) -> Cores:
+def fedbuff(current: Cores, changes: Sequence[Contribution], rate: float, staleness: Staleness, rank: int) -> Cores:
     """Return ``C + rate / K sum_i s(staleness_i) D_i`` for K buffered changes ``D_i = C_i - C_base``, cut to ``rank``.
 
     Args:

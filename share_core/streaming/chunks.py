@@ -1,9 +1,9 @@
 """The coefficients of many tasks, carried lazily.
 
-The newest tasks follow every change of the bases at once. Older ones settle into chunks that keep the coordinates of the
-moment they were made, with one small map per chunk to the current ones; when a chunk meets one of similar size both
-are brought up to date and joined. There are never more than ``log_4`` of the number of tasks chunks, a task is moved
-that many times, and so the cost per merge does not grow with the number of tasks.
+The newest tasks follow every change of the bases at once. Older ones settle into chunks that keep the coordinates of
+the moment they were made, with one small map per chunk to the current ones; when a chunk meets one of similar size,
+both are brought up to date and joined. With T tasks there are at most about ``log_4 T`` chunks and a task is moved about
+as often, so the cost per merge all but does not grow with T.
 
 Error bounds of a settled task, between two exact measurements: a compaction removes ``delta_j`` from a core, orthogonal
 to what it keeps, so ``delta_j^2 = ||C_j-1||^2 - ||C_j||^2``. The triangle inequality over m compactions and then
@@ -158,8 +158,8 @@ def grams(chunk: TaskChunk) -> tuple[Tensor, Tensor]:
     """Return ``sum_t w_t C_t C_t^T`` (S, k_out, k_out) and ``sum_t w_t C_t^T C_t`` of a chunk, float64."""
     s, _, k_out, _ = chunk.out.shape
     k_in = chunk.in_.shape[-2]
-    real = {"dtype": torch.float64, "device": chunk.out.device}
-    left, right = torch.zeros(s, k_out, k_out, **real), torch.zeros(s, k_in, k_in, **real)
+    left = torch.zeros(s, k_out, k_out, dtype=torch.float64, device=chunk.out.device)
+    right = torch.zeros(s, k_in, k_in, dtype=torch.float64, device=chunk.out.device)
     for i in range(chunk.count):
         out, in_ = float64(chunk.out[:, i]), float64(chunk.in_[:, i])
         left += chunk.weights[i] * (out @ (in_.mT @ in_)) @ out.mT

@@ -49,7 +49,9 @@ class StackStep:
     polish_right: Tensor | None = None
 
 
-def grow(stack: SiteStack, by: Growth, caps: tuple[int, int], sweeps: int, consume: bool) -> tuple[SiteStack, StackStep]:
+def grow(
+    stack: SiteStack, by: Growth, caps: tuple[int, int], sweeps: int, consume: bool
+) -> tuple[SiteStack, StackStep]:
     """Append to every site of a stack and drop what passes ``caps`` (out, in).
 
     Old tasks do not move by a single bit on a side that has room. With ``consume`` the stack's own bases are

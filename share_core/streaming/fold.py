@@ -144,12 +144,11 @@ def _growths(
     ]
     q_in, _ = choose_directions(_strengths(names, rights), budget2 - spent)
     growths = []
-    for stack, form, left, right, out in zip(state.stacks, forms, lefts, rights, outs, strict=True):
+    for stack, form, left, right, seen in zip(state.stacks, forms, lefts, rights, outs, strict=True):
         counts = [(q_out[name], q_in[name]) for name in stack.names]
-        in_ = _coordinates(right, [q for _, q in counts], None)
         norms = form.s.square().sum(-1).sqrt()
         left_out = _left_out(left, [q for q, _ in counts]) + _left_out(right, [q for _, q in counts])
-        out, in_, cut2 = _to_rank(out, in_, policy.rank)
+        out, in_, cut2 = _to_rank(seen, _coordinates(right, [q for _, q in counts], None), policy.rank)
         growth = Growth(
             add_left=_masked(left.directions, [q for q, _ in counts]),
             add_right=_masked(right.directions, [q for _, q in counts]),
@@ -191,7 +190,8 @@ def _coordinates(side: Side, counts: list[int], s: Tensor | None) -> Tensor:
 def _seen(out: Tensor) -> Tensor:
     """Return X (S, r, r) with ``X X^T = out^T out``: how strongly the left side still sees each column of V."""
     energy, vectors = torch.linalg.eigh(out.mT @ out)
-    return vectors * energy.clamp_min(0).sqrt().unsqueeze(-2)
+    root: Tensor = vectors * energy.clamp_min(0).sqrt().unsqueeze(-2)
+    return root
 
 
 def _left_out(side: Side, counts: list[int]) -> Tensor:
@@ -214,7 +214,9 @@ def _to_rank(out: Tensor, in_: Tensor, rank: int | None) -> tuple[Tensor, Tensor
 
 def _changes(step: StackStep) -> bool:
     widths = (step.add_left.shape[-1], step.add_right.shape[-1])
-    return any(widths) or any(p is not None for p in (step.polish_left, step.polish_right, step.reflect_left, step.reflect_right))
+    return any(widths) or any(
+        p is not None for p in (step.polish_left, step.polish_right, step.reflect_left, step.reflect_right)
+    )
 
 
 def _site_transitions(step: StackStep) -> list[tuple[str, SiteTransition]]:

@@ -42,19 +42,24 @@ def weakest(gram: Tensor, count: int) -> Tensor:
     k = gram.shape[-1]
     gram = (gram + gram.mT) / 2
     if k <= DENSE_EIGEN or 2 * count >= k:
-        vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-        return vectors[..., :count]
+        return _bottom(gram, count)
     largest = torch.diagonal(gram, dim1=-2, dim2=-1).amax(-1)
     scale = torch.where(largest > 0, largest, 1.0)[:, None, None]
     eye = torch.eye(k, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex((gram / scale).to(torch.float32) + RIDGE * eye)
     if bool(failed.any()):
-        return torch.linalg.eigh(gram.to(torch.float64)).eigenvectors[..., :count]
+        return _bottom(gram, count)
     x = eye[:, k - count :].expand(*gram.shape[:-2], k, count)
     for _ in range(ITERATIONS):
         x = torch.linalg.solve_triangular(factor, x, upper=False)
         x = torch.linalg.qr(torch.linalg.solve_triangular(factor.mT, x, upper=True)).Q
-    return torch.linalg.qr(x.to(torch.float64)).Q
+    q: Tensor = torch.linalg.qr(x.to(torch.float64)).Q
+    return q
+
+
+def _bottom(gram: Tensor, count: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[..., :count]
 
 
 def choose_dropped(

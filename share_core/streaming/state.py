@@ -128,14 +128,17 @@ class StreamState:
 
 def empty_chunk(stack_size: int, k_out: int, k_in: int, device: torch.device) -> TaskChunk:
     """Return a chunk without tasks."""
-    real = {"dtype": torch.float64, "device": device}
+
+    def real(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=device)
+
     return TaskChunk(
         tasks=(),
         out=torch.zeros(stack_size, 0, k_out, 0, device=device),
         in_=torch.zeros(stack_size, 0, k_in, 0, device=device),
-        weights=torch.zeros(0, **real),
-        norms=torch.zeros(stack_size, 0, **real),
-        bounds=torch.zeros(stack_size, 0, **real),
+        weights=real(0),
+        norms=real(stack_size, 0),
+        bounds=real(stack_size, 0),
         measured=torch.zeros(0, dtype=torch.bool, device=device),
     )
 
@@ -162,13 +165,12 @@ def empty_stream(sites: Mapping[str, SiteSpec], device: torch.device | str = "cp
 def seeded_stack(names: list[str], left: Tensor, right: Tensor) -> SiteStack:
     """Return a stack with given orthonormal bases and no tasks: a cold start, see :mod:`share_core.cold_start`."""
     s, k_out, k_in = left.shape[0], left.shape[-1], right.shape[-1]
-    gram = {"dtype": torch.float64, "device": left.device}
     return SiteStack(
         names=tuple(names),
         left=left,
         right=right,
-        gram_left=torch.zeros(s, k_out, k_out, **gram),
-        gram_right=torch.zeros(s, k_in, k_in, **gram),
+        gram_left=torch.zeros(s, k_out, k_out, dtype=torch.float64, device=left.device),
+        gram_right=torch.zeros(s, k_in, k_in, dtype=torch.float64, device=left.device),
         settled=(),
         recent=empty_chunk(s, k_out, k_in, left.device),
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from share_core.errors import TensorShapeError
 from share_core.ledger import TaskLedger
 from share_core.linalg import NORM_FLOOR, float64
-from share_core.streaming.chunks import current_bounds, grams, up_to_date
 from share_core.space import compress_core
+from share_core.streaming.chunks import current_bounds, grams, up_to_date
 from share_core.streaming.project import FLOOR, ROUNDING, canonical_stack
 from share_core.streaming.stacking import picked
 from share_core.streaming.state import SiteStack, StreamState, TaskChunk, empty_chunk, empty_stream, stacked_factors
@@ -20,7 +20,7 @@ from share_core.types import Adapter, Core, Cores, SiteBasis, SiteSpec, Space
 
 
 def settled_view(state: StreamState) -> StreamState:
-    """Return the same version with every task in current coordinates. Costs time proportional to the number of tasks."""
+    """Return the same version with every task in current coordinates; takes time proportional to their number."""
     return replace(state, stacks=tuple(_current(stack) for stack in state.stacks))
 
 

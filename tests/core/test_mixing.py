@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from share_core.errors import ConfigError, NonFiniteError, TensorShapeError
 from share_core.cold_start import backbone_bases, seeded_stream
+from share_core.errors import ConfigError, NonFiniteError, TensorShapeError
 from share_core.mixing import Contribution, Staleness, average, change_of, contributor_weights, fedasync, fedbuff
 from share_core.streaming.fold import fold
 from share_core.streaming.state import StreamPolicy
@@ -40,9 +40,7 @@ def test_fedbuff_adds_the_average_change() -> None:
     base = cores(9)
     changes = [Contribution("x", change_of(cores(n), base, 16), staleness=n) for n in range(3)]
     got = fedbuff(cores(5), changes, rate=0.8, staleness=rule, rank=32)
-    expected = dense(cores(5)) + 0.8 / 3 * sum(
-        rule.weight(n) * (dense(cores(n)) - dense(base)) for n in range(3)
-    )
+    expected = dense(cores(5)) + 0.8 / 3 * sum(rule.weight(n) * (dense(cores(n)) - dense(base)) for n in range(3))
     assert close(dense(got), expected)
     assert fedbuff(base, [], 1.0, rule, 4) is base
 

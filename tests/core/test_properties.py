@@ -326,13 +326,13 @@ def _canonical_without_qr(out: Tensor, in_: Tensor) -> tuple[Tensor, Tensor, Ten
     return float64(out / out.norm(dim=-2, keepdim=True)), float64(s), float64(in_ / in_.norm(dim=-2, keepdim=True))
 
 
-def _choose_one_too_few(sides: Any, budget2: float) -> tuple[dict[str, int], float]:
-    counts, spent = REAL_CHOOSE(sides, budget2)
+def _choose_one_too_few(strengths: Any, budget2: float) -> tuple[dict[str, int], float]:
+    counts, spent = REAL_CHOOSE(strengths, budget2)
     return {site: max(0, count - 1) for site, count in counts.items()}, spent
 
 
-def _choose_spending_double(sides: Any, budget2: float) -> tuple[dict[str, int], float]:
-    return REAL_CHOOSE(sides, budget2 * 6)
+def _choose_spending_double(strengths: Any, budget2: float) -> tuple[dict[str, int], float]:
+    return REAL_CHOOSE(strengths, budget2 * 6)
 
 
 def _weakest_eigenvectors(gram: Tensor, count: int) -> Tensor:
@@ -377,7 +377,7 @@ def _compress_louder(out: Tensor, in_: Tensor, rank: int) -> Core | None:
     return None if core is None else Core(core.out * 1.02, core.in_)
 
 
-REAL_CHOOSE = share_core.append._choose
+REAL_CHOOSE = share_core.append.choose_directions
 REAL_MEASURE = share_core.ledger.measure
 REAL_CARRY_SIDE = share_core.space._carry_side
 REAL_COMPRESS = share_core.space.compress_core
@@ -390,9 +390,9 @@ TIGHT = Case(tasks=7, rank=3, scale_exponent=0, seed=7, k_max=6)
     ("check", "case", "where", "bug"),
     [
         (gauge, LOOSE, "share_core.append.canonical", _canonical_without_qr),
-        (lossless, LOOSE, "share_core.append._choose", _choose_one_too_few),
+        (lossless, LOOSE, "share_core.append.choose_directions", _choose_one_too_few),
         (lossless, LOOSE, "share_core.append.residual", lambda basis, x: x),
-        (budget, LOOSE, "share_core.append._choose", _choose_spending_double),
+        (budget, LOOSE, "share_core.append.choose_directions", _choose_spending_double),
         (fairness, LOOSE, "share_core.merge.task_weight", lambda norm: 1.0),
         (order, TIGHT, "share_core.compaction.top_eigenvectors", _weakest_eigenvectors),
         (ledger, TIGHT, "share_core.merge.charge", _charge_nothing),

@@ -52,9 +52,7 @@ def run_compress(options: CompressOptions, progress: Progress = lambda _: None) 
     for name, pool in pools.items():
         caps = {str(cap): _at_cap(name, pool, cap, options, progress) for cap in options.caps}
         report["pools"][name] = {"adapters": len(pool), "floats": _floats(pool), "caps": caps}
-    comparable = [
-        row for pool in report["pools"].values() if pool["adapters"] >= 4 for row in pool["caps"].values()
-    ]
+    comparable = [row for pool in report["pools"].values() if pool["adapters"] >= 4 for row in pool["caps"].values()]
     lossy = [row for row in comparable if row["oracle_error"] >= LOSSLESS]
     every = [row for pool in report["pools"].values() for row in pool["caps"].values()]
     return report | {

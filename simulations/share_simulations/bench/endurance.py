@@ -1,4 +1,4 @@
-"""Ten thousand merges: do the bases stay orthonormal, the ledger true and the memory flat?"""
+"""Ten thousand merges: whether the bases stay orthonormal, the ledger true and the memory flat."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from share_core.streaming.view import bases_of, ledger_of, space_of
 from share_core.types import Adapter
 from share_simulations.bench.generated import Generator, Shape
 
+SMALL = Shape(sites=2, d_out=32, d_in=24, rank=2, cap=8)
+
 
 @dataclass(frozen=True)
 class EnduranceOptions:
     """What to run."""
 
     merges: int = 10_000
-    shape: Shape = Shape(sites=2, d_out=32, d_in=24, rank=2, cap=8)
+    shape: Shape = SMALL
     tasks: int = 30
     """Tasks that take turns: after the first round every merge replaces one, so that memory can be flat at all."""
     window: int = 4

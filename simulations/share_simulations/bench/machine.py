@@ -7,9 +7,11 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def matrix_product_rate(device: torch.device, size: int = 4096, repeats: int = 4) -> float:
@@ -21,6 +23,24 @@ def matrix_product_rate(device: torch.device, size: int = 4096, repeats: int = 4
     return 2.0 * size**3 / best_seconds(lambda: a @ b, device, repeats)
 
 
+def skinny_product_rate(bases: torch.Tensor, columns: int, repeats: int = 3) -> float:
+    """Return operations per second of the products that a merge consists of: every basis with a few columns, and back.
+
+    Args:
+        bases: (sites, d, k): all of them, so that they come from memory and not from the cache, as in a merge.
+        columns: of the factor.
+        repeats: timings, of which the best counts.
+    """
+    sites, d, k = bases.shape
+    x = torch.randn(d, columns, device=bases.device)
+
+    def passes() -> None:
+        for basis in bases:
+            torch.addmm(x, basis, basis.T @ x, alpha=-1)
+
+    return 4.0 * sites * d * k * columns / best_seconds(passes, bases.device, repeats)
+
+
 def best_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the shortest of some timings, after one that does not count."""
     work()
@@ -29,11 +49,16 @@ def best_seconds(work: Callable[[], object], device: torch.device, repeats: int)
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return the wall time of some work, waiting for an accelerator to finish."""
+    return timed(work, device)[0]
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Return the wall time of some work and its result."""
     synchronise(device)
     begun = time.perf_counter()
-    work()
+    result = work()
     synchronise(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, result
 
 
 def synchronise(device: torch.device) -> None:

@@ -10,20 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from share_core.streaming.fold import fold
 from share_core.streaming.state import StreamPolicy, StreamState, seeded_stack
-from share_core.types import Adapter
 from share_simulations.baselines.oracle import oracle
 from share_simulations.baselines.paper import paper_once
 from share_simulations.baselines.types import errors
+from share_simulations.bench.flops import flop_counter
 from share_simulations.bench.generated import MISTRAL_7B, Generator, Shape
+from share_simulations.bench.machine import (
+    describe,
+    matrix_product_rate,
+    peak_mib,
+    pick_device,
+    skinny_product_rate,
+    timed,
+)
 from share_simulations.bench.ours import ours_stream
-from share_simulations.bench.machine import describe, matrix_product_rate, peak_mib, pick_device, seconds
 from share_simulations.bench.peers import Peer, time_peers
 
 REFERENCE_TASKS = 100
@@ -48,22 +56,45 @@ class MergeOptions:
     peers: bool = True
 
 
+class Limit:
+    """The machine's rates, measured several times while it works: the best counts, since others may disturb."""
+
+    def __init__(self, device: torch.device, shape: Shape) -> None:
+        self._device = device
+        self._columns = shape.rank
+        self.square = 0.0
+        """Operations per second of large square products."""
+        self.skinny = 0.0
+        """Operations per second of products of the bases with as many columns as an adapter has."""
+
+    def measure(self, bases: Tensor) -> None:
+        """Measure both on bases (sites, d, k)."""
+        size = 4096 if bases.shape[-2] >= 1024 else 512
+        self.square = max(self.square, matrix_product_rate(self._device, size))
+        self.skinny = max(self.skinny, skinny_product_rate(bases, self._columns))
+
+
 def run_merge(options: MergeOptions, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Measure, and return the report: scalars at 100 tasks (or the number nearest to it), and one row per T."""
     device = pick_device(options.device)
     progress("measuring the machine's matrix products")
-    rate = matrix_product_rate(device)
-    rows, flops = _stream(options, device, progress)
+    limit = Limit(device, options.shape)
+    rows, flops = _stream(options, device, limit, progress)
     reference = min(options.tasks, key=lambda t: abs(math.log(t / REFERENCE_TASKS)))
     per_update = rows[reference]
     report: dict[str, Any] = {
         "shape": vars(options.shape) | {"reference_tasks": reference},
-        "machine": describe(device) | {"matrix_product_gflops": round(rate / 1e9, 1)},
+        "machine": describe(device)
+        | {
+            "skinny_product_gflops": round(limit.skinny / 1e9, 1),
+            "square_product_gflops": round(limit.square / 1e9, 1),
+        },
         "seconds_per_update": per_update,
         "by_tasks": {str(t): {"seconds_per_update": s} for t, s in rows.items()},
         "growth": rows[max(rows)] / rows[min(rows)],
         "flops_per_update": flops,
-        "roofline_fraction": flops / per_update / rate,
+        "roofline_fraction": flops / per_update / limit.skinny,
+        "roofline_fraction_of_square_products": flops / per_update / limit.square,
         "peak_mib": round(peak_mib(device), 1),
     }
     if options.error_sites:
@@ -75,7 +106,9 @@ def run_merge(options: MergeOptions, progress: Progress = lambda _: None) -> dic
     return report
 
 
-def _stream(options: MergeOptions, device: torch.device, progress: Progress) -> tuple[dict[int, float], int]:
+def _stream(
+    options: MergeOptions, device: torch.device, limit: Limit, progress: Progress
+) -> tuple[dict[int, float], int]:
     """Return seconds per update by number of stored tasks, and the products' operations in one merge."""
     source = Generator(options.shape, device)
     left, right = source.bases()
@@ -88,19 +121,18 @@ def _stream(options: MergeOptions, device: torch.device, progress: Progress) -> 
         adapter = source.adapter(number)
         if not any(a <= number < b for a, b in ends.values()) and number % 10 == 0:
             progress(f"merging adapter {number}")
-        done: list[StreamState] = []
-
-        def work(state: StreamState = state, number: int = number, adapter: Adapter = adapter) -> None:
-            done.append(fold(state, f"t{number}", adapter, policy, consume=True).state)
-
+        if any(number == a for a, _ in ends.values()):
+            limit.measure(state.stacks[0].left)
+        merge = partial(fold, state, f"t{number}", adapter, policy, consume=True)
         if number == ends[min(ends)][0]:  # counted apart: counting slows the merge down
-            with FlopCounterMode(display=False) as counter:
-                work()
+            with flop_counter() as counter:
+                state = merge().state
             flops = counter.get_total_flops()
             times.append(float("nan"))
         else:
-            times.append(seconds(work, device))
-        state = done[0]
+            took, folded = timed(merge, device)
+            state = folded.state
+            times.append(took)
     rows = {}
     for t, (a, b) in ends.items():
         own = [x for x in times[a:b] if not math.isnan(x)]
@@ -117,7 +149,7 @@ def _ours_at(options: MergeOptions, tasks: int) -> tuple[float, int]:
 
 
 def _errors(options: MergeOptions, tasks: int, progress: Progress) -> dict[str, Any]:
-    """Return mean errors on a few sites at the reference number of tasks: ours in one pass, the optimum, the paper's."""
+    """Return mean errors on a few sites at the reference number of tasks: ours, the optimum, the published merge."""
     shape = replace(options.shape, sites=options.error_sites)
     source = Generator(shape, torch.device("cpu"), seed=1)
     adapters = {f"t{n}": source.adapter(n) for n in range(tasks)}

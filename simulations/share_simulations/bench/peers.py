@@ -77,9 +77,7 @@ def _restack(adapters: Mapping[str, Adapter], newest: Adapter, shape: Shape) -> 
             torch.linalg.qr(torch.randn(shape.d_in, shape.cap, generator=g)).Q,
         )
         coefficients = {
-            t: Core(
-                torch.randn(shape.cap, shape.rank, generator=g), torch.randn(shape.cap, shape.rank, generator=g)
-            )
+            t: Core(torch.randn(shape.cap, shape.rank, generator=g), torch.randn(shape.cap, shape.rank, generator=g))
             for t in adapters
         }
         sites[site] = PaperSite(basis, coefficients)
@@ -109,7 +107,7 @@ def _vlora(adapters: Mapping[str, Adapter], newest: Adapter, shape: Shape, call:
 
 
 def _lorashare(adapters: Mapping[str, Adapter], newest: Adapter, shape: Shape) -> Peer:
-    """lorashare decomposes all adapters anew for each new one."""
+    """Lorashare decomposes all adapters anew for each new one."""
     found = lorashare({**adapters, "new": newest}, shape.cap)
     return Peer("lorashare", found.seconds, _mean(adapters, found), found.numbers, "compresses all adapters anew")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,8 @@ SHAPES = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(0, 2**31))
 
 def orthonormal(s: int, d: int, k: int, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(s, d, k, generator=g, dtype=torch.float64)).Q
+    q: Tensor = torch.linalg.qr(torch.randn(s, d, k, generator=g, dtype=torch.float64)).Q
+    return q
 
 
 @given(SHAPES)
@@ -196,7 +198,7 @@ def test_settled_tasks_are_in_the_grams_and_leave_with_their_task() -> None:
         stack = replace(stack, recent=one if not stack.recent.count else _with(stack.recent, one))
         stack = settle(stack, window)
         sizes = [c.count for c in stack.settled]
-        assert all(a >= 4 * b for a, b in zip(sizes, sizes[1:], strict=False)), sizes
+        assert all(a >= 4 * b for a, b in itertools.pairwise(sizes)), sizes
     assert sum(c.count for c in stack.chunks) == 40
     assert stack.recent.count < 2 * window
     expected = sum((grams(c)[0] for c in stack.settled), torch.zeros(2, 5, 5, dtype=torch.float64))

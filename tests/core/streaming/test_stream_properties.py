@@ -1,15 +1,16 @@
 """MATH section 4 for streamed merges, each property with planted bugs it must catch.
 
 Planted bugs: a canonical form that forgets one factor's gauge, half a projection, one direction too few kept, a budget
-overspent, the strongest directions dropped in place of the weakest, cores that do not follow a compaction or grow in it,
-a reflector with the wrong sign, a compaction that charges nobody, chunks that forget what they lost, maps that are not
-composed, tasks that weigh by their norm, a transition without its rotation, tasks that stay after they are dropped,
+overspent, the strongest directions dropped in place of the weakest, cores that do not follow a compaction or grow in
+it, a reflector with the wrong sign, a compaction that charges nobody, chunks that forget what they lost, maps that are
+not composed, tasks that weigh by their norm, a transition without its rotation, tasks that stay after they are dropped,
 directions that are in use trimmed away, and a missing check for NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -139,7 +140,7 @@ def gauge(case: Case) -> None:
     """1: merging (B G, G^-1 A) gives the same dW as merging (B, A)."""
     adapters = draw_adapters(case)
     g = torch.Generator().manual_seed(case.seed + 1)
-    turned: dict[str, Adapter] = {}
+    turned: dict[str, dict[str, Factors]] = {}
     for task, adapter in adapters.items():
         turned[task] = {}
         for site, f in adapter.items():
@@ -157,7 +158,7 @@ def lossless(case: Case) -> None:
     state, folds = fold_all(adapters, policy_of(case))
     for task, adapter in stored(state).items():
         assert dense_error(adapters[task], adapter) < 1e-5
-    for earlier, later in zip(folds, folds[1:], strict=False):
+    for earlier, later in itertools.pairwise(folds):
         before, after = bases_of(earlier.state), bases_of(later.state)
         for site, basis in before.items():
             assert torch.equal(after[site].left[:, : basis.k_out], basis.left)
@@ -342,7 +343,8 @@ def _spending_more(strengths: Mapping[str, list[float]], budget2: float) -> tupl
 
 
 def _strongest(gram: Tensor, count: int) -> Tensor:
-    return torch.linalg.eigh(gram).eigenvectors[..., -count:]
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[..., -count:]
 
 
 def _unmoved(rows: Tensor, by: Any) -> Tensor:
