@@ -12,16 +12,31 @@ import re
 from dataclasses import dataclass
 
 WRAPPER = "base_model.model."
-_LORA = re.compile(
-    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.(?!weight$)[A-Za-z0-9_-]+)?(?P<weight>\.weight)?"
+_LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?!weight$)[^.]+)?\.weight")
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<part>[AB])(?:\.[^.]+)?")
+
+_PREFIXES = frozenset((
+    "albert", "audio_spectrogram_transformer", "beit", "bert", "biogpt", "bit", "camembert", "canine", "clap", "clip",
+    "convbert", "convnext", "convnextv2", "data2vec_audio", "data2vec_text", "data2vec_vision", "deberta", "deit",
+    "dinat", "dinov2", "dinov2_with_registers", "distilbert", "efficientnet", "electra", "ernie", "esm", "flaubert",
+    "fnet", "focalnet", "funnel", "gpt_neox", "gpt_neox_japanese", "hiera", "hubert", "ibert", "ijepa", "layoutlm",
+    "layoutlmv2", "layoutlmv3", "led", "levit", "lilt", "longformer", "luke", "lxmert", "markuplm", "mobilebert",
+    "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "model", "mpnet", "mra", "nomic_bert", "nystromformer",
+    "perceiver", "poolformer", "prophetnet", "pvt", "pvt_v2", "reformer", "regnet", "rembert", "resnet", "roberta",
+    "roberta_prelayernorm", "roc_bert", "roformer", "rwkv", "segformer", "sew", "siglip", "splinter", "squeezebert",
+    "swiftformer", "swin", "swinv2", "tapas", "timesformer", "unispeech", "videomae", "vilt", "visual_bert", "vit",
+    "vit_mae", "vit_msn", "vivit", "wav2vec2", "wav2vec2_bert", "wav2vec2_conformer", "wavlm", "xlm_roberta", "xmod",
+    "yoso",
+))  # fmt: skip
+"""``base_model_prefix`` of transformers: the attribute under which a task model keeps its bare model. Left out are
+those that are also a part of some bare model (``encoder``, ``decoder``, ``vision_model``, ``backbone``)."""
+_AMBIGUOUS = re.compile(
+    r"transformer\.(?=(?:h|blocks|attentions|ffns)\.\d|(?:wte|wpe|ln_f|word_embeddings?|embeddings)$|layer\.\d+\.(?:rel_attn|ff)\.)"
+    r"|backbone\.(?=layers\.\d+\.mixer|embeddings$)"
+    r"|0\.auto_model\."
 )
-_MODEL_PREFIXES = (
-    "albert", "bert", "camembert", "deberta", "distilbert", "electra", "esm", "gpt_neox", "longformer", "model", "mpnet",
-    "roberta", "vit", "xlm_roberta", "dinov2", "clip", "beit", "deit", "swin", "wav2vec2", "hubert", "whisper",
-)  # fmt: skip
-"""Attribute under which a task model of transformers keeps its bare model."""
-_GPT = re.compile(r"transformer\.(?=h\.|wte|wpe|ln_f)")
-"""GPT models call theirs ``transformer``, which in DistilBERT is a part of the bare model."""
+"""Prefixes by what follows: GPT-2's ``transformer`` is a prefix, DistilBERT's is a part of the bare model; Mamba's
+``backbone``; a SentenceTransformer's first module."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class LoraKey:
     """One LoRA tensor's place."""
 
     module: str
+    """Path of the adapted module in the model."""
     part: str
     """A or B."""
     embedding: bool
@@ -36,18 +52,21 @@ class LoraKey:
 
 def parse_key(key: str) -> LoraKey | None:
     """Return the place of a LoRA tensor, or None for any other tensor."""
-    match = _LORA.fullmatch(key.removeprefix(WRAPPER))
-    if match is None:
-        return None
-    return LoraKey(match["module"], match["part"], embedding=match["embedding"] is not None)
+    name = key.removeprefix(WRAPPER)
+    if match := _LINEAR.fullmatch(name):
+        return LoraKey(match["module"], match["part"], embedding=False)
+    if match := _EMBEDDING.fullmatch(name):
+        return LoraKey(match["module"], match["part"], embedding=True)
+    return None
 
 
 def site_of(module: str) -> str:
     """Return the site of a module: its path in the bare model."""
     first, _, rest = module.partition(".")
-    if rest and first in _MODEL_PREFIXES:
+    if rest and first in _PREFIXES:
         return rest
-    return _GPT.sub("", module, count=1) if _GPT.match(module) else module
+    match = _AMBIGUOUS.match(module)
+    return module[match.end() :] if match else module
 
 
 def tensor_key(module: str, part: str, embedding: bool) -> str:

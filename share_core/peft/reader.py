@@ -4,74 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from share_core.errors import AdapterError, UnsupportedAdapterError
+from share_core.errors import AdapterError, PayloadError, UnsupportedAdapterError
+from share_core.linalg import require_finite
 from share_core.peft.config import PeftConfig, read_config
-from share_core.peft.names import LoraKey, parse_key, site_of
+from share_core.peft.export import PeftExport, PeftSite
+from share_core.peft.kinds import refuse_tensor
+from share_core.peft.names import parse_key, site_of
 from share_core.tensorfile import read_tensors, tensor_sizes
 from share_core.types import Adapter, Factors, SiteSpec
 
+__all__ = [
+    "TENSOR_FILE",
+    "PeftAdapter",
+    "PeftConfig",
+    "PeftExport",
+    "PeftSite",
+    "read_adapter",
+    "read_config",
+    "task_name",
+]
+
 TENSOR_FILE = "adapter_model.safetensors"
 _LFS = b"version https://git-lfs"
-_MATRIX_KINDS = ("linear", "conv1d_transposed")
-
-
-@dataclass(frozen=True)
-class PeftSite:
-    """How one adapted weight is stored in the model."""
-
-    module: str
-    """Module path in the model the adapter was trained in."""
-    kind: str
-    """``linear``; ``conv1d_transposed`` for GPT-2's Conv1D; ``conv`` for Conv1d, Conv2d, Conv3d; ``embedding``."""
-    weight_shape: tuple[int, ...]
-    """Of the weight: (d_out, d_in); transposed for the two kinds above; (out, in, *kernel) for a convolution."""
-
-
-@dataclass(frozen=True)
-class PeftExport:
-    """What must be kept of an adapter so that its task can be written as a PEFT adapter again."""
-
-    base_model: str | None
-    task_type: str | None
-    fan_in_fan_out: bool
-    modules_to_save: tuple[str, ...]
-    sites: Mapping[str, PeftSite]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "base_model": self.base_model,
-            "task_type": self.task_type,
-            "fan_in_fan_out": self.fan_in_fan_out,
-            "modules_to_save": list(self.modules_to_save),
-            "sites": {name: [s.module, s.kind, list(s.weight_shape)] for name, s in sorted(self.sites.items())},
-        }
-
-    @staticmethod
-    def from_json(raw: Mapping[str, Any]) -> PeftExport:
-        """Read what :meth:`to_json` gave.
-
-        Raises:
-            AdapterError: if it is something else.
-        """
-        try:
-            sites = {
-                str(name): PeftSite(str(s[0]), str(s[1]), tuple(int(n) for n in s[2]))
-                for name, s in raw["sites"].items()
-            }
-            return PeftExport(
-                raw["base_model"], raw["task_type"], bool(raw["fan_in_fan_out"]), tuple(raw["modules_to_save"]), sites
-            )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise AdapterError(f"the export information is damaged: {type(error).__name__}: {error}") from None
+_MAX_MODULE = 512
+_WRAPPED = re.compile(r"\.base_layer(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -95,19 +59,44 @@ class PeftAdapter:
     """Of the tensor file."""
 
     @property
+    def prefix(self) -> str:
+        """What stands before most sites' names in the model, with its dot: ``bert.``, or nothing.
+
+        A head has no prefix, so single sites may differ: :attr:`PeftSite.module` is exact.
+        """
+        prefixes = Counter(site.module.removesuffix(name) for name, site in self.sites.items())
+        return prefixes.most_common(1)[0][0]
+
+    @property
     def site_specs(self) -> dict[str, SiteSpec]:
         """The sites with their shapes, without fingerprints."""
-        return {
-            name: SiteSpec(name, int(f.out.shape[0]), int(f.in_.shape[0]), "") for name, f in self.factors.items()
-        }
+        return {name: SiteSpec(name, int(f.out.shape[0]), int(f.in_.shape[0]), "") for name, f in self.factors.items()}
 
     @property
     def export(self) -> PeftExport:
         """What to keep in order to write the task again."""
         config = self.config
         return PeftExport(
-            config.base_model, config.task_type, config.fan_in_fan_out, config.modules_to_save, self.sites
+            base_model=config.base_model,
+            task_type=config.task_type,
+            fan_in_fan_out=config.fan_in_fan_out,
+            modules_to_save=config.modules_to_save,
+            sites=self.sites,
+            bias=config.bias,
         )
+
+    def export_info(self) -> PeftExport:
+        """Return :attr:`export`."""
+        return self.export
+
+
+@dataclass
+class _Module:
+    """The LoRA tensors of one adapted module, by part (A or B)."""
+
+    embedding: bool
+    keys: dict[str, str]
+    tensors: dict[str, Tensor]
 
 
 def read_adapter(directory: Path) -> PeftAdapter:
@@ -116,132 +105,167 @@ def read_adapter(directory: Path) -> PeftAdapter:
     Raises:
         AdapterError: if it is incomplete or contradicts itself; names file, tensor, expected and got.
         UnsupportedAdapterError: if it is not plain LoRA.
-        PayloadError: if the tensor file is damaged or holds NaN or infinity.
+        PayloadError: if the tensor file is damaged or holds NaN or infinity; a leaf of it, naming file and tensor.
     """
     config = read_config(directory)
-    payload = _read_file(directory)
-    tensors = read_tensors(payload).tensors
-    sizes = tensor_sizes(payload)
-    found: dict[str, dict[str, Tensor]] = {}
-    keys: dict[str, LoraKey] = {}
-    extra: dict[str, Tensor] = {}
-    nbytes = 0
-    for key, tensor in tensors.items():
-        _refuse_tensor(directory, key)
-        place = parse_key(key)
-        if place is None:
-            extra[key] = tensor
-            continue
-        nbytes += sizes[key]
-        found.setdefault(place.module, {})[place.part] = tensor
-        keys[place.module] = place
-    if not found:
-        raise AdapterError(f"{directory / TENSOR_FILE} holds no LoRA tensor, only {_some(extra)}")
+    path = directory / TENSOR_FILE
+    payload = _read_file(path)
+    try:
+        sizes, tensors = tensor_sizes(payload), read_tensors(payload).tensors
+    except PayloadError as error:
+        raise type(error)(f"{path}: {error}") from None
+    modules, extra = _sorted_out(path, tensors)
+    if not modules:
+        raise AdapterError(
+            f"{path} holds no LoRA tensor, only {_some(extra)}: save the adapter with PEFT's save_pretrained"
+        )
     factors: dict[str, Factors] = {}
     sites: dict[str, PeftSite] = {}
-    for module, parts in sorted(found.items()):
-        site = site_of(module)
-        if site in factors:
+    for name, module in sorted(modules.items()):
+        site = site_of(name)
+        if site in sites:
             raise AdapterError(
-                f"{directory}: modules {sites[site].module!r} and {module!r} are one site {site!r}: save the adapter "
-                "of one model class"
+                f"{path}: modules {sites[site].module!r} and {name!r} are both site {site!r}: save the adapter of one "
+                "model class"
             )
-        sites[site], factors[site] = _site(directory, module, parts, keys[module], config)
+        sites[site], factors[site] = _site(path, name, module, config)
+    lora_keys = [key for module in modules.values() for key in module.keys.values()]
     return PeftAdapter(
         name=task_name(directory),
         config=config,
         factors=factors,
         sites=sites,
         extra=extra,
-        notes=tuple(_notes(config, factors, found, extra)),
-        nbytes=nbytes,
+        notes=tuple(_notes(config, factors, modules, extra)),
+        nbytes=sum(sizes[key] for key in lora_keys),
         sha256=hashlib.sha256(payload).hexdigest(),
     )
 
 
 def task_name(directory: Path) -> str:
-    """Return the directory's name as a legal task name: lower case, other characters become ``-``."""
+    """Return the directory's name as a legal task name: lower case, other characters become ``-``.
+
+    Of a long name the end is kept, which is where checkpoints differ.
+    """
     name = re.sub(r"[^a-z0-9._-]+", "-", directory.resolve().name.lower()).strip("._-")
     return name[-64:].strip("._-") or "adapter"
 
 
-def _read_file(directory: Path) -> bytes:
-    path = directory / TENSOR_FILE
+def _read_file(path: Path) -> bytes:
     try:
         payload = path.read_bytes()
     except FileNotFoundError:
-        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        pickles = sorted(p.name for p in path.parent.glob("*.bin"))
         if pickles:
             raise UnsupportedAdapterError(
-                f"{directory} holds {pickles[0]}, a pickle, which can run code when it is opened and is never read "
-                "here: load it with PEFT where you trust it and save it with safe_serialization=True"
+                f"{path.parent} holds {pickles[0]}, a pickle, which can run code when it is opened and is never read "
+                "here: where you trust it, load it with PEFT and call save_pretrained(..., safe_serialization=True)"
             ) from None
-        raise AdapterError(f"{directory} has no {TENSOR_FILE}: copy the whole directory that PEFT wrote") from None
+        raise AdapterError(f"{path.parent} has no {path.name}: copy the whole directory that PEFT wrote") from None
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}") from None
     if payload.startswith(_LFS):
-        raise AdapterError(f"{path} is a Git LFS pointer and not the file itself: run 'git lfs pull' where it came from")
+        raise AdapterError(
+            f"{path} is a Git LFS pointer and not the file itself: run 'git lfs pull' where it came from"
+        )
     return payload
 
 
-def _refuse_tensor(directory: Path, key: str) -> None:
-    if "lora_magnitude_vector" in key:
-        raise UnsupportedAdapterError(
-            f"{directory}: tensor {key[:120]!r} belongs to DoRA, which is not supported: train a plain LoRA adapter"
-        )
-    if re.search(r"\.lora_E(\.|$)|\.ranknum(\.|$)", key):
-        raise UnsupportedAdapterError(
-            f"{directory}: tensor {key[:120]!r} belongs to AdaLoRA, which is not supported: train a plain LoRA adapter"
-        )
+def _sorted_out(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Module], dict[str, Tensor]]:
+    """Return the LoRA tensors by module, and all others by key."""
+    modules: dict[str, _Module] = {}
+    extra: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        place = parse_key(key)
+        if place is None:
+            refuse_tensor(key, str(path))
+            extra[key] = tensor
+            continue
+        if len(place.module) > _MAX_MODULE:
+            raise AdapterError(f"{path}: module {place.module[:60]!r} has a name of more than {_MAX_MODULE} characters")
+        if _WRAPPED.search(place.module):
+            raise UnsupportedAdapterError(
+                f"{path}: tensor {key[:160]!r} adapts a part of a layer that PEFT wraps twice (MultiheadAttention): "
+                "train a LoRA adapter of its linear layers"
+            )
+        module = modules.setdefault(place.module, _Module(place.embedding, {}, {}))
+        if place.part in module.keys or place.embedding != module.embedding:
+            raise AdapterError(
+                f"{path}: tensors {next(iter(module.keys.values()))!r} and {key!r} are for one module: save one "
+                "adapter per directory"
+            )
+        module.keys[place.part], module.tensors[place.part] = key, tensor
+    return modules, extra
 
 
-def _site(
-    directory: Path, module: str, parts: Mapping[str, Tensor], key: LoraKey, config: PeftConfig
-) -> tuple[PeftSite, Factors]:
-    for part in ("A", "B"):
-        if part not in parts:
-            raise AdapterError(f"{directory}: module {module!r} has no lora_{part} tensor: the file is incomplete")
-    a, b = parts["A"], parts["B"]
-    kind, weight_shape = _kind(directory, module, a, b, key, config)
-    in_, out = a.reshape(a.shape[0], -1).T, b.reshape(b.shape[0], -1)
-    rank = config.rank_of(module)
-    if not in_.shape[1] == out.shape[1] == rank:
+def _site(path: Path, name: str, module: _Module, config: PeftConfig) -> tuple[PeftSite, Factors]:
+    for part, other in ("AB", "BA"):
+        if part not in module.keys:
+            raise AdapterError(
+                f"{path}: tensor {module.keys[other]!r} has no lora_{part} beside it: the file is incomplete, copy or "
+                "save it again"
+            )
+    a, b = module.tensors["A"], module.tensors["B"]
+    site = PeftSite(name, *_layer(path, module, config))
+    rank, scale = config.rank_of(name), config.scale_of(name)
+    for part, tensor, axis in (("A", a, 0), ("B", b, 1)):
+        if tensor.shape[axis] != rank:
+            raise AdapterError(
+                f"{path}: tensor {module.keys[part]!r}: expected rank {rank} by the config, got {tensor.shape[axis]} "
+                f"of shape {tuple(tensor.shape)}: config and tensors are of different adapters"
+            )
+    out = b.reshape(b.shape[0], -1) * scale
+    require_finite(out, f"{path}: tensor {module.keys['B']!r} times its scale {scale:g}")
+    return site, Factors(out, a.reshape(rank, -1).T.contiguous())
+
+
+def _layer(path: Path, module: _Module, config: PeftConfig) -> tuple[str, tuple[int, ...]]:
+    """Return kind and weight shape of the layer that two factors fit."""
+    a, b = module.tensors["A"], module.tensors["B"]
+    d_out, inner = int(b.shape[0]), tuple(int(n) for n in a.shape[1:])
+    if a.ndim != b.ndim or a.ndim < 2 or (a.ndim > 2 and (module.embedding or any(n != 1 for n in b.shape[2:]))):
         raise AdapterError(
-            f"{directory}: module {module!r}: expected rank {rank} by {'rank_pattern or ' if config.rank_pattern else ''}"
-            f"r, got lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: config and tensors are of different adapters"
+            f"{path}: tensors {module.keys['A']!r} {tuple(a.shape)} and {module.keys['B']!r} {tuple(b.shape)}: "
+            "expected the two factors of a linear, convolution or embedding layer"
         )
-    return PeftSite(module, kind, weight_shape), Factors(out * config.scale_of(module), in_.contiguous())
-
-
-def _kind(
-    directory: Path, module: str, a: Tensor, b: Tensor, key: LoraKey, config: PeftConfig
-) -> tuple[str, tuple[int, ...]]:
-    if a.ndim != b.ndim or a.ndim < 2 or a.ndim > 5 or (a.ndim > 2 and tuple(b.shape[2:]) != (1,) * (b.ndim - 2)):
-        raise AdapterError(
-            f"{directory}: module {module!r}: expected B A of a linear, convolution or embedding layer, got lora_A "
-            f"{tuple(a.shape)} and lora_B {tuple(b.shape)}"
+    if module.embedding:
+        return "embedding", (inner[0], d_out)
+    if a.ndim == 2:
+        return ("conv1d_transposed", (inner[0], d_out)) if config.fan_in_fan_out else ("linear", (d_out, inner[0]))
+    if b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0:
+        raise UnsupportedAdapterError(
+            f"{path}: tensor {module.keys['B']!r} has shape {tuple(b.shape)} for rank {a.shape[0]}: a grouped "
+            "convolution, whose change is not of low rank: leave it out of target_modules"
         )
-    if key.embedding:
-        return "embedding", (int(a.shape[1]), int(b.shape[0]))
-    if a.ndim > 2:
-        return "conv", (int(b.shape[0]), *(int(n) for n in a.shape[1:]))
-    if config.fan_in_fan_out:
-        return "conv1d_transposed", (int(a.shape[1]), int(b.shape[0]))
-    return "linear", (int(b.shape[0]), int(a.shape[1]))
+    return "conv", (d_out, *inner)
 
 
 def _notes(
-    config: PeftConfig, factors: Mapping[str, Factors], found: Mapping[str, object], extra: Mapping[str, Tensor]
+    config: PeftConfig,
+    factors: Mapping[str, Factors],
+    modules: Mapping[str, _Module],
+    extra: Mapping[str, Tensor],
 ) -> list[str]:
     notes = []
-    if all(not bool(torch.any(f.out)) or not bool(torch.any(f.in_)) for f in factors.values()):
-        notes.append("every B is zero: this adapter changes nothing; was it loaded into another model class and saved?")
-    if isinstance(config.target_modules, tuple):
-        idle = [t for t in config.target_modules if not any(m == t or m.endswith(f".{t}") for m in found)]
-        if idle:
-            notes.append(f"listed targets without tensors: {', '.join(idle[:5])}")
-    if extra:
-        notes.append(f"{len(extra)} tensors that are no LoRA are left aside: {_some(extra)}")
+    idle = [name for name, f in factors.items() if not bool(torch.any(f.out)) or not bool(torch.any(f.in_))]
+    if len(idle) == len(factors):
+        notes.append("all B are zero: this adapter changes nothing; was it loaded into another model class and saved?")
+    elif idle:
+        notes.append(f"{len(idle)} of {len(factors)} sites do not change anything: {_some(idle)}")
+    targets = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    notes += [
+        f"target {target!r} matches no tensor"
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in modules)
+    ]
+    biases = [key for key in extra if key.endswith(".bias") and config.bias != "none"]
+    if biases:
+        notes.append(f"trained biases (bias={config.bias!r}) are kept aside and not merged: {_some(biases)}")
+    others = [key for key in extra if key not in biases]
+    if others:
+        notes.append(f"{len(others)} tensors that are no LoRA are kept aside and not merged: {_some(others)}")
     return notes
 
 
-def _some(names: Mapping[str, object]) -> str:
-    return ", ".join(sorted(names)[:3]) or "nothing"
+def _some(names: Mapping[str, object] | list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "nothing"

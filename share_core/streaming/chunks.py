@@ -2,8 +2,8 @@
 
 The newest tasks follow every change of the bases at once. Older ones settle into chunks that keep the coordinates of
 the moment they were made, with one small map per chunk to the current ones; when a chunk meets one of similar size,
-both are brought up to date and joined. With T tasks there are at most about ``log_4 T`` chunks and a task is moved about
-as often, so the cost per merge all but does not grow with T.
+both are brought up to date and joined. With T tasks there are at most about ``log_4 T`` chunks and a task is moved as
+often, so the cost per merge all but does not grow with T.
 
 Error bounds of a settled task, between two exact measurements: a compaction removes ``delta_j`` from a core, orthogonal
 to what it keeps, so ``delta_j^2 = ||C_j-1||^2 - ||C_j||^2``. The triangle inequality over m compactions and then

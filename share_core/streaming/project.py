@@ -150,7 +150,8 @@ def _whitening(gram: Tensor, alive: Tensor) -> Tensor:
     dead = torch.diag_embed((~alive).to(gram.dtype))
     factor = torch.linalg.cholesky(_symmetric(gram) + dead)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    return torch.linalg.solve_triangular(factor, eye, upper=False).mT * alive.unsqueeze(-2)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverse.mT * alive.unsqueeze(-2)
 
 
 def _gram64(x: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def test_cold_start_is_the_backbones_strongest_directions_with_fixed_signs() -> 
 
 def _rank(weight: Tensor, k: int) -> Tensor:
     u, s, vh = torch.linalg.svd(weight.double())
-    return u[:, :k] * s[:k] @ vh[:k]
+    best: Tensor = u[:, :k] * s[:k] @ vh[:k]
+    return best
 
 
 def test_a_seeded_space_gives_way_to_what_tasks_need() -> None:

@@ -77,7 +77,8 @@ class Generator:
         s, r = self._shape.sites, self._shape.rank
         mix = torch.randn(s, SHARED, r, generator=g, device=self._device) * self._decay.unsqueeze(-1)
         own = torch.randn(s, d, r, generator=g, device=self._device) * (OWN / d**0.5)
-        return self._shared[side] @ mix + own
+        factor: Tensor = self._shared[side] @ mix + own
+        return factor
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator(self._device).manual_seed((self._seed << 20) + number + 2)
