@@ -45,22 +45,22 @@ def padded_columns(factor: Tensor, columns: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(*factor.shape[:-1], missing)], dim=-1)
 
 
-def follow(chunk: TaskChunk, k: tuple[int, int], left: Reflector | None, right: Reflector | None) -> TaskChunk:
-    """Return a settled chunk whose maps also take a compaction from ``k`` (K_out, K_in) vectors into account."""
-    s = chunk.out.shape[0]
+def follow(chunk: TaskChunk, left: Reflector | None, right: Reflector | None, consume: bool) -> TaskChunk:
+    """Return a settled chunk whose maps also take a compaction into account; ``consume`` overwrites the old maps."""
     return replace(
         chunk,
-        map_left=_followed(chunk.map_left, s, chunk.out.shape[-2], k[0], left),
-        map_right=_followed(chunk.map_right, s, chunk.in_.shape[-2], k[1], right),
+        map_left=_followed(chunk.map_left, chunk.out.shape[-2], left, consume),
+        map_right=_followed(chunk.map_right, chunk.in_.shape[-2], right, consume),
     )
 
 
-def _followed(current: Tensor | None, s: int, k_then: int, k_grown: int, by: Reflector | None) -> Tensor | None:
+def _followed(current: Tensor | None, k_then: int, by: Reflector | None, consume: bool) -> Tensor | None:
     if by is None:
         return current
     if current is None:
-        current = torch.eye(k_then, dtype=torch.float64, device=by.z.device).expand(s, k_then, k_then)
-    return reflect_rows(padded_rows(current, k_grown), by)
+        eye = torch.eye(k_then, dtype=torch.float64, device=by.z.device)
+        current, consume = eye.expand(by.z.shape[0], k_then, k_then), False
+    return reflect_rows(current, by, consume)
 
 
 def up_to_date(chunk: TaskChunk, k: tuple[int, int]) -> TaskChunk:

@@ -86,7 +86,7 @@ def grow(
     pending = (_energy(stack.gram_left, left) + _energy(stack.gram_right, right)).clamp_min(0).sqrt()
     settled = tuple(
         replace(
-            follow(chunk, (k_out, k_in), left, right),
+            follow(chunk, left, right, consume),
             pending=pending if chunk.pending is None else chunk.pending + pending,
             cuts=chunk.cuts + 1,
         )
@@ -96,8 +96,8 @@ def grow(
         names=stack.names,
         left=_turned(stack.left, by.add_left, left, consume),
         right=_turned(stack.right, by.add_right, right, consume),
-        gram_left=_turned_gram(stack.gram_left, left, k_out),
-        gram_right=_turned_gram(stack.gram_right, right, k_in),
+        gram_left=_turned_gram(stack.gram_left, left, k_out, consume),
+        gram_right=_turned_gram(stack.gram_right, right, k_in, consume),
         settled=settled,
         recent=_cut(grown, left, right),
     ), replace(step, reflect_left=left, reflect_right=right)
@@ -167,8 +167,8 @@ def _energy(gram: Tensor, by: Reflector | None) -> Tensor:
     return ((gram @ known) * known).sum((-2, -1))
 
 
-def _turned_gram(gram: Tensor, by: Reflector | None, k: int) -> Tensor:
-    return _padded_gram(gram, k) if by is None else reflect_gram(gram, by)
+def _turned_gram(gram: Tensor, by: Reflector | None, k: int, consume: bool) -> Tensor:
+    return _padded_gram(gram, k) if by is None else reflect_gram(gram, by, consume)
 
 
 def _cut(chunk: TaskChunk, left: Reflector | None, right: Reflector | None) -> TaskChunk:

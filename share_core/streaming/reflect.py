@@ -72,24 +72,45 @@ def reflect_basis(base: Tensor, extra: Tensor, by: Reflector) -> Tensor:
     return base
 
 
-def reflect_rows(rows: Tensor, by: Reflector) -> Tensor:
-    """Return ``P^T rows`` (S, K - m, c) for coordinates ``rows`` (S, K, c)."""
-    k = by.z.shape[-2]
-    inner = by.shifted.to(rows.dtype).mT @ rows
-    return torch.baddbmm(rows[..., :k, :], by.z.to(rows.dtype), inner, alpha=-1)
+def reflect_rows(rows: Tensor, by: Reflector, consume: bool = False) -> Tensor:
+    """Return ``P^T [rows; 0]`` (S, K - m, c) for coordinates ``rows`` (S, k, c), k <= K.
+
+    Args:
+        rows: coordinates; directions beyond their k rows are new and carry nothing yet.
+        by: the reflector.
+        consume: overwrite ``rows`` where they are large enough.
+    """
+    k, known = by.z.shape[-2], rows.shape[-2]
+    shifted, z = by.shifted[..., :known, :].to(rows.dtype), by.z.to(rows.dtype)
+    kept = _of_height(rows, k, consume)
+    for s in slabs(rows):
+        kept[s].baddbmm_(z[s], shifted[s].mT @ rows[s], alpha=-1)
+    return kept
 
 
-def reflect_gram(gram: Tensor, by: Reflector) -> Tensor:
+def reflect_gram(gram: Tensor, by: Reflector, consume: bool = False) -> Tensor:
     """Return ``P^T [gram 0; 0 0] P`` for a symmetric ``gram`` (S, k, k), k <= K - m: new directions carry nothing yet.
 
     With ``F = N + E`` and ``Y = G F - Z (F^T G F) / 2`` this is ``G - Z Y^T - Y Z^T``: rank m again.
     """
     m, missing = by.z.shape[-1], by.z.shape[-2] - gram.shape[-1]
-    gram = torch.nn.functional.pad(gram, (0, missing, 0, missing)) if missing else gram.clone()
+    if missing:
+        gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
+    elif not consume:
+        gram = gram.clone()
     top = by.shifted[..., :-m, :]
-    half = gram @ top
-    y = half - by.z @ (top.mT @ half) / 2
-    ahead, behind = torch.cat([by.z, y], dim=-1), torch.cat([y, by.z], dim=-1).mT
     for s in slabs(gram):
-        gram[s].baddbmm_(ahead[s], behind[s], alpha=-1)
+        half = gram[s] @ top[s]
+        y = half - by.z[s] @ (top[s].mT @ half) / 2
+        gram[s].baddbmm_(torch.cat([by.z[s], y], dim=-1), torch.cat([y, by.z[s]], dim=-1).mT, alpha=-1)
     return gram
+
+
+def _of_height(rows: Tensor, k: int, consume: bool) -> Tensor:
+    """Return the first k rows as a tensor to write to, zero rows appended where there are fewer."""
+    missing = k - rows.shape[-2]
+    if missing > 0:
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    if missing < 0:
+        return rows[..., :k, :].clone()
+    return rows if consume else rows.clone()

@@ -169,7 +169,7 @@ def test_maps_of_a_settled_chunk_compose_like_dense_rotations() -> None:
     now, dense_out, dense_in = start, start.out.double(), start.in_.double()
     for step in range(3):
         left, right = reflector(orthonormal(2, 10, 2, 50 + step)), reflector(orthonormal(2, 9, 1, 70 + step))
-        now = replace(follow(now, (10, 9), left, right), cuts=now.cuts + 1)
+        now = replace(follow(now, left, right, consume=False), cuts=now.cuts + 1)
         dense_out = _moved(dense_out, 10, left)
         dense_in = _moved(dense_in, 9, right)
     got = up_to_date(now, (8, 8))

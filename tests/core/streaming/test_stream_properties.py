@@ -347,7 +347,7 @@ def _strongest(gram: Tensor, count: int) -> Tensor:
     return vectors[..., -count:]
 
 
-def _unmoved(rows: Tensor, by: Any) -> Tensor:
+def _unmoved(rows: Tensor, by: Any, consume: bool = False) -> Tensor:
     return rows[..., : by.z.shape[-2], :]
 
 
@@ -360,7 +360,7 @@ def _another_tasks_cores(chunk: Any, index: list[int]) -> Any:
     return replace(own, out=own.out.roll(1, dims=1))
 
 
-def _louder(rows: Tensor, by: Any) -> Tensor:
+def _louder(rows: Tensor, by: Any, consume: bool = False) -> Tensor:
     return 1.5 * REAL_ROWS(rows, by)
 
 
