@@ -26,6 +26,8 @@ class MergePolicy:
     """Share of a task's norm that appending may leave out."""
     sweeps: int = 3
     """HOOI sweeps per compaction."""
+    refits: int = 8
+    """Most tasks that one merge projects anew from their originals, those with the highest bounds first."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -78,9 +80,9 @@ def merge(
         adapter: ambient factors, see :func:`share_core.space.update_adapter`. Zero and rank 0 are allowed and give a
             task that changes nothing.
         policy: caps and budgets.
-        originals: ambient factors of earlier updates by task, as far as they are retained. A task whose bound passes
-            ``tau`` in a compaction is projected anew from its original: that wins back directions that an earlier
-            compaction dropped and a later append returned, and turns its bound into a measurement.
+        originals: ambient factors of earlier updates by task, as far as they are retained. The ``refits`` tasks whose
+            bounds have passed ``tau`` furthest are projected anew from their originals: that wins back directions that
+            an earlier compaction dropped and a later append returned, and turns the bound into a measurement.
 
     Raises:
         NonFiniteError: if a factor holds NaN or infinity.
@@ -104,6 +106,7 @@ def merge(
     ledger[task_id] = measure(adapter, task_adapter(space, task_id, torch.float64))
     merged = Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
     stale = [task for task in others if ledger[task].bound > policy.tau and not ledger[task].measured]
+    stale = sorted(stale, key=lambda task: ledger[task].bound, reverse=True)[: policy.refits]
     return _reprojected(merged, {task: originals[task] for task in stale if task in originals}) if originals else merged
 
 
