@@ -132,7 +132,8 @@ def widened(state: StreamState, sites: Mapping[str, SiteSpec]) -> StreamState:
         if name in known and known[name] != (site.d_out, site.d_in):
             d_out, d_in = known[name]
             raise TensorShapeError(f"site {name!r}: expected {d_out} x {d_in}, got {site.d_out} x {site.d_in}")
-    fresh = empty_stream({name: site for name, site in sites.items() if name not in known}).stacks
+    device = state.stacks[0].left.device if state.stacks else "cpu"
+    fresh = empty_stream({name: site for name, site in sites.items() if name not in known}, device).stacks
     return replace(state, stacks=state.stacks + tuple(_with_tasks_of(state, stack) for stack in fresh))
 
 
