@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from share_core.peft.reader import PeftSite
 from share_core.types import SiteSpec
 
 
-def fingerprinted(
-    backbone: Path, sites: Mapping[str, SiteSpec], kinds: Mapping[str, PeftSite]
-) -> dict[str, SiteSpec]:
+def fingerprinted(backbone: Path, sites: Mapping[str, SiteSpec], kinds: Mapping[str, PeftSite]) -> dict[str, SiteSpec]:
     """Return the sites with the fingerprints of this backbone's weights.
 
     Args:
@@ -29,6 +26,8 @@ def fingerprinted(
         ConfigError: if there is no readable safetensors model.
         SpaceMismatchError: if a site is missing or has another shape: it is another backbone.
     """
+    if not sites:
+        return {}
     files = _files(backbone)
     found: dict[str, SiteSpec] = {}
     for name, site in sites.items():
@@ -57,13 +56,13 @@ def _names(path: Path) -> Iterator[str]:
     try:
         with safe_open(path, framework="pt") as file:
             yield from file.keys()
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 
 def _weight(files: Mapping[str, Path], site: str, backbone: Path) -> Tensor:
     wanted = f"{site}.weight"
-    matches = [name for name in files if name == wanted or name.endswith(f".{wanted}")]
+    matches = [wanted] if wanted in files else [name for name in files if name.endswith(f".{wanted}")]
     if len(matches) != 1:
         raise SpaceMismatchError(
             f"{backbone} holds {len(matches)} weights named {wanted!r}, expected one: it is another architecture"
@@ -75,6 +74,8 @@ def _weight(files: Mapping[str, Path], site: str, backbone: Path) -> Tensor:
 
 def _as_matrix(weight: Tensor, kind: PeftSite) -> Tensor:
     """Return the weight as d_out x d_in, the orientation in which ``dW = B A`` is added to it."""
+    if weight.ndim < 2:
+        return weight.reshape(-1, 1)
     if kind.kind in ("conv1d_transposed", "embedding"):
-        return weight.T
-    return weight.reshape(weight.shape[0], -1)
+        return weight.mT
+    return weight.flatten(1)

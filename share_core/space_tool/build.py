@@ -12,20 +12,26 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from share_core.errors import AdapterError, ConfigError, SpaceMismatchError, UnknownTaskError
+from share_core.errors import (
+    AdapterError,
+    ConfigError,
+    FedshareError,
+    HeaderError,
+    SpaceMismatchError,
+    TensorShapeError,
+    UnknownTaskError,
+)
 from share_core.ledger import TaskLedger, measure
 from share_core.names import check_name
-from share_core.peft.reader import PeftAdapter, PeftExport, PeftSite, read_adapter, task_name
+from share_core.peft.reader import PeftAdapter, PeftExport, read_adapter, task_name
 from share_core.space import task_adapter
 from share_core.space_tool.backbone import fingerprinted
-from share_core.space_tool.spacefile import FilePolicy, SpaceFile, TaskSource
+from share_core.space_tool.header import MAX_CAP, check_source
+from share_core.space_tool.spacefile import FilePolicy, SpaceFile, TaskSource, header_of
 from share_core.streaming.fold import drop, fold
 from share_core.streaming.state import StreamPolicy, StreamState, empty_stream
 from share_core.streaming.view import ledger_of, refitted, space_of, stream_of, trimmed, widened
 from share_core.types import Cores, SiteSpec, Space
-
-UNLIMITED = 1 << 20
-"""Cap of a space that is limited by its budget alone."""
 
 Progress = Callable[[str, str], None]
 """Called with what is being done (``merge`` or ``measure``) and the task's name, once per adapter and pass."""
@@ -94,32 +100,58 @@ def merge_sources(
 def add_sources(
     file: SpaceFile, sources: Sequence[Source], backbone: Path | None = None, progress: Progress = lambda *_: None
 ) -> SpaceFile:
-    """Return the space with further adapters merged; a task of the same name is replaced."""
+    """Return the space with further adapters merged; a task of the same name is replaced.
+
+    Raises:
+        AdapterError: an adapter that cannot be used, by name.
+        SpaceMismatchError: an adapter or a model of another backbone.
+        ConfigError: if the space would not fit into one file.
+    """
     state = stream_of(file.space, file.ledger) if file.sites else empty_stream({})
     sites, known = dict(file.sites), dict(file.sources)
-    kinds: dict[str, PeftSite] = {}
+    if backbone is not None:
+        sites.update(_identified(backbone, file))
     name = file.backbone
     for source in sources:
         progress("merge", source.name)
         adapter = read_adapter(source.path)
         name = _same_backbone(name, adapter, source)
         fresh = {n: s for n, s in adapter.site_specs.items() if n not in sites}
-        kinds.update({n: adapter.sites[n] for n in fresh})
         if file.sites and file.verified and fresh and backbone is None:
             raise SpaceMismatchError(
                 f"{source.path} adapts site {sorted(fresh)[0]!r}, which this space has no fingerprint of: give the "
                 "model with --backbone"
             )
-        sites.update(fresh)
-        state = widened(state, adapter.site_specs)
-        state = fold(state, source.name, adapter.factors, _stream_policy(file.policy, sites), consume=True).state
+        state = _widened(state, adapter, source)
+        sites.update(fresh if backbone is None else fingerprinted(backbone, fresh, adapter.sites))
         known.pop(source.name, None)
-        known[source.name] = TaskSource(
-            str(source.path.resolve()), adapter.sha256, adapter.nbytes, adapter.export.to_json()
-        )
-    if backbone is not None:
-        sites = _identified(backbone, sites, kinds, file)
+        known[source.name] = _task_source(adapter, source, sites, known)
+        state = fold(state, source.name, adapter.factors, _stream_policy(file.policy, sites), consume=True).state
     return _measured(state, replace(file, backbone=name, sites=sites, sources=known), progress)
+
+
+def _widened(state: StreamState, adapter: PeftAdapter, source: Source) -> StreamState:
+    try:
+        return widened(state, adapter.site_specs)
+    except TensorShapeError as error:
+        raise SpaceMismatchError(
+            f"{source.path} was made for another backbone than the adapters before it: {error}: merge each backbone's "
+            "adapters into a space of their own"
+        ) from None
+
+
+def _task_source(
+    adapter: PeftAdapter, source: Source, sites: Mapping[str, SiteSpec], known: Mapping[str, TaskSource]
+) -> TaskSource:
+    """Return what the file keeps of an adapter; adapters of one kind share one export information."""
+    export = adapter.export.to_json()
+    shared = next((other.export for other in known.values() if other.export == export), export)
+    made = TaskSource(str(source.path.resolve()), adapter.sha256, adapter.nbytes, shared)
+    try:
+        check_source(made, sites)
+    except HeaderError as error:
+        raise AdapterError(f"{str(source.path)!r} cannot be kept in a space file: {error}: rename it") from None
+    return made
 
 
 def remove_tasks(file: SpaceFile, tasks: Iterable[str], progress: Progress = lambda *_: None) -> SpaceFile:
@@ -147,8 +179,10 @@ def rebuild(file: SpaceFile, policy: FilePolicy, progress: Progress = lambda *_:
     Raises:
         AdapterError: if an adapter is gone or has changed since it was merged; names it.
     """
+    if not file.sources:
+        raise ConfigError("this space has no task: there is nothing to merge anew")
     for task, source in file.sources.items():
-        if _original(task, source) is None:
+        if original_of(task, source) is None:
             raise AdapterError(
                 f"task {task!r} cannot be rebuilt: {source.path} is gone or holds another adapter than the one merged"
             )
@@ -164,7 +198,7 @@ def tasks_of(file: SpaceFile, contributor: str) -> list[str]:
 def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> str:
     """Return the backbone's name, refusing adapters that say they were made for different ones."""
     own = (adapter.config.base_model or "").rstrip("/")
-    if known and own and known.split("/")[-1].lower() != own.split("/")[-1].lower():
+    if known and own and known.rsplit("/", maxsplit=1)[-1].lower() != own.split("/")[-1].lower():
         raise SpaceMismatchError(
             f"{source.path} was made for {own!r}, the adapters before it for {known!r}: merge each backbone's "
             "adapters into a space of their own"
@@ -172,25 +206,29 @@ def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> str:
     return known or own
 
 
-def _identified(
-    backbone: Path, sites: Mapping[str, SiteSpec], kinds: Mapping[str, PeftSite], file: SpaceFile
-) -> dict[str, SiteSpec]:
-    """Return the sites with fingerprints; sites that already carry one must agree."""
-    all_kinds = {
-        name: site for source in file.sources.values() for name, site in PeftExport.from_json(source.export).sites.items()
+def _identified(backbone: Path, file: SpaceFile) -> dict[str, SiteSpec]:
+    """Return the file's sites with fingerprints; those that already carry one must agree.
+
+    How a weight is stored is known from the tasks: a site that no task adapts any more stays as it is.
+    """
+    kinds = {
+        name: site
+        for source in file.sources.values()
+        for name, site in PeftExport.from_json(source.export).sites.items()
     }
-    found = fingerprinted(backbone, sites, {**all_kinds, **kinds})
-    for name, site in file.sites.items():
-        if site.sha256 and site.sha256 != found[name].sha256:
+    found = fingerprinted(backbone, {name: site for name, site in file.sites.items() if name in kinds}, kinds)
+    for name, site in found.items():
+        known = file.sites[name].sha256
+        if known and known != site.sha256:
             raise SpaceMismatchError(
-                f"site {name!r}: the space has fingerprint {site.sha256[:16]}, {backbone} has "
-                f"{found[name].sha256[:16]}: it is another backbone"
+                f"site {name!r}: the space has fingerprint {known[:16]}, {backbone} has {site.sha256[:16]}: it is "
+                "another backbone"
             )
     return found
 
 
 def _stream_policy(policy: FilePolicy, sites: Mapping[str, SiteSpec]) -> StreamPolicy:
-    cap = UNLIMITED if policy.cap is None else policy.cap
+    cap = MAX_CAP if policy.cap is None else policy.cap
     caps = {}
     for name in sites:
         own = next((value for pattern, value in policy.site_caps.items() if fnmatchcase(name, pattern)), None)
@@ -202,11 +240,12 @@ def _stream_policy(policy: FilePolicy, sites: Mapping[str, SiteSpec]) -> StreamP
 def _measured(state: StreamState, file: SpaceFile, progress: Progress) -> SpaceFile:
     """Return the finished file: every task fitted to the final bases and measured, as far as its adapter is there."""
     space, ledger = space_of(state), ledger_of(state)
+    header_of(replace(file, space=space, ledger=ledger))
     cores: dict[str, Cores] = dict(space.cores)
     exact: dict[str, TaskLedger] = dict(ledger)
     for task, source in file.sources.items():
         progress("measure", task)
-        original = _original(task, source)
+        original = original_of(task, source)
         if original is None:
             continue
         cores[task] = refitted(state, original.factors, file.policy.rank)
@@ -220,10 +259,10 @@ def _measured(state: StreamState, file: SpaceFile, progress: Progress) -> SpaceF
     )
 
 
-def _original(task: str, source: TaskSource) -> PeftAdapter | None:
+def original_of(task: str, source: TaskSource) -> PeftAdapter | None:
     """Return the adapter a task was merged from, or None if it is gone or has changed."""
     try:
         adapter = read_adapter(Path(source.path))
-    except (AdapterError, OSError):
+    except (FedshareError, OSError):
         return None
     return adapter if adapter.sha256 == source.sha256 else None

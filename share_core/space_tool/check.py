@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from share_core.errors import AdapterError, SpaceMismatchError
+from share_core.errors import FedshareError, SpaceMismatchError
 from share_core.ledger import measure
 from share_core.linalg import float64
 from share_core.peft.reader import read_adapter
@@ -18,7 +19,7 @@ from share_core.space_tool.spacefile import SpaceFile
 ORTHONORMAL = 1e-5
 """Largest entry of ``L^T L - I`` that is accepted in float32 (MATH section 4, property 8)."""
 LEDGER = 1e-6
-"""How far a recorded error may lie from the measured one, relative to the task's norm."""
+"""How far recorded norms and errors may lie from the measured ones, relative to the task's norm."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Finding:
 def verify(file: SpaceFile) -> list[Finding]:
     """Check bases, names and ledger; tasks whose adapter is at hand are measured anew against it."""
     worst, site = max(
-        ((max(_departure(b.left), _departure(b.right)), name) for name, b in file.space.bases.items()), default=(0.0, "")
+        ((max(_departure(b.left), _departure(b.right)), name) for name, b in file.space.bases.items()),
+        default=(0.0, ""),
     )
     findings = [
         Finding("bases", worst <= ORTHONORMAL, f"orthonormal to {worst:.1e}" + (f" (worst: {site})" if site else "")),
@@ -51,13 +53,21 @@ def _verify_task(file: SpaceFile, task: str) -> Finding:
     recorded = f"{'measured' if ledger.measured else 'bound'} {ledger.bound:.6f}"
     try:
         adapter = read_adapter(Path(source.path))
-    except (AdapterError, OSError) as error:
+    except (FedshareError, OSError) as error:
         return Finding(task, True, f"{recorded}; not measured again: {error}")
     if adapter.sha256 != source.sha256:
         return Finding(task, True, f"{recorded}; not measured again: {source.path} has changed since")
-    found = measure(adapter.factors, task_adapter(file.space, task)).bound
-    ok = found <= ledger.bound + LEDGER and (not ledger.measured or abs(found - ledger.bound) <= LEDGER)
-    return Finding(task, ok, f"{recorded}, found {found:.6f}")
+    found = measure(adapter.factors, task_adapter(file.space, task))
+    ok = _agree(ledger.norms, found.norms, found.norm) and (
+        _agree(ledger.bounds, found.bounds, found.norm) if ledger.measured else found.bound <= ledger.bound + LEDGER
+    )
+    norms = "" if ok else f"; norm {ledger.norm:.6g}, found {found.norm:.6g}"
+    return Finding(task, ok, f"{recorded}, found {found.bound:.6f}{norms}")
+
+
+def _agree(recorded: Mapping[str, float], found: Mapping[str, float], norm: float) -> bool:
+    sites = recorded.keys() | found.keys()
+    return all(abs(recorded.get(site, 0.0) - found.get(site, 0.0)) <= LEDGER * norm for site in sites)
 
 
 def _departure(basis: Tensor) -> float:

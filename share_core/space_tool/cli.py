@@ -6,17 +6,19 @@ Exit codes: 0 done; 1 refused or failed, with one clear sentence on standard err
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from share_core.command_line import run_command
-from share_core.errors import ConfigError
+from share_core.errors import AdapterError, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from share_core.space_tool.build import Progress
@@ -29,13 +31,18 @@ app = typer.Typer(
     help="Many LoRA adapters of one backbone as one shared subspace in one file: merge, look, check, export.",
 )
 
-Space = Annotated[Path, typer.Argument(help="A space file, as 'share-space merge' writes it.", show_default=False)]
+Space = Annotated[
+    Path, typer.Argument(help="A space file, as 'share-space merge' writes it.", show_default=False, readable=False)
+]
 Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER...", help="PEFT adapter directories: DIR, or NAME=DIR to name the task.")
 ]
-Output = Annotated[Path, typer.Option("--out", "-o", help="Where to write; replaced whole or not at all.")]
+Output = Annotated[
+    Path, typer.Option("--out", "-o", help="Where to write; replaced whole or not at all.", readable=False)
+]
 InPlace = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Where to write. Default: replace SPACE.", show_default=False)
+    Path | None,
+    typer.Option("--out", "-o", help="Where to write. Default: replace SPACE.", show_default=False, readable=False),
 ]
 Cap = Annotated[int | None, typer.Option(help="Most directions per site and side. Default: 64.", show_default=False)]
 Budget = Annotated[
@@ -46,7 +53,8 @@ SiteCap = Annotated[
     list[str] | None, typer.Option(help="PATTERN=K: another cap for sites of this name.", show_default=False)
 ]
 Backbone = Annotated[
-    Path | None, typer.Option(help="Local model to take the sites' fingerprints from.", show_default=False)
+    Path | None,
+    typer.Option(help="Local model to take the sites' fingerprints from.", show_default=False, readable=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]
 
@@ -83,8 +91,9 @@ def add(
     from share_core.space_tool.build import add_sources, parse_sources
     from share_core.space_tool.spacefile import read_space
 
+    before = None if out else _stamp(space)
     file, sources = read_space(space), parse_sources(adapters)
-    with _timed(out or space, as_json, 2 * len(sources) + len(file.sources)) as (progress, finish):
+    with _timed(out or space, as_json, 2 * len(sources) + len(file.sources), before) as (progress, finish):
         finish(add_sources(file, sources, backbone, progress))
 
 
@@ -105,11 +114,12 @@ def remove(
     from share_core.space_tool.build import rebuild, remove_tasks, tasks_of
     from share_core.space_tool.spacefile import read_space
 
+    before = None if out else _stamp(space)
     file = read_space(space)
     gone = [*(tasks or []), *(tasks_of(file, contributor) if contributor else [])]
     if not gone:
         raise ConfigError("name the tasks to remove, or a contributor that has some")
-    with _timed(out or space, as_json, 3 * len(file.sources)) as (progress, finish):
+    with _timed(out or space, as_json, 3 * len(file.sources), before) as (progress, finish):
         rest = remove_tasks(file, gone, progress)
         finish(rebuild(rest, file.policy, progress) if anew and rest.sources else rest)
 
@@ -128,19 +138,24 @@ def rebuild_command(
     from share_core.space_tool.build import rebuild
     from share_core.space_tool.spacefile import read_space
 
+    before = None if out else _stamp(space)
     file, policy = read_space(space), _policy(cap, budget, rank, site_cap)
-    with _timed(out or space, as_json, 2 * len(file.sources)) as (progress, finish):
+    with _timed(out or space, as_json, 2 * len(file.sources), before) as (progress, finish):
         finish(rebuild(file, policy, progress))
 
 
 @app.command()
 def inspect(
-    space: Annotated[Path, typer.Argument(help="A space file, or a snapshot that 'share-client snapshot' wrote.")],
+    space: Annotated[
+        Path, typer.Argument(help="A space file, or a snapshot that 'share-client snapshot' wrote.", readable=False)
+    ],
     spec: Annotated[
         str | None,
         typer.Option("--space", help="For a snapshot: its space.toml or built-in space.", show_default=False),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw spectra and errors: .png, .svg, .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw spectra and errors: .png, .svg, .pdf.", readable=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show sites, sizes, spectra and every task's error."""
@@ -157,7 +172,7 @@ def inspect(
         typer.echo(json.dumps(summary))
         return
     backbone = summary["backbone"] or "unnamed backbone"
-    _print(f"[bold]{backbone}[/bold] version {summary['version']}: {len(summary['tasks'])} tasks")
+    typer.echo(f"{backbone} version {summary['version']}: {len(summary['tasks'])} tasks")
     _print(site_table(summary))
     _print(task_table(summary))
 
@@ -166,23 +181,35 @@ def inspect(
 def export(
     space: Space,
     task: Annotated[str, typer.Argument(help="The task to write.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty directory.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New or empty directory.", readable=False)],
     own_ranks: Annotated[
         bool, typer.Option(help="Keep each site's rank (rank_pattern) instead of padding to one.")
     ] = False,
     heads: Annotated[bool, typer.Option(help="Copy heads and biases from the adapter it was merged from.")] = False,
 ) -> None:
     """Write a task as a PEFT adapter directory."""
-    from share_core.peft.reader import PeftExport, read_adapter
+    from share_core.peft.reader import PeftExport
     from share_core.peft.writer import write_adapter
     from share_core.space import task_adapter
+    from share_core.space_tool.build import original_of
     from share_core.space_tool.spacefile import read_space
 
     file = read_space(space)
     factors = task_adapter(file.space, task)
     source = file.sources[task]
-    extra = read_adapter(Path(source.path)).extra if heads else None
-    write_adapter(out, factors, PeftExport.from_json(source.export), uniform_rank=not own_ranks, extra=extra)
+    original = original_of(task, source) if heads else None
+    if heads and original is None:
+        raise AdapterError(
+            f"the heads of task {task!r} cannot be copied: {source.path} is gone or holds another adapter than the one "
+            "merged; export without --heads"
+        )
+    extra = original.extra if original else None
+    try:
+        write_adapter(out, factors, PeftExport.from_json(source.export), uniform_rank=not own_ranks, extra=extra)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {out}: {error.strerror}: make room or choose another place with -o; nothing was changed"
+        ) from None
     ledger = file.ledger[task]
     typer.echo(
         f"{out}: task {task}, relative error {ledger.bound:.4g} ({'measured' if ledger.measured else 'upper bound'}), "
@@ -208,13 +235,17 @@ def verify(
     else:
         _print(finding_table(findings))
     if not ok:
-        raise typer.Exit(1)
+        wrong = [finding.what for finding in findings if not finding.ok]
+        some = ", ".join(wrong[:8]) + (", ..." if len(wrong) > 8 else "")
+        raise ConfigError(
+            f"{space} does not hold what it says ({some}): rebuild it from its adapters or take an undamaged copy"
+        )
 
 
 @app.command()
 def diff(
     first: Space,
-    second: Annotated[Path, typer.Argument(help="Another space file.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="Another space file.", show_default=False, readable=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Compare two spaces: tasks, errors, and how far their subspaces lie apart."""
@@ -228,41 +259,77 @@ def diff(
         return
     for what, tasks in (("only in the second", difference.added), ("only in the first", difference.removed)):
         if tasks:
-            _print(f"{what}: {', '.join(tasks)}")
+            typer.echo(f"{what}: {', '.join(tasks)}")
     for table in diff_tables(difference):
         _print(table)
 
 
 def _policy(cap: int | None, budget: float | None, rank: int | None, site_cap: list[str] | None) -> FilePolicy:
-    from share_core.space_tool.spacefile import FilePolicy
+    from share_core.space_tool.header import MAX_CAP, FilePolicy
 
     if cap is not None and budget is not None:
         raise typer.BadParameter("give --cap or --budget, not both")
-    if (cap is not None and cap < 1) or (rank is not None and rank < 1):
-        raise typer.BadParameter("--cap and --rank must be at least 1")
+    if any(limit is not None and not 1 <= limit <= MAX_CAP for limit in (cap, rank)):
+        raise typer.BadParameter(f"--cap and --rank must be from 1 to {MAX_CAP}")
     if budget is not None and not 0 <= budget < 1:
         raise typer.BadParameter("--budget must be at least 0 and below 1")
     caps = {}
     for entry in site_cap or []:
-        pattern, equals, value = entry.rpartition("=")
-        if not equals or not value.isdigit() or int(value) < 1:
-            raise typer.BadParameter(f"--site-cap {entry!r}: expected PATTERN=K with K at least 1")
+        pattern, _, value = entry.rpartition("=")
+        if not pattern or not value.isdecimal() or not 1 <= int(value[:9]) <= MAX_CAP:
+            raise typer.BadParameter(f"--site-cap {entry!r}: expected PATTERN=K with K from 1 to {MAX_CAP}")
         caps[pattern] = int(value)
     return FilePolicy(None if budget is not None else cap or 64, budget or 0.0, rank, caps)
 
 
+Stamp = tuple[int, int, int]
+"""Inode, time of change and size of a file: differs when somebody replaced it."""
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _target(out: Path) -> Path:
+    """Return the file to write, refusing before the work what would fail or destroy something after it."""
+    from share_core.space_tool.spacefile import is_space
+
+    target = Path(os.path.realpath(out))
+    if target.is_dir():
+        raise ConfigError(f"{out} is a directory: give a file name, as in {out / 'merged.space'}")
+    if not target.parent.is_dir():
+        raise ConfigError(f"there is no directory {target.parent}: make it, or choose another place with -o")
+    if target.exists() and not is_space(target):
+        raise ConfigError(f"{out} exists and is no space file: choose another name with -o; nothing was overwritten")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"{out} may not be written: choose another place with -o")
+    return target
+
+
 @contextmanager
-def _timed(out: Path, as_json: bool, steps: int) -> Iterator[tuple[Progress, Any]]:
-    """Show progress while a space is built, then write it and say what came out."""
+def _timed(out: Path, as_json: bool, steps: int, before: Stamp | None = None) -> Iterator[tuple[Progress, Any]]:
+    """Show progress while a space is built, then write it and say what came out.
+
+    Args:
+        out: where to write.
+        as_json: say it as JSON.
+        steps: calls of the progress function.
+        before: of the file that is changed in place; refused if somebody else changed it meanwhile.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from share_core.space_tool.report import merge_summary
     from share_core.space_tool.spacefile import write_space
 
-    begun = time.perf_counter()
+    begun, target = time.perf_counter(), _target(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         row = bar.add_task("", total=steps)
 
         def progress(what: str, task: str) -> None:
@@ -270,13 +337,21 @@ def _timed(out: Path, as_json: bool, steps: int) -> Iterator[tuple[Progress, Any
 
         made: list[SpaceFile] = []
         yield progress, made.append
-    size = write_space(out, made[0])
+    if before is not None and _stamp(target) != before:
+        raise ConfigError(
+            f"{out} was changed by another command while this one ran, which it would undo: nothing was written; run "
+            "this again"
+        )
+    size = write_space(target, made[0])
+    for pattern in made[0].policy.site_caps:
+        if not any(fnmatchcase(name, pattern) for name in made[0].sites):
+            typer.echo(f"share-space: note: no site matches the cap for {pattern!r}", err=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     summary = merge_summary(made[0], size, time.perf_counter() - begun, peak)
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    _print(
+    typer.echo(
         f"{out}: {summary['adapters']} tasks at {summary['sites']} sites, {size:,} bytes for "
         f"{summary['bytes_adapters']:,} bytes of adapters; relative error mean {summary['mean_error']:.4f}, "
         f"max {summary['max_error']:.4f}"

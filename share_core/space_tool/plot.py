@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from share_core.errors import ConfigError
+from share_core.durable import PUBLIC, write_atomic
+from share_core.errors import ConfigError, StorageError
+
+_NAMED = 300
+"""Most tasks whose names are written beside their bars; a picture cannot be of any height."""
 
 
 def write_plot(summary: dict[str, Any], path: Path) -> None:
@@ -17,6 +22,7 @@ def write_plot(summary: dict[str, Any], path: Path) -> None:
 
     Raises:
         ConfigError: if matplotlib is not installed or the ending is none of these.
+        StorageError: if the disk refused; an older picture of that name is untouched.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +32,7 @@ def write_plot(summary: dict[str, Any], path: Path) -> None:
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: expected a name ending with .png, .svg or .pdf")
     tasks = summary["tasks"]
-    figure = Figure(figsize=(11, max(3.6, 1.2 + 0.22 * len(tasks))), layout="constrained")
+    figure = Figure(figsize=(11, max(3.6, 1.2 + 0.22 * min(len(tasks), _NAMED))), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for site in summary["sites"]:
@@ -35,9 +41,15 @@ def write_plot(summary: dict[str, Any], path: Path) -> None:
     left.set(yscale="log", xlabel="direction", ylabel="share of the energy", title=f"{len(summary['sites'])} sites")
     left.grid(alpha=0.3)
     colours = ["tab:green" if task["measured"] else "tab:orange" for task in tasks]
-    right.barh([task["task"] for task in tasks], [task["error"] for task in tasks], color=colours)
+    names = [task["task"] for task in tasks] if len(tasks) <= _NAMED else range(len(tasks))
+    right.barh(names, [task["error"] for task in tasks], color=colours)
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=8)
     right.set(xlabel="relative error (orange: upper bound)", title=f"{len(tasks)} tasks")
     right.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=130)
+    try:
+        write_atomic(path, drawn.getvalue(), PUBLIC)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}: choose another place for the picture") from None

@@ -10,7 +10,7 @@ import torch
 from share_core.linalg import float64, product_norm
 
 if TYPE_CHECKING:
-    from rich.table import Column, Table
+    from rich.table import Table
 
     from share_core.space_tool.check import Difference, Finding
     from share_core.space_tool.spacefile import SpaceFile
@@ -87,7 +87,7 @@ def site_spectrum(file: SpaceFile, site: str) -> list[float]:
 
 
 def snapshot_summary(space: Space, spec: SpaceSpec) -> dict[str, Any]:
-    """Return what ``inspect --json`` prints of a snapshot of a hub: sizes per site and per task; bytes count float32."""
+    """Return what ``inspect --json`` prints of a hub's snapshot: sizes per site and per task; bytes count float32."""
     sites = [
         {
             "site": name,
@@ -119,6 +119,7 @@ def snapshot_summary(space: Space, spec: SpaceSpec) -> dict[str, Any]:
 
 def site_table(summary: dict[str, Any]) -> Table:
     """Return the sites as a table."""
+    from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table(Column("site", overflow="fold"), "weight", "left", "right", title="Subspace")
@@ -126,7 +127,7 @@ def site_table(summary: dict[str, Any]) -> Table:
     if with_spectrum:
         table.add_column("half of the energy in", justify="right")
     for site in summary["sites"]:
-        row = [site["site"], f"{site['d_out']} x {site['d_in']}", str(site["k_out"]), str(site["k_in"])]
+        row = [escape(site["site"]), f"{site['d_out']} x {site['d_in']}", str(site["k_out"]), str(site["k_in"])]
         table.add_row(*row, *([f"{_half(site['spectrum'])} directions"] if with_spectrum else []))
     return table
 
@@ -157,11 +158,14 @@ def task_table(summary: dict[str, Any]) -> Table:
 
 def finding_table(findings: list[Finding]) -> Table:
     """Return the findings of ``verify`` as a table."""
-    from rich.table import Column, Table
+    from rich.markup import escape
+    from rich.table import Table
 
     table = Table("checked", "", "detail", title="Verification")
     for finding in findings:
-        table.add_row(finding.what, "[green]ok[/green]" if finding.ok else "[red]WRONG[/red]", finding.detail)
+        table.add_row(
+            escape(finding.what), "[green]ok[/green]" if finding.ok else "[red]WRONG[/red]", escape(finding.detail)
+        )
     return table
 
 
@@ -183,7 +187,8 @@ def diff_summary(difference: Difference) -> dict[str, Any]:
 
 def diff_tables(difference: Difference) -> list[Table]:
     """Return the differences as tables."""
-    from rich.table import Column, Table
+    from rich.markup import escape
+    from rich.table import Table
 
     tasks = Table("task", "error first", "error second", "apart", title="Tasks in both")
     for task, (a, b, apart) in difference.errors.items():
@@ -191,6 +196,6 @@ def diff_tables(difference: Difference) -> list[Table]:
     sites = Table("site", "first", "second", "left distance", "right distance", title="Subspaces")
     for name, (first, second, left, right) in difference.sites.items():
         sites.add_row(
-            name, f"{first[0]} | {first[1]}", f"{second[0]} | {second[1]}", f"{left:.2e}", f"{right:.2e}"
+            escape(name), f"{first[0]} | {first[1]}", f"{second[0]} | {second[1]}", f"{left:.2e}", f"{right:.2e}"
         )
     return [tasks, sites]

@@ -9,61 +9,63 @@ A safetensors file of format ``fedshare/space/1``, with T tasks and N sites, bot
 ``E_i/SITE``    (k_in, sum of ranks)
 ``ranks``       (T, N): rank of each core; 0 where a task does not change a site
 ``norms``       (T, N): ``||dW||`` as it was merged
-``bounds``      (T, N): error bound ``||dW - stored||``, rounded up
+``bounds``      (T, N): error bound ``||dW - stored||``, rounded up; norms and bounds are never negative
 ==============  ===================================================================================================
 
-The header is the one metadata key ``fedshare``: ``format``, ``backbone``, ``version``, ``policy``, ``sites`` (name ->
+The header is the one metadata key ``fedshare``: ``format``, ``backbone``, ``version``, ``policy`` (``cap``, ``budget``,
+``rank``, ``site_caps``: pairs in the order in which they are tried), ``sites`` (name ->
 [d_out, d_in, sha256 of the frozen weight or ""]), ``tasks`` (``name``, ``measured``, ``source``, ``sha256``, ``bytes``,
 ``export``: index into ``exports``) and ``exports`` (what is needed to write a task as a PEFT adapter again).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from share_core.durable import PUBLIC, write_atomic
-from share_core.errors import ConfigError, HeaderError, TensorNameError, TensorShapeError
+from share_core.errors import (
+    ConfigError,
+    HeaderError,
+    NonFiniteError,
+    PayloadError,
+    StorageError,
+    TensorNameError,
+    TensorShapeError,
+)
 from share_core.ledger import TaskLedger
-from share_core.tensorfile import MAX_HEADER_BYTES, TensorFile, read_tensors
+from share_core.linalg import require_finite
+from share_core.space_tool.header import (
+    FORMAT,
+    FilePolicy,
+    Header,
+    TaskSource,
+    header_from_json,
+    header_to_json,
+)
+from share_core.tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile, read_tensors
 from share_core.types import Core, SiteBasis, SiteSpec, Space
 
-FORMAT = "fedshare/space/1"
+__all__ = [
+    "FORMAT",
+    "FilePolicy",
+    "SpaceFile",
+    "TaskSource",
+    "decode_space",
+    "encode_space",
+    "header_of",
+    "is_space",
+    "read_space",
+    "write_space",
+]
 
-
-@dataclass(frozen=True)
-class TaskSource:
-    """Where a task came from and how to write it out again."""
-
-    path: str
-    """The adapter directory it was merged from."""
-    sha256: str
-    """Of its ``adapter_model.safetensors``."""
-    nbytes: int
-    """Bytes of its LoRA tensors."""
-    export: Mapping[str, Any]
-    """What the PEFT writer needs, as JSON."""
-
-
-@dataclass(frozen=True)
-class FilePolicy:
-    """With what limits the space was made."""
-
-    cap: int | None
-    """Largest number of basis vectors per site and side; None: as many as the budget needs."""
-    budget: float
-    """Share of an adapter's norm that its merge could leave out."""
-    rank: int | None = None
-    """Largest rank of a stored core; None keeps the adapter's own."""
-    site_caps: Mapping[str, int] = field(default_factory=dict)
-    """Caps of single sites by name or shell pattern; the first that matches counts."""
+_MAX_RANK_SUM = 1 << 24
+"""Most columns at one site: up to here float32 counts without gaps."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,17 @@ def write_space(path: Path, file: SpaceFile) -> int:
     """Write a space file whole or not at all; return its size in bytes.
 
     Raises:
-        ConfigError: if the header would be larger than a reader accepts.
+        ConfigError: if the space is one that a reader would refuse.
+        StorageError: if the disk refused; an older file of that name is untouched.
     """
     payload = encode_space(file)
-    write_atomic(path, payload, PUBLIC)
+    try:
+        write_atomic(path, payload, PUBLIC)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path} ({len(payload)} bytes): {error.strerror}: make room or choose another place with -o; "
+            "nothing was changed"
+        ) from None
     return len(payload)
 
 
@@ -100,17 +109,70 @@ def read_space(path: Path) -> SpaceFile:
 
     Raises:
         ConfigError: if the file cannot be opened.
-        PayloadError: if it is not what it claims to be; a leaf of it, naming the tensor, the expected and the got.
+        PayloadError: if it is not what it claims to be; a leaf of it, naming file, tensor, the expected and the got.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no file: give a space file, as 'share-space merge' writes it")
         payload = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    return decode_space(payload)
+    try:
+        return decode_space(payload)
+    except PayloadError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def is_space(path: Path) -> bool:
+    """Return whether a file may be replaced by a space: it is one, whole or damaged, or it is empty."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(8 + MAX_HEADER_BYTES)
+    return not head or FORMAT.encode() in head
+
+
+def header_of(file: SpaceFile) -> str:
+    """Return the header of a space as text.
+
+    Raises:
+        ConfigError: if a reader would refuse it.
+    """
+    header = header_to_json(
+        Header(
+            backbone=file.backbone,
+            version=file.space.version,
+            policy=file.policy,
+            sites=file.sites,
+            sources={task: file.sources[task] for task in file.space.cores},
+            measured={task: file.ledger[task].measured for task in file.space.cores},
+        )
+    )
+    tensors = 4 * len(file.sites) + 3
+    room = MAX_HEADER_BYTES - 64 - sum(4 * (160 + len(name)) for name in file.sites)
+    if (
+        len(header) > MAX_HEADER_BYTES // 2
+        or len(header) + sum(map(header.count, '"\\')) > room
+        or tensors > MAX_TENSORS
+    ):
+        raise ConfigError(
+            f"{len(file.space.cores)} tasks at {len(file.sites)} sites need a header of {len(header)} bytes, which is "
+            "more than a space file may have: split the adapters over several spaces"
+        )
+    try:
+        header_from_json(header)
+    except HeaderError as error:
+        raise ConfigError(f"this space cannot be written: {error}") from None
+    return header
 
 
 def encode_space(file: SpaceFile) -> bytes:
-    """Return a space as bytes; equal content gives equal bytes."""
+    """Return a space as bytes; equal content gives equal bytes.
+
+    Raises:
+        ConfigError: if a reader would refuse them.
+    """
+    header = header_of(file)
     sites, tasks = sorted(file.sites), list(file.space.cores)
     tensors: dict[str, Tensor] = {}
     for site in sites:
@@ -126,43 +188,22 @@ def encode_space(file: SpaceFile) -> bytes:
         )
         tensors["norms"] = torch.tensor([[file.ledger[t].norms.get(s, 0.0) for s in sites] for t in tasks])
         bounds = torch.tensor([[file.ledger[t].bounds.get(s, 0.0) for s in sites] for t in tasks], dtype=torch.float64)
-        tensors["bounds"] = (bounds * (1 + 1e-7)).to(torch.float32)
-    header = json.dumps(_header(file, tasks), sort_keys=True)
-    if len(header) > MAX_HEADER_BYTES // 2:
-        raise ConfigError(
-            f"{len(tasks)} tasks need a header of {len(header)} bytes, at most {MAX_HEADER_BYTES // 2} are allowed: "
-            "split the adapters over several spaces"
-        )
+        tensors["bounds"] = _rounded_up(bounds)
     filled = {name: t.to("cpu", torch.float32).contiguous() for name, t in tensors.items() if t.numel()}
+    for name, tensor in filled.items():
+        try:
+            require_finite(tensor, name)
+        except NonFiniteError:
+            raise ConfigError(
+                f"this space cannot be written: {name!r} has values beyond float32: an adapter is absurdly large"
+            ) from None
     return bytes(save(filled, {"fedshare": header}))
 
 
-def _header(file: SpaceFile, tasks: list[str]) -> dict[str, Any]:
-    exports: list[Mapping[str, Any]] = []
-    rows = []
-    for task in tasks:
-        source = file.sources[task]
-        if source.export not in exports:
-            exports.append(source.export)
-        rows.append(
-            {
-                "name": task,
-                "measured": file.ledger[task].measured,
-                "source": source.path,
-                "sha256": source.sha256,
-                "bytes": source.nbytes,
-                "export": exports.index(source.export),
-            }
-        )
-    return {
-        "format": FORMAT,
-        "backbone": file.backbone,
-        "version": file.space.version,
-        "policy": asdict(file.policy),
-        "sites": {name: [site.d_out, site.d_in, site.sha256] for name, site in sorted(file.sites.items())},
-        "tasks": rows,
-        "exports": exports,
-    }
+def _rounded_up(x: Tensor) -> Tensor:
+    """Return float64 values in float32, never smaller; what float32 holds exactly does not grow by being copied."""
+    near = x.to(torch.float32)
+    return torch.where(near.to(torch.float64) < x, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
 
 
 def decode_space(payload: bytes) -> SpaceFile:
@@ -172,32 +213,10 @@ def decode_space(payload: bytes) -> SpaceFile:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
     raw = read_tensors(payload)
-    try:
-        header = json.loads(raw.metadata.get("fedshare", "{}"))
-    except (ValueError, RecursionError):
-        raise HeaderError("metadata 'fedshare' is not JSON") from None
-    got = header.get("format") if isinstance(header, dict) else None
-    if got != FORMAT:
-        raise HeaderError(f"expected a file of format {FORMAT!r}, got {str(got)[:80]!r}")
-    try:
-        sites = {name: SiteSpec(name, int(d[0]), int(d[1]), str(d[2])) for name, d in header["sites"].items()}
-        tasks = [str(row["name"]) for row in header["tasks"]]
-        sources = {
-            str(row["name"]): TaskSource(
-                str(row["source"]), str(row["sha256"]), int(row["bytes"]), header["exports"][row["export"]]
-            )
-            for row in header["tasks"]
-        }
-        measured = {str(row["name"]): bool(row["measured"]) for row in header["tasks"]}
-        policy = FilePolicy(**header["policy"])
-        version, backbone = int(header["version"]), str(header["backbone"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise HeaderError(f"the header of this space is damaged: {type(error).__name__}: {str(error)[:120]}") from None
-    if len(sources) != len(tasks):
-        raise HeaderError("the header of this space names a task twice")
-    _check_names(raw, sites)
-    space, ledger = _content(raw, sites, tasks, measured, version)
-    return SpaceFile(backbone, sites, space, ledger, sources, policy)
+    header = header_from_json(raw.metadata.get("fedshare", "{}"))
+    _check_names(raw, header.sites)
+    space, ledger = _content(raw, header)
+    return SpaceFile(header.backbone, header.sites, space, ledger, header.sources, header.policy)
 
 
 def _check_names(raw: TensorFile, sites: Mapping[str, SiteSpec]) -> None:
@@ -208,23 +227,22 @@ def _check_names(raw: TensorFile, sites: Mapping[str, SiteSpec]) -> None:
         raise TensorNameError(f"tensor {name[:160]!r} does not belong in a space over {len(sites)} sites")
 
 
-def _content(
-    raw: TensorFile, sites: Mapping[str, SiteSpec], tasks: list[str], measured: Mapping[str, bool], version: int
-) -> tuple[Space, dict[str, TaskLedger]]:
-    names = sorted(sites)
+def _content(raw: TensorFile, header: Header) -> tuple[Space, dict[str, TaskLedger]]:
+    names, tasks = sorted(header.sites), list(header.sources)
     shape = (len(tasks), len(names))
-    ranks = _matrix(raw, "ranks", *shape).to(torch.int64).tolist()
-    norms, bounds = _matrix(raw, "norms", *shape).tolist(), _matrix(raw, "bounds", *shape).tolist()
+    ranks = _ranks(_matrix(raw, "ranks", *shape))
+    norms, bounds = _lengths(_matrix(raw, "norms", *shape), "norms"), _lengths(_matrix(raw, "bounds", *shape), "bounds")
     bases: dict[str, SiteBasis] = {}
     cores: dict[str, dict[str, Core]] = {task: {} for task in tasks}
     for column, name in enumerate(names):
-        site = sites[name]
-        basis = SiteBasis(_matrix(raw, f"L/{name}", site.d_out), _matrix(raw, f"R/{name}", site.d_in))
+        basis = _basis(raw, header.sites[name])
         own = [row[column] for row in ranks]
-        if any(rank < 0 for rank in own):
-            raise TensorShapeError(f"tensor 'ranks' at site {name!r}: a rank is negative")
-        outs = _matrix(raw, f"E_o/{name}", basis.k_out, sum(own)).split(own, dim=1)
-        ins = _matrix(raw, f"E_i/{name}", basis.k_in, sum(own)).split(own, dim=1)
+        if sum(own) > (_MAX_RANK_SUM if basis.k_out and basis.k_in else 0):
+            raise TensorShapeError(
+                f"tensor 'ranks' at site {name!r}: {sum(own)} ranks in a basis of {basis.k_out} and {basis.k_in}"
+            )
+        outs = torch.split(_matrix(raw, f"E_o/{name}", basis.k_out, sum(own)), own, dim=1)
+        ins = torch.split(_matrix(raw, f"E_i/{name}", basis.k_in, sum(own)), own, dim=1)
         bases[name] = basis
         for task, rank, out, in_ in zip(tasks, own, outs, ins, strict=True):
             if rank:
@@ -233,11 +251,33 @@ def _content(
         task: TaskLedger(
             {name: norms[i][j] for j, name in enumerate(names) if norms[i][j] > 0},
             {name: bounds[i][j] for j, name in enumerate(names) if norms[i][j] > 0},
-            measured[task],
+            header.measured[task],
         )
         for i, task in enumerate(tasks)
     }
-    return Space(version, bases, cores), ledger
+    return Space(header.version, bases, cores), ledger
+
+
+def _basis(raw: TensorFile, site: SiteSpec) -> SiteBasis:
+    basis = SiteBasis(_matrix(raw, f"L/{site.name}", site.d_out), _matrix(raw, f"R/{site.name}", site.d_in))
+    for part, size, rows in (("L", basis.k_out, site.d_out), ("R", basis.k_in, site.d_in)):
+        if size > rows:
+            raise TensorShapeError(f"tensor '{part}/{site.name}': expected at most {rows} directions, got {size}")
+    return basis
+
+
+def _ranks(tensor: Tensor) -> list[list[int]]:
+    if not bool(((tensor >= 0) & (tensor <= _MAX_RANK_SUM) & (tensor == tensor.round())).all()):
+        raise TensorShapeError("tensor 'ranks': expected whole numbers of at least 0")
+    ranks: list[list[int]] = tensor.to(torch.int64).tolist()
+    return ranks
+
+
+def _lengths(tensor: Tensor, name: str) -> list[list[float]]:
+    if bool((tensor < 0).any()):
+        raise PayloadError(f"tensor {name!r}: a length is negative")
+    lengths: list[list[float]] = tensor.tolist()
+    return lengths
 
 
 def _matrix(raw: TensorFile, name: str, rows: int, columns: int | None = None) -> Tensor:

@@ -1,0 +1,133 @@
+"""Real processes: a full disk, a kill in the middle of writing, Ctrl-C, a closed pipe, and memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START = "import os, signal, sys, torch; torch.set_num_threads(1); from share_core.space_tool.cli import main; "
+
+
+def process(before: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run ``share-space`` in a process of its own, after some lines of Python."""
+    command = [sys.executable, "-c", f"{START}{before}\nmain()", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
+
+
+def test_a_full_disk(space: Path, three: list[Path], tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words in (
+        ["merge", *three, "-o", tmp_path / "new.space"],
+        ["add", space, f"more={three[0]}"],
+        ["export", space, "one", "-o", tmp_path / "out"],
+    ):
+        done = process(FULL, *words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("share-space: cannot write ")
+        assert "File too large" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_killed_while_writing(run: Any, space: Path, three: list[Path], tmp_path: Path) -> None:
+    before = space.read_bytes()
+    for words in (["add", space, f"more={three[0]}"], ["export", space, "one", "-o", tmp_path / "out"]):
+        assert process(KILLED, *words).returncode == -signal.SIGKILL
+    assert space.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+    assert run("verify", space).code == 0
+    assert run("add", space, f"more={three[0]}").code == 0
+    assert run("export", space, "more", "-o", tmp_path / "out").code == 0
+
+
+INTERRUPTED = """
+from share_core.space_tool import build
+original, seen = build.read_adapter, []
+def read(path):
+    seen.append(path)
+    if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(path)
+build.read_adapter = read
+"""
+
+
+def test_interrupted(space: Path, three: list[Path]) -> None:
+    before = {path: path.read_bytes() for path in space.parent.rglob("*") if path.is_file()}
+    for words in (["merge", *three, "-o", space], ["add", space, f"x={three[0]}"]):
+        done = process(INTERRUPTED, *words)
+        assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+    assert {path: path.read_bytes() for path in space.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_reader_that_goes_away(command: str, space: Path) -> None:
+    words = [sys.executable, "-c", f"{START}\nmain()", command, str(space)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert "Traceback" not in running.stderr.read()
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    heavy = "'torch', 'safetensors', 'matplotlib'"
+    code = f"import sys, share_core.space_tool.cli; print([m for m in ({heavy}) if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+GENERATED = """
+import json, resource
+from pathlib import Path
+from safetensors.torch import save_file
+from share_core.space_tool.build import Source, merge_sources
+from share_core.space_tool.spacefile import FilePolicy
+
+root = Path(sys.argv[1])
+(root / "a").mkdir(exist_ok=True)
+config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+(root / "a" / "adapter_config.json").write_text(json.dumps(config))
+
+
+wide, tall = torch.randn(8, 16384), torch.randn(16384, 8)
+
+
+def make(seed):
+    tensors = {f"base_model.model.s{i}.lora_A.weight": wide.roll(99 * seed + i, 1) for i in range(4)}
+    tensors |= {f"base_model.model.s{i}.lora_B.weight": tall.roll(77 * seed + i, 0) for i in range(4)}
+    save_file(tensors, root / "a" / "adapter_model.safetensors")
+
+
+def progress(what, task):
+    make(int(task))
+
+
+peaks = []
+for count in (10, 60):
+    merge_sources([Source(str(i), root / "a") for i in range(count)], FilePolicy(16, 0.0), None, progress)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"{START}\n{GENERATED}", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    ten, sixty = json.loads(done.stdout)
+    adapter = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert adapter > 4e6
+    assert sixty - ten < 50 * adapter / 5
