@@ -34,7 +34,8 @@ from share_core.streaming.view import ledger_of, refitted, space_of, stream_of, 
 from share_core.types import Cores, SiteSpec, Space
 
 Progress = Callable[[str, str], None]
-"""Called with what is being done (``merge`` or ``measure``) and the task's name, once per adapter and pass."""
+"""Called with what is being done (``merge`` or ``measure``) and the task's name, once per adapter and pass; and with
+``note`` and a sentence that a person should read."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ def add_sources(
     for source in sources:
         progress("merge", source.name)
         adapter = read_adapter(source.path)
-        name = _same_backbone(name, adapter, source)
+        for note in adapter.notes:
+            progress("note", f"{source.path}: {note}")
+        name = _same_backbone(name, adapter, source) if backbone is None else name or adapter.config.base_model or ""
         fresh = {n: s for n, s in adapter.site_specs.items() if n not in sites}
         if file.sites and file.verified and fresh and backbone is None:
             raise SpaceMismatchError(
@@ -196,12 +199,15 @@ def tasks_of(file: SpaceFile, contributor: str) -> list[str]:
 
 
 def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> str:
-    """Return the backbone's name, refusing adapters that say they were made for different ones."""
+    """Return the backbone's name, refusing adapters that say they were made for different ones.
+
+    Names are all there is to go by without the model; with it, its fingerprints decide and names do not matter.
+    """
     own = (adapter.config.base_model or "").rstrip("/")
-    if known and own and known.rsplit("/", maxsplit=1)[-1].lower() != own.split("/")[-1].lower():
+    if known and own and known.rsplit("/", 1)[-1].lower() != own.rsplit("/", 1)[-1].lower():
         raise SpaceMismatchError(
             f"{source.path} was made for {own!r}, the adapters before it for {known!r}: merge each backbone's "
-            "adapters into a space of their own"
+            "adapters into a space of their own, or give the model with --backbone if it is the same one"
         )
     return known or own
 

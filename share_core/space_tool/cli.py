@@ -333,6 +333,9 @@ def _timed(out: Path, as_json: bool, steps: int, before: Stamp | None = None) ->
         row = bar.add_task("", total=steps)
 
         def progress(what: str, task: str) -> None:
+            if what == "note":
+                typer.echo(f"share-space: note: {task}", err=True)
+                return
             bar.update(row, advance=1, description=f"{what} {task}")
 
         made: list[SpaceFile] = []
