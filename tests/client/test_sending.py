@@ -22,7 +22,15 @@ from share_proto.v1 import hub_pb2
 
 TRAINING = Training("task", "hash", base_version=0, loss=0.1, steps=1, seconds=1.0, rows=5)
 
-STAYS = {"FedshareError", "UnknownUpdateError", "UnavailableError", "StorageError", "ConfigError"}
+STAYS = {
+    "FedshareError",
+    "UnknownUpdateError",
+    "UnavailableError",
+    "StorageError",
+    "ConfigError",
+    "AdapterError",
+    "UnsupportedAdapterError",
+}
 AGAIN = {"VersionError", "RebaseError", "UnknownTaskError", "DigestError"}
 RAISED = {"IdentityError", "TokenError", "CertificateError"}
 
