@@ -78,8 +78,7 @@ def grow(
             gram_right=_padded_gram(stack.gram_right, k_in),
             recent=grown,
         ), step
-    root = grown.weights.sqrt().to(grown.out.dtype)[:, None, None]
-    newest = Cores(grown.out * root, grown.in_)
+    newest = Cores(grown.out * _root_weights(grown), grown.in_)
     lost_left, lost_right = choose_dropped(stack.gram_left, stack.gram_right, newest, drop, sweeps)
     left = None if lost_left is None else reflector(lost_left)
     right = None if lost_right is None else reflector(lost_right)
@@ -155,9 +154,12 @@ def _widened(basis: Tensor, add: Tensor) -> Tensor:
 def _turned(basis: Tensor, add: Tensor, by: Reflector | None, consume: bool) -> Tensor:
     if by is None:
         return _widened(basis, add)
-    stay = add.shape[-1] - by.z.shape[-1]
-    base = torch.cat([basis, add[..., :stay]], dim=-1) if stay else basis if consume else basis.clone()
-    return reflect_basis(base, add[..., stay:].contiguous(), by)
+    keep, k = by.z.shape[-2], basis.shape[-1]
+    if keep < k:  # the cap was lowered: old directions leave beside the new ones
+        extra = torch.cat([basis[..., keep:], add], dim=-1)
+        return reflect_basis(basis[..., :keep].clone(memory_format=torch.contiguous_format), extra, by)
+    base = torch.cat([basis, add[..., : keep - k]], dim=-1) if keep > k else basis if consume else basis.clone()
+    return reflect_basis(base, add[..., keep - k :].contiguous(), by)
 
 
 def _energy(gram: Tensor, by: Reflector | None) -> Tensor:
@@ -176,14 +178,16 @@ def _cut(chunk: TaskChunk, left: Reflector | None, right: Reflector | None) -> T
 
     ``||C||^2 - ||P_o^T C P_i||^2 = ||N_o^T C||^2 + ||P_o^T C N_i||^2``: the right-hand side does not cancel.
     """
-    lost2 = torch.zeros_like(chunk.bounds)
+    weighted2 = torch.zeros_like(chunk.bounds)
     out, in_ = chunk.out, chunk.in_
+    root = _root_weights(chunk)  # squares of norms would leave float32's range; those of relative sizes do not
     if left is not None:
-        lost2 = lost2 + _product2(left.dropped.to(out.dtype).mT.unsqueeze(1) @ out, in_)
+        weighted2 = weighted2 + _product2(left.dropped.to(out.dtype).mT.unsqueeze(1) @ out * root, in_)
         out = _reflected(out, left)
     if right is not None:
-        lost2 = lost2 + _product2(out, right.dropped.to(in_.dtype).mT.unsqueeze(1) @ in_)
+        weighted2 = weighted2 + _product2(out * root, right.dropped.to(in_.dtype).mT.unsqueeze(1) @ in_)
         in_ = _reflected(in_, right)
+    lost2 = weighted2 / chunk.weights
     return replace(
         chunk,
         out=out,
@@ -191,6 +195,11 @@ def _cut(chunk: TaskChunk, left: Reflector | None, right: Reflector | None) -> T
         bounds=chunk.bounds + lost2.clamp_min(0).sqrt() + ROUNDING * chunk.norms,
         measured=torch.zeros_like(chunk.measured),
     )
+
+
+def _root_weights(chunk: TaskChunk) -> Tensor:
+    """Return ``sqrt(w_t)`` (n, 1, 1), to be multiplied with ``out``."""
+    return chunk.weights.sqrt().to(chunk.out.dtype)[:, None, None]
 
 
 def _reflected(rows: Tensor, by: Reflector) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from share_core.append import choose_directions
-from share_core.errors import TensorShapeError
+from share_core.errors import ConfigError, NonFiniteError, TensorShapeError
 from share_core.linalg import NORM_FLOOR, float64, require_finite
 from share_core.streaming.chunks import settle, without
 from share_core.streaming.compact import Growth, StackStep, grow, polish
@@ -19,6 +20,9 @@ from share_core.streaming.stacking import Counts, join_stacks, split_stack
 from share_core.streaming.state import SiteStack, StreamPolicy, StreamState, stacked_factors
 from share_core.types import Adapter, SiteTransition
 
+LARGEST_NORM = 1e30
+"""Adapters with a larger Frobenius norm would overflow float32 cores. Those whose squared norm is below
+:data:`share_core.linalg.NORM_FLOOR` change nothing, and their bound says that all of them is lost."""
 POLISH_EVERY = 64
 """Versions between two checks that the bases are still orthonormal."""
 POLISH_ABOVE = 1e-6
@@ -62,14 +66,19 @@ def fold(
         consume: overwrite the bases of ``state``, which must not be used afterwards. Saves a copy of them.
 
     Raises:
-        NonFiniteError: if a factor holds NaN or infinity.
+        NonFiniteError: if a factor holds NaN or infinity, or their product is beyond what float32 can hold.
         TensorShapeError: if a site is unknown or a factor does not fit it.
+        ConfigError: if the share is not above 0.
     """
+    if not 0 < share < math.inf:
+        raise ConfigError(f"a contributor's share must be above 0, got {share}")
     check_adapter(state, adapter)
     if task in state.tasks:
         state = drop(state, [task])
     forms = [canonical_stack(*stacked_factors(stack, adapter)) for stack in state.stacks]
     norm2 = sum(float(form.s.square().sum()) for form in forms)
+    if not norm2 <= LARGEST_NORM**2:
+        raise NonFiniteError(f"task {task!r} has a norm of {math.sqrt(norm2):.3g}: at most {LARGEST_NORM:.0g} is taken")
     weight = share / max(norm2, NORM_FLOOR)
     stacks: list[SiteStack] = []
     steps: list[StackStep] = []
@@ -129,6 +138,9 @@ def _growths(
     orthogonal and add exactly (docs/adr/0001).
     """
     names = [stack.names for stack in state.stacks]
+    sizes = [form.s.square().sum(-1).sqrt() for form in forms]
+    if sum(float(size.square().sum()) for size in sizes) < NORM_FLOOR:
+        forms = [replace(form, s=torch.zeros_like(form.s)) for form in forms]
     budget2 = policy.tau**2 * sum(float(form.s.square().sum()) for form in forms)
     lefts = [
         residual_side(stack.left, form.u, torch.diag_embed(form.s))
@@ -144,9 +156,9 @@ def _growths(
     ]
     q_in, _ = choose_directions(_strengths(names, rights), budget2 - spent)
     growths = []
-    for stack, form, left, right, seen in zip(state.stacks, forms, lefts, rights, outs, strict=True):
+    for stack, form, norms, left, right, seen in zip(state.stacks, forms, sizes, lefts, rights, outs, strict=True):
         counts = [(q_out[name], q_in[name]) for name in stack.names]
-        norms = form.s.square().sum(-1).sqrt()
+        ignored2 = (norms.square() - form.s.square().sum(-1)).clamp_min(0)
         left_out = _left_out(left, [q for q, _ in counts]) + _left_out(right, [q for _, q in counts])
         out, in_, cut2 = _to_rank(seen, _coordinates(right, [q for _, q in counts], None), policy.rank)
         growth = Growth(
@@ -155,7 +167,7 @@ def _growths(
             out=out,
             in_=in_,
             norms=norms,
-            bounds=(left_out + cut2).sqrt() + ROUNDING * norms,
+            bounds=(left_out + cut2 + ignored2).sqrt() + ROUNDING * norms,
             task=task,
             weight=weight,
         )

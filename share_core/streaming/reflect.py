@@ -89,11 +89,13 @@ def reflect_rows(rows: Tensor, by: Reflector, consume: bool = False) -> Tensor:
 
 
 def reflect_gram(gram: Tensor, by: Reflector, consume: bool = False) -> Tensor:
-    """Return ``P^T [gram 0; 0 0] P`` for a symmetric ``gram`` (S, k, k), k <= K - m: new directions carry nothing yet.
+    """Return ``P^T [gram 0; 0 0] P`` for a symmetric ``gram`` (S, k, k), k <= K: new directions carry nothing yet.
 
-    With ``F = N + E`` and ``Y = G F - Z (F^T G F) / 2`` this is ``G - Z Y^T - Y Z^T``: rank m again.
+    With ``F = N + E`` and ``Y = G F - Z (F^T G F) / 2`` this is ``G - Z Y^T - Y Z^T`` while k <= K - m: rank m again.
     """
     m, missing = by.z.shape[-1], by.z.shape[-2] - gram.shape[-1]
+    if missing < 0:
+        return reflect_rows(reflect_rows(gram, by).mT.contiguous(), by)
     if missing:
         gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
     elif not consume:

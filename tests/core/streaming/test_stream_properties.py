@@ -322,6 +322,7 @@ def planted(where: str, bug: Any) -> Iterator[None]:
 
 REAL_CANONICAL = share_core.streaming.project.canonical_stack
 REAL_CHOOSE = share_core.append.choose_directions
+REAL_GROW = share_core.streaming.compact.grow
 REAL_TAKEN = share_core.streaming.chunks.taken
 REAL_ROWS = share_core.streaming.reflect.reflect_rows
 REAL_BASIS = share_core.streaming.reflect.reflect_basis
@@ -360,6 +361,10 @@ def _another_tasks_cores(chunk: Any, index: list[int]) -> Any:
     return replace(own, out=own.out.roll(1, dims=1))
 
 
+def _weighing_all_alike(stack: Any, by: Any, *rest: Any) -> Any:
+    return REAL_GROW(stack, replace(by, weight=1.0), *rest)
+
+
 def _louder(rows: Tensor, by: Any, consume: bool = False) -> Tensor:
     return 1.5 * REAL_ROWS(rows, by)
 
@@ -385,7 +390,7 @@ def _half_projected(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (ledger, TIGHT, "share_core.streaming.chunks._norm2", _charging_nobody),
         (ledger, TIGHT, "share_core.streaming.chunks._followed", lambda current, *rest: current),
         (replay, TIGHT, "share_core.streaming.fold._dense", lambda by, polished: None),
-        (fairness, TIGHT, "share_core.streaming.fold.NORM_FLOOR", 1e30),
+        (fairness, TIGHT, "share_core.streaming.fold.grow", _weighing_all_alike),
         (removal, TIGHT, "share_core.streaming.chunks.taken", _another_tasks_cores),
         (removal, TIGHT, "share_core.streaming.view.FLOOR", 0.5),
         (orthonormal, TIGHT, "share_core.streaming.compact.reflect_basis", _backwards),
