@@ -85,10 +85,6 @@ class PeftAdapter:
             bias=config.bias,
         )
 
-    def export_info(self) -> PeftExport:
-        """Return :attr:`export`."""
-        return self.export
-
 
 @dataclass
 class _Module:

@@ -34,8 +34,8 @@ from share_core.streaming.view import ledger_of, refitted, space_of, stream_of, 
 from share_core.types import Cores, SiteSpec, Space
 
 Progress = Callable[[str, str], None]
-"""Called with what is being done (``merge`` or ``measure``) and the task's name, once per adapter and pass; and with
-``note`` and a sentence that a person should read."""
+"""Called with what is being done (``find``, ``merge`` or ``measure``) and the task's name, once per adapter and pass;
+and with ``note`` and a sentence that a person should read."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def merge_sources(
     """
     if not sources:
         raise ConfigError("give at least one adapter directory")
-    empty = SpaceFile("", {}, Space(0, {}, {}), {}, {}, policy)
-    return add_sources(empty, sources, backbone, progress)
+    return _merged(_empty(policy), sources, backbone, progress)
 
 
 def add_sources(
@@ -108,6 +107,25 @@ def add_sources(
         SpaceMismatchError: an adapter or a model of another backbone.
         ConfigError: if the space would not fit into one file.
     """
+    return _merged(file, sources, backbone, progress)
+
+
+def _empty(policy: FilePolicy) -> SpaceFile:
+    return SpaceFile("", {}, Space(0, {}, {}), {}, {}, policy)
+
+
+def _merged(
+    file: SpaceFile, sources: Sequence[Source], backbone: Path | None, progress: Progress, known_good: bool = False
+) -> SpaceFile:
+    """Return the file with adapters merged.
+
+    Args:
+        file: what they are merged into.
+        sources: adapter directories.
+        backbone: its fingerprints decide whether adapters belong together; without it their names do.
+        progress: told of every adapter in both passes.
+        known_good: the adapters were accepted into one space before, so names decide nothing.
+    """
     state = stream_of(file.space, file.ledger) if file.sites else empty_stream({})
     sites, known = dict(file.sites), dict(file.sources)
     if backbone is not None:
@@ -118,7 +136,9 @@ def add_sources(
         adapter = read_adapter(source.path)
         for note in adapter.notes:
             progress("note", f"{source.path}: {note}")
-        name = _same_backbone(name, adapter, source) if backbone is None else name or adapter.config.base_model or ""
+        if backbone is None and not known_good:
+            _same_backbone(name, adapter, source)
+        name = name or (adapter.config.base_model or "").rstrip("/")
         fresh = {n: s for n, s in adapter.site_specs.items() if n not in sites}
         if file.sites and file.verified and fresh and backbone is None:
             raise SpaceMismatchError(
@@ -185,11 +205,13 @@ def rebuild(file: SpaceFile, policy: FilePolicy, progress: Progress = lambda *_:
     if not file.sources:
         raise ConfigError("this space has no task: there is nothing to merge anew")
     for task, source in file.sources.items():
-        if original_of(task, source) is None:
+        progress("find", task)
+        if original_of(source) is None:
             raise AdapterError(
                 f"task {task!r} cannot be rebuilt: {source.path} is gone or holds another adapter than the one merged"
             )
-    fresh = merge_sources([Source(t, Path(s.path)) for t, s in file.sources.items()], policy, None, progress)
+    again = [Source(task, Path(source.path)) for task, source in file.sources.items()]
+    fresh = _merged(_empty(policy), again, None, progress, known_good=True)
     return replace(fresh, sites={name: file.sites[name] for name in fresh.sites})
 
 
@@ -198,8 +220,8 @@ def tasks_of(file: SpaceFile, contributor: str) -> list[str]:
     return [task for task in file.space.cores if task.startswith(f"{contributor}/")]
 
 
-def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> str:
-    """Return the backbone's name, refusing adapters that say they were made for different ones.
+def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> None:
+    """Refuse an adapter that says it was made for another backbone than those before it.
 
     Names are all there is to go by without the model; with it, its fingerprints decide and names do not matter.
     """
@@ -209,7 +231,6 @@ def _same_backbone(known: str, adapter: PeftAdapter, source: Source) -> str:
             f"{source.path} was made for {own!r}, the adapters before it for {known!r}: merge each backbone's "
             "adapters into a space of their own, or give the model with --backbone if it is the same one"
         )
-    return known or own
 
 
 def _identified(backbone: Path, file: SpaceFile) -> dict[str, SiteSpec]:
@@ -251,7 +272,7 @@ def _measured(state: StreamState, file: SpaceFile, progress: Progress) -> SpaceF
     exact: dict[str, TaskLedger] = dict(ledger)
     for task, source in file.sources.items():
         progress("measure", task)
-        original = original_of(task, source)
+        original = original_of(source)
         if original is None:
             continue
         cores[task] = refitted(state, original.factors, file.policy.rank)
@@ -265,7 +286,7 @@ def _measured(state: StreamState, file: SpaceFile, progress: Progress) -> SpaceF
     )
 
 
-def original_of(task: str, source: TaskSource) -> PeftAdapter | None:
+def original_of(source: TaskSource) -> PeftAdapter | None:
     """Return the adapter a task was merged from, or None if it is gone or has changed."""
     try:
         adapter = read_adapter(Path(source.path))

@@ -119,7 +119,8 @@ def remove(
     gone = [*(tasks or []), *(tasks_of(file, contributor) if contributor else [])]
     if not gone:
         raise ConfigError("name the tasks to remove, or a contributor that has some")
-    with _timed(out or space, as_json, 3 * len(file.sources), before) as (progress, finish):
+    steps = (4 if anew else 1) * len(file.sources.keys() - set(gone))
+    with _timed(out or space, as_json, steps, before) as (progress, finish):
         rest = remove_tasks(file, gone, progress)
         finish(rebuild(rest, file.policy, progress) if anew and rest.sources else rest)
 
@@ -140,7 +141,7 @@ def rebuild_command(
 
     before = None if out else _stamp(space)
     file, policy = read_space(space), _policy(cap, budget, rank, site_cap)
-    with _timed(out or space, as_json, 2 * len(file.sources), before) as (progress, finish):
+    with _timed(out or space, as_json, 3 * len(file.sources), before) as (progress, finish):
         finish(rebuild(file, policy, progress))
 
 
@@ -197,7 +198,7 @@ def export(
     file = read_space(space)
     factors = task_adapter(file.space, task)
     source = file.sources[task]
-    original = original_of(task, source) if heads else None
+    original = original_of(source) if heads else None
     if heads and original is None:
         raise AdapterError(
             f"the heads of task {task!r} cannot be copied: {source.path} is gone or holds another adapter than the one "

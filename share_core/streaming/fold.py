@@ -78,7 +78,10 @@ def fold(
     forms = [canonical_stack(*stacked_factors(stack, adapter)) for stack in state.stacks]
     norm2 = sum(float(form.s.square().sum()) for form in forms)
     if not norm2 <= LARGEST_NORM**2:
-        raise NonFiniteError(f"task {task!r} has a norm of {math.sqrt(norm2):.3g}: at most {LARGEST_NORM:.0g} is taken")
+        raise NonFiniteError(
+            f"task {task!r} is absurdly large: its norm is {math.sqrt(norm2):.3g}, at most {LARGEST_NORM:.0e} is taken; "
+            "check the adapter's scale"
+        )
     weight = share / max(norm2, NORM_FLOOR)
     stacks: list[SiteStack] = []
     steps: list[StackStep] = []

@@ -22,7 +22,7 @@ def test_all_are_read_and_written(tmp_path: Path) -> None:
         assert adapter.notes == (), directory
         assert adapter.prefix in ("", "roberta.", "distilbert.", "vit.", "transformer."), directory
         assert not any(name.startswith(adapter.prefix or "bert.") for name in adapter.sites), directory
-        write_adapter(tmp_path / str(number), adapter.factors, adapter.export_info())
+        write_adapter(tmp_path / str(number), adapter.factors, adapter.export)
         again = read_adapter(tmp_path / str(number))
         assert again.sites == adapter.sites
         for name, f in adapter.factors.items():

@@ -167,7 +167,7 @@ def round_trip(case: Case, directory: Path, **options: Any) -> PeftAdapter:
     adapter = read_adapter(source)
     assert_reads_as_peft_does(adapter, deltas(original))
     written = directory / "written"
-    write_adapter(written, adapter.factors, adapter.export_info(), extra=adapter.extra, **options)
+    write_adapter(written, adapter.factors, adapter.export, extra=adapter.extra, **options)
     again = load(case, written)
     expected, got = deltas(original), deltas(again)
     assert set(got) == set(expected)
@@ -273,7 +273,7 @@ def test_round_trip_catches(bug: str, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_survives_json(tmp_path: Path) -> None:
-    export = read_adapter(make(CASES["every kind, ranks differ"], tmp_path / "a")).export_info()
+    export = read_adapter(make(CASES["every kind, ranks differ"], tmp_path / "a")).export
     assert PeftExport.from_json(json.loads(json.dumps(export.to_json()))) == export
 
 
@@ -301,7 +301,7 @@ def test_factors_are_written_balanced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_written_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     adapter = read_adapter(make(Case(), tmp_path / "a"))
-    write_adapter(tmp_path / "b", adapter.factors, adapter.export_info(), dtype=dtype)
+    write_adapter(tmp_path / "b", adapter.factors, adapter.export, dtype=dtype)
     assert {t.dtype for t in load_file(tmp_path / "b" / "adapter_model.safetensors").values()} == {dtype}
     again = read_adapter(tmp_path / "b")
     for name, f in adapter.factors.items():
@@ -322,7 +322,7 @@ def test_a_task_without_its_head_loads(task_type: str | None, tmp_path: Path) ->
     adapter = read_adapter(make(case, tmp_path / "a"))
     assert sorted(adapter.extra) == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
     assert "2 tensors that are no LoRA" in adapter.notes[0]
-    write_adapter(tmp_path / "b", adapter.factors, adapter.export_info())
+    write_adapter(tmp_path / "b", adapter.factors, adapter.export)
     assert_reads_as_peft_does(adapter, deltas(load(case, tmp_path / "b")))
 
 
@@ -333,7 +333,7 @@ def test_one_site_name_in_every_model_class(tmp_path: Path) -> None:
     other = read_adapter(make(classifier, tmp_path / "other"))
     assert (bare.prefix, other.prefix) == ("", "bert.")
     assert set(bare.sites) == set(other.sites)
-    write_adapter(tmp_path / "moved", bare.factors, other.export_info())
+    write_adapter(tmp_path / "moved", bare.factors, other.export)
     found = deltas(load(classifier, tmp_path / "moved"))
     for name, factors in bare.factors.items():
         assert_close(found[f"bert.{name}"], factors.out @ factors.in_.T, name)

@@ -142,3 +142,18 @@ def test_a_model_file_that_is_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(ConfigError, match="cannot read"):
         fingerprinted(tmp_path / "model.bin", {"x": SiteSpec("x", 4, 6, "")}, {"x": PeftSite("x", "linear", (4, 6))})
+
+
+def test_with_the_model_names_decide_nothing_and_the_space_can_be_rebuilt(
+    run: Any, adapter: Any, backbone: Any, tmp_path: Path
+) -> None:
+    first, second = adapter(tmp_path / "a", base="org/bert-tiny"), adapter(tmp_path / "b", 1, base="/home/me/my-copy")
+    path, model = tmp_path / "m", backbone(tmp_path / "model")
+    assert run("merge", first, second, "-o", path).code == 1
+    assert run("merge", first, second, "-o", path, "--backbone", model).code == 0
+    assert run("rebuild", path, "--cap", "3").code == 0
+    assert read_space(path).verified
+    assert set(read_space(path).space.cores) == {"a", "b"}
+    assert run("remove", path, "a", "--anew").code == 0
+    assert run("add", path, first).code == 1
+    assert run("add", path, first, "--backbone", model).code == 0
