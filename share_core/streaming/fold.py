@@ -79,8 +79,8 @@ def fold(
     norm2 = sum(float(form.s.square().sum()) for form in forms)
     if not norm2 <= LARGEST_NORM**2:
         raise NonFiniteError(
-            f"task {task!r} is absurdly large: its norm is {math.sqrt(norm2):.3g}, at most {LARGEST_NORM:.0e} is taken; "
-            "check the adapter's scale"
+            f"task {task!r} is absurdly large: its norm is {math.sqrt(norm2):.3g}, at most {LARGEST_NORM:.0e} is "
+            "taken; check the adapter's scale"
         )
     weight = share / max(norm2, NORM_FLOOR)
     stacks: list[SiteStack] = []

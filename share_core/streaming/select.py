@@ -2,7 +2,8 @@
 
 The full problem, ``min sum_t w_t ||C_t - P_o P_o^T C_t P_i P_i^T||^2``, couples both sides of every task, so a sweep
 over all tasks costs time proportional to their number. Of the settled tasks only the one-sided Grams are used, as in
-HOSVD; of the newest ones the coupled terms are exact. On real pools this ends within 1 to 2 % of HOOI over everything.
+HOSVD; of the newest ones the coupled terms are exact. On the real pools of docs/evidence/merge.md this ends within 4 %
+of HOOI over everything, in every order of arrival that was tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from share_core.streaming.project import slabs
 DENSE_EIGEN = 96
 """Up to this size the eigenvectors come from a full decomposition; above, from inverse iteration."""
 ITERATIONS = 5
+"""Steps of inverse iteration; each weakens what has energy e against what has none by e / (e + RIDGE)."""
 RIDGE = 1e-6
 """Share of the largest diagonal entry added before factorising: energies below it are rounding noise of float32."""
 

@@ -35,7 +35,7 @@ from share_simulations.bench.machine import (
     timed,
 )
 from share_simulations.bench.ours import ours_stream
-from share_simulations.bench.peers import Peer, time_peers
+from share_simulations.bench.peers import Peer, require_peers, time_peers
 
 REFERENCE_TASKS = 100
 """The number of stored tasks that the scalars of the report are about."""
@@ -80,7 +80,9 @@ class Limit:
 def run_merge(options: MergeOptions, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Measure, and return the report: scalars at 100 tasks (or the number nearest to it), and one row per T."""
     device = pick_device(options.device)
-    progress("measuring the machine's matrix products")
+    if options.peers:
+        require_peers()
+    progress("making bases that are full from the start")
     limit = Limit(device, options.shape)
     rows, flops = _stream(options, device, limit, progress)
     reference = min(options.tasks, key=lambda t: abs(math.log(t / REFERENCE_TASKS)))
@@ -120,10 +122,11 @@ def _stream(
     ends = {t: (t, t + WINDOW) for t in sorted(options.tasks)}
     times: list[float] = []
     flops = 0
-    for number in range(max(end for _, end in ends.values())):
+    last = max(end for _, end in ends.values())
+    for number in range(last):
         adapter = source.adapter(number)
-        if not any(a <= number < b for a, b in ends.values()) and number % 10 == 0:
-            progress(f"merging adapter {number}")
+        if number % 10 == 0:
+            progress(f"merging adapter {number} of {last}")
         if any(number == a for a, _ in ends.values()):
             limit.measure(state.stacks[0].left)
         merge = partial(fold, state, f"t{number}", adapter, policy, consume=True)
@@ -189,12 +192,12 @@ def _against(peers: list[Peer], per_update: float) -> dict[str, Any]:
     }
     restack = next(peer for peer in peers if peer.restack)
     same = [peer for peer in peers if peer.same_job]
-    best = min(same, key=lambda peer: peer.seconds)
+    best = min(same, key=lambda peer: peer.seconds, default=None)
     return {
         "peers": rows,
         "speedup_vs_restack": restack.seconds / per_update,
-        "speedup_vs_best_peer": best.seconds / per_update,
-        "best_peer": best.name,
+        "speedup_vs_best_peer": None if best is None else best.seconds / per_update,
+        "best_peer": None if best is None else best.name,
     }
 
 

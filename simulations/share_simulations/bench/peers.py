@@ -16,7 +16,7 @@ from share_core.types import Adapter, Core, SiteBasis
 from share_simulations.baselines.lorashare_peer import lorashare
 from share_simulations.baselines.oracle import oracle
 from share_simulations.baselines.paper import PaperSite, PaperState, paper_absorb, paper_once
-from share_simulations.baselines.types import Compressed, errors
+from share_simulations.baselines.types import Compressed, errors, optional_package
 from share_simulations.baselines.vlora import vlora_once, vlora_space
 from share_simulations.bench.generated import Generator, Shape
 from share_simulations.bench.machine import best_seconds, seconds
@@ -40,6 +40,16 @@ class Peer:
     restack: bool = False
     """Whether this is the published method's own merge."""
     same_job: bool = True
+
+
+def require_peers() -> None:
+    """Ask for the packages before the long work, not after it.
+
+    Raises:
+        ConfigError: naming the package to install.
+    """
+    optional_package("vlora", "vlora-dev==1.0.0")
+    optional_package("lorashare", "lorashare==0.1.3")
 
 
 def time_peers(

@@ -38,9 +38,31 @@ def test_merge_reports_every_key_and_the_peers() -> None:
     assert 0.99 < report["error_ratio_to_oracle"] < 1.2
     assert report["error_ratio_paper_to_oracle"] > report["error_ratio_to_oracle"]
     assert set(report["by_tasks"]) == {"4", "8"}
-    assert report["peers"]["restack"]["same_job"] or report["peers"]["restack"]["error"] > 0
-    assert report["best_peer"] in report["peers"]
+    assert set(report["peers"]) == {
+        "restack",
+        "vlora-dev absorb_incremental",
+        "vlora-dev absorb",
+        "lorashare",
+        "HOOI anew",
+    }
+    for name, peer in report["peers"].items():
+        assert peer["speedup"] == pytest.approx(peer["seconds_per_update"] / report["seconds_per_update"]), name
+        assert 0 < peer["error"] < 1, name
+    assert report["peers"]["HOOI anew"]["error"] <= report["peers"]["restack"]["error"]
+    same = {name: peer["speedup"] for name, peer in report["peers"].items() if peer["same_job"]}
+    assert report["speedup_vs_best_peer"] == min(same.values())
     json.dumps(report)
+
+
+def test_a_missing_package_is_said_before_the_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(module: str, package: str) -> None:
+        raise ConfigError(f"install {package}")
+
+    notes: list[str] = []
+    monkeypatch.setattr("share_simulations.bench.peers.optional_package", absent)
+    with pytest.raises(ConfigError, match="install vlora-dev"):
+        run_merge(MergeOptions(TOY, tasks=(4,), device="cpu"), notes.append)
+    assert notes == []
 
 
 def test_compress_reports_every_method_and_the_worst_order() -> None:
