@@ -1,4 +1,7 @@
-"""Real processes: a full disk, a kill in the middle of writing, Ctrl-C, a closed pipe, and memory."""
+"""Real processes: a full disk, a kill in the middle of writing, Ctrl-C, a closed pipe, and memory.
+
+Planted bugs: a file that is written in place, a target that is emptied before the work, and adapters that are kept.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +42,24 @@ def test_a_full_disk(space: Path, three: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+IN_PLACE = """
+import share_core.space_tool.spacefile as planted
+def write(path, data, mode):
+    with open(path, "wb") as file:
+        for start in range(0, len(data), 256):
+            file.write(data[start : start + 256])
+            file.flush()
+            os.fsync(file.fileno())
+planted.write_atomic = write
+"""
+
+
+def test_a_full_disk_would_show_a_file_written_in_place(space: Path, three: list[Path]) -> None:
+    before = space.read_bytes()
+    assert process(f"{IN_PLACE}{FULL}", "add", space, f"more={three[0]}").returncode == 1
+    assert space.read_bytes() != before
+
+
 KILLED = "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -51,6 +72,12 @@ def test_killed_while_writing(run: Any, space: Path, three: list[Path], tmp_path
     assert run("verify", space).code == 0
     assert run("add", space, f"more={three[0]}").code == 0
     assert run("export", space, "more", "-o", tmp_path / "out").code == 0
+
+
+def test_a_kill_would_show_a_file_written_in_place(space: Path, three: list[Path]) -> None:
+    before = space.read_bytes()
+    assert process(f"{IN_PLACE}{KILLED}", "add", space, f"more={three[0]}").returncode == -signal.SIGKILL
+    assert space.read_bytes() != before
 
 
 INTERRUPTED = """
@@ -71,6 +98,22 @@ def test_interrupted(space: Path, three: list[Path]) -> None:
         done = process(INTERRUPTED, *words)
         assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
     assert {path: path.read_bytes() for path in space.parent.rglob("*") if path.is_file()} == before
+
+
+EMPTIED = """
+from share_core.space_tool import cli as planted
+def target(out, found=planted._target):
+    place = found(out)
+    open(place, "wb").close()
+    return place
+planted._target = target
+"""
+
+
+def test_an_interruption_would_show_a_target_emptied_before_the_work(space: Path, three: list[Path]) -> None:
+    before = space.read_bytes()
+    assert process(f"{EMPTIED}{INTERRUPTED}", "merge", *three, "-o", space).returncode == 130
+    assert space.read_bytes() != before
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
@@ -124,10 +167,30 @@ print(json.dumps(peaks))
 """
 
 
+KEEPING = """
+from share_core.space_tool import build as planted
+kept, original = [], planted.read_adapter
+def read(path):
+    kept.append(original(path))
+    return kept[-1]
+planted.read_adapter = read
+"""
+
+
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"{START}\n{GENERATED}", str(tmp_path)]
+    grown, adapter = _growth("", tmp_path)
+    assert adapter > 4e6
+    assert grown < 50 * adapter / 5
+
+
+def test_memory_would_show_adapters_that_are_kept(tmp_path: Path) -> None:
+    grown, adapter = _growth(KEEPING, tmp_path)
+    assert grown > 50 * adapter / 5
+
+
+def _growth(planted: str, folder: Path) -> tuple[int, int]:
+    """Return by how many bytes the peak rises from 10 adapters to 60, and the bytes of one adapter."""
+    command = [sys.executable, "-c", f"{START}\n{planted}\n{GENERATED}", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
     ten, sixty = json.loads(done.stdout)
-    adapter = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
-    assert adapter > 4e6
-    assert sixty - ten < 50 * adapter / 5
+    return sixty - ten, (folder / "a" / "adapter_model.safetensors").stat().st_size
