@@ -1,7 +1,8 @@
 """A subspace before anybody has trained: the backbone's own strongest directions, as LoRA-XS uses them.
 
 Every party could compute them, but signs and hardware differ; so one party does, submits the bases once as version 0,
-and all others fetch them by hash (MATH section 2, cold start).
+and all others fetch them by hash (MATH section 2, cold start). :func:`share_core.streaming.state.seeded_stream` starts
+from them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from share_core.errors import TensorShapeError
 from share_core.linalg import float64, require_finite
-from share_core.streaming.state import StreamState, seeded_stack
 from share_core.types import SiteBasis, SpaceSpec
 
 
@@ -47,21 +47,3 @@ def backbone_bases(weights: Mapping[str, Tensor], spec: SpaceSpec, k: int) -> di
         sign = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(left.dtype)
         bases[name] = SiteBasis((left * sign).to(torch.float32), (right * sign).to(torch.float32))
     return bases
-
-
-def seeded_stream(bases: Mapping[str, SiteBasis], device: torch.device | str = "cpu") -> StreamState:
-    """Return version 0 of a streamed subspace that starts from given bases; they give way to what tasks need."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, basis in sorted(bases.items()):
-        groups.setdefault((*basis.left.shape, *basis.right.shape), []).append(name)
-    return StreamState(
-        tuple(
-            seeded_stack(
-                names,
-                torch.stack([bases[name].left for name in names]).to(device, torch.float32),
-                torch.stack([bases[name].right for name in names]).to(device, torch.float32),
-            )
-            for names in groups.values()
-        ),
-        tasks=(),
-    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from share_core.errors import ConfigError
-from share_core.types import Adapter, SiteSpec
+from share_core.types import Adapter, SiteBasis, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -144,26 +144,37 @@ def empty_chunk(stack_size: int, k_out: int, k_in: int, device: torch.device) ->
 
 
 def empty_stream(sites: Mapping[str, SiteSpec], device: torch.device | str = "cpu") -> StreamState:
-    """Return version 0: no directions, no tasks; sites of equal shape are stacked."""
-    device = torch.device(device)
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name in sorted(sites):
-        groups.setdefault((sites[name].d_out, sites[name].d_in), []).append(name)
+    """Return version 0: no directions, no tasks."""
+    none = {
+        name: SiteBasis(torch.zeros(site.d_out, 0), torch.zeros(site.d_in, 0)) for name, site in sorted(sites.items())
+    }
+    return seeded_stream(none, device)
+
+
+def seeded_stream(bases: Mapping[str, SiteBasis], device: torch.device | str = "cpu") -> StreamState:
+    """Return version 0 of a subspace that starts from given orthonormal bases and has no tasks.
+
+    Sites of equal shape and size are stacked. The directions give way to what tasks need, see
+    :mod:`share_core.cold_start`.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, basis in sorted(bases.items()):
+        groups.setdefault((*basis.left.shape, *basis.right.shape), []).append(name)
     return StreamState(
         tuple(
             seeded_stack(
                 names,
-                torch.zeros(len(names), d_out, 0, device=device),
-                torch.zeros(len(names), d_in, 0, device=device),
+                torch.stack([bases[name].left for name in names]).to(device, torch.float32),
+                torch.stack([bases[name].right for name in names]).to(device, torch.float32),
             )
-            for (d_out, d_in), names in groups.items()
+            for names in groups.values()
         ),
         tasks=(),
     )
 
 
 def seeded_stack(names: list[str], left: Tensor, right: Tensor) -> SiteStack:
-    """Return a stack with given orthonormal bases and no tasks: a cold start, see :mod:`share_core.cold_start`."""
+    """Return a stack with given bases (S, d_out, k_out), (S, d_in, k_in) and no tasks."""
     s, k_out, k_in = left.shape[0], left.shape[-1], right.shape[-1]
     return SiteStack(
         names=tuple(names),

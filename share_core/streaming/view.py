@@ -15,7 +15,7 @@ from share_core.space import compress_core
 from share_core.streaming.chunks import current_bounds, grams, up_to_date
 from share_core.streaming.project import FLOOR, ROUNDING, canonical_stack
 from share_core.streaming.stacking import picked
-from share_core.streaming.state import SiteStack, StreamState, TaskChunk, empty_chunk, empty_stream, stacked_factors
+from share_core.streaming.state import SiteStack, StreamState, TaskChunk, empty_stream, seeded_stream, stacked_factors
 from share_core.types import Adapter, Core, Cores, SiteBasis, SiteSpec, Space
 
 
@@ -68,21 +68,18 @@ def stream_of(space: Space, ledger: Mapping[str, TaskLedger], device: torch.devi
         ledger: norms and bounds of every task of the space.
         device: where to compute.
     """
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, basis in sorted(space.bases.items()):
-        groups.setdefault((*basis.left.shape, *basis.right.shape), []).append(name)
-    stacks = tuple(_stack(names, space, ledger, torch.device(device)) for names in groups.values())
+    seeded = seeded_stream(space.bases, device)
+    stacks = tuple(_filled(stack, space, ledger) for stack in seeded.stacks)
     return StreamState(stacks, tuple(space.cores), space.version)
 
 
-def _stack(names: list[str], space: Space, ledger: Mapping[str, TaskLedger], device: torch.device) -> SiteStack:
-    left = torch.stack([space.bases[name].left for name in names]).to(device, torch.float32)
-    right = torch.stack([space.bases[name].right for name in names]).to(device, torch.float32)
-    s, k_out, k_in, tasks = len(names), left.shape[-1], right.shape[-1], tuple(space.cores)
+def _filled(stack: SiteStack, space: Space, ledger: Mapping[str, TaskLedger]) -> SiteStack:
+    """Return a stack without tasks with those of a space, settled."""
+    names, tasks, device = stack.names, tuple(space.cores), stack.left.device
     p = max((space.cores[task][name].rank for task in tasks for name in names if name in space.cores[task]), default=0)
-    out = torch.zeros(s, len(tasks), k_out, p)
-    in_ = torch.zeros(s, len(tasks), k_in, p)
-    norms, bounds = (torch.zeros(s, len(tasks), dtype=torch.float64) for _ in range(2))
+    out = torch.zeros(len(names), len(tasks), stack.k_out, p)
+    in_ = torch.zeros(len(names), len(tasks), stack.k_in, p)
+    norms, bounds = (torch.zeros(len(names), len(tasks), dtype=torch.float64) for _ in range(2))
     for j, task in enumerate(tasks):
         for i, name in enumerate(names):
             core = space.cores[task].get(name)
@@ -102,8 +99,7 @@ def _stack(names: list[str], space: Space, ledger: Mapping[str, TaskLedger], dev
         measured=torch.tensor([ledger[task].measured for task in tasks], dtype=torch.bool).to(device),
     )
     gram_left, gram_right = grams(chunk)
-    empty = empty_chunk(s, k_out, k_in, device)
-    return SiteStack(tuple(names), left, right, gram_left, gram_right, (chunk,) if tasks else (), empty)
+    return replace(stack, gram_left=gram_left, gram_right=gram_right, settled=(chunk,) if tasks else ())
 
 
 def _current(stack: SiteStack) -> SiteStack:

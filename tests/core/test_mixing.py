@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from share_core.cold_start import backbone_bases, seeded_stream
+from share_core.cold_start import backbone_bases
 from share_core.errors import ConfigError, NonFiniteError, TensorShapeError
 from share_core.mixing import Contribution, Staleness, average, change_of, contributor_weights, fedasync, fedbuff
 from share_core.streaming.fold import fold
-from share_core.streaming.state import StreamPolicy
+from share_core.streaming.state import StreamPolicy, seeded_stream
 from share_core.streaming.view import bases_of, space_of
 from share_core.types import Core, Cores, Factors, SiteSpec, SpaceSpec
 
