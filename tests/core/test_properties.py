@@ -517,31 +517,6 @@ def test_ambient_lift_of_an_update_equals_core_plus_residual() -> None:
         update_adapter(wrong, state.space.bases)
 
 
-def test_a_merge_refits_the_worst_tasks_and_no_more_than_it_may() -> None:
-    """Reading originals must not grow with the number of tasks that are over their budget."""
-    adapters = draw_adapters(replace(TIGHT, tasks=9))
-    read: list[str] = []
-
-    class Counted(dict[str, Adapter]):
-        def __getitem__(self, task: str) -> Adapter:
-            read.append(task)
-            return super().__getitem__(task)
-
-    policy = MergePolicy(k_max=TIGHT.k_max, tau=0.01, refits=2)
-    state = empty_state(SPEC)
-    for task, adapter in adapters.items():
-        before = state
-        read.clear()
-        state = merge(state, task, adapter, policy, Counted(adapters)).state
-        assert len(read) <= 2
-        for done in read:
-            assert state.ledger[done].measured
-        waiting = [t for t in before.ledger if t not in read and not state.ledger[t].measured]
-        carried = merge(before, task, adapter, policy).state.ledger
-        assert all(carried[w].bound <= carried[d].bound for w in waiting for d in read)
-    assert len(read) == 2
-
-
 def test_counter_example_errors_of_two_compactions_do_not_add_in_squares() -> None:
     """MATH section 2: a later append brings a dropped direction back, so squared losses do not sum to the error."""
     spec = SpaceSpec("sha256:test", "test", {"s": SiteSpec("s", 2, 2, "0" * 64)})
