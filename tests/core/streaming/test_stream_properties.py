@@ -3,8 +3,8 @@
 Planted bugs: a canonical form that forgets one factor's gauge, half a projection, one direction too few kept, a budget
 overspent, the strongest directions dropped in place of the weakest, cores that do not follow a compaction or grow in
 it, a reflector with the wrong sign, a compaction that charges nobody, chunks that forget what they lost, maps that are
-not composed, tasks that weigh by their norm, a transition without its rotation, tasks that stay after they are dropped, and
-directions that are in use trimmed away.
+not composed, tasks that weigh by their norm, a transition without its rotation, tasks that stay after they are
+dropped, and directions that are in use trimmed away.
 """
 
 from __future__ import annotations
