@@ -4,5 +4,5 @@
 adapter are refused and why, :mod:`~share_core.peft.patterns` how PEFT matches module names,
 :mod:`~share_core.peft.names` which module a tensor belongs to, :mod:`~share_core.peft.reader` gives an adapter with its
 scale folded in, :mod:`~share_core.peft.export` what to keep of it, :mod:`~share_core.peft.writer` writes one that PEFT
-and serving engines load.
+loads.
 """

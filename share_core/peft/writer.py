@@ -1,4 +1,4 @@
-"""Writing a PEFT adapter directory that PEFT and serving engines load."""
+"""Writing a PEFT adapter directory that PEFT loads."""
 
 from __future__ import annotations
 
