@@ -22,7 +22,7 @@ from share_simulations.baselines.types import Compressed, errors
 from share_simulations.baselines.vlora import vlora_once
 from share_simulations.bench.generated import Generator, Shape
 from share_simulations.bench.machine import describe, peak_mib
-from share_simulations.bench.ours import ours_stream
+from share_simulations.bench.ours import ours
 
 Progress = Callable[[str], None]
 Pool = Mapping[str, Adapter]
@@ -87,8 +87,9 @@ def _at_cap(name: str, pool: Pool, cap: int, options: CompressOptions, progress:
         order = list(pool)
         random.Random(seed).shuffle(order)
         shuffled = {task: pool[task] for task in order}
-        carried.append(_measured(pool, ours_stream(shuffled, cap, refit=False)))
-        refit.append(_measured(pool, ours_stream(shuffled, cap)))
+        found = ours(shuffled, cap)
+        carried.append(_measured(pool, found.carried))
+        refit.append(_measured(pool, found.refitted))
     methods = {"oracle": best, "paper once": paper, "ours": refit[0], "ours, carried": carried[0]}
     if options.peers:
         methods |= _peers(name, pool, cap, progress)

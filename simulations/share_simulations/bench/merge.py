@@ -34,7 +34,7 @@ from share_simulations.bench.machine import (
     skinny_product_rate,
     timed,
 )
-from share_simulations.bench.ours import ours_stream
+from share_simulations.bench.ours import ours
 from share_simulations.bench.peers import Peer, require_peers, time_peers
 
 REFERENCE_TASKS = 100
@@ -105,8 +105,8 @@ def run_merge(options: MergeOptions, progress: Progress = lambda _: None) -> dic
     if options.error_sites:
         report |= _errors(options, reference, progress)
     if options.peers:
-        ours = _ours_at(options, reference)
-        peers = time_peers(options.shape, reference, options.peer_sites, ours, progress)
+        own = _ours_at(options, reference)
+        peers = time_peers(options.shape, reference, options.peer_sites, own, progress)
         report |= _against(peers, per_update)
     return report
 
@@ -154,7 +154,7 @@ def _ours_at(options: MergeOptions, tasks: int) -> tuple[float, int]:
     """Return our mean error and floats kept on the adapters that the peers are timed on."""
     source = Generator(replace(options.shape, sites=options.peer_sites), torch.device("cpu"), seed=1)
     adapters = {f"t{n}": source.adapter(n) for n in range(tasks)}
-    found = ours_stream(adapters, options.shape.cap)
+    found = ours(adapters, options.shape.cap).refitted
     return _mean(errors(adapters, found)), found.numbers
 
 
@@ -164,17 +164,17 @@ def _errors(options: MergeOptions, tasks: int, progress: Progress) -> dict[str, 
     source = Generator(shape, torch.device("cpu"), seed=1)
     adapters = {f"t{n}": source.adapter(n) for n in range(tasks)}
     progress(f"comparing errors: ours, {tasks} adapters at {shape.sites} sites")
-    ours = ours_stream(adapters, shape.cap)
+    found = ours(adapters, shape.cap).refitted
     progress("comparing errors: the optimum (HOOI over all adapters)")
     best = oracle(adapters, shape.cap)
     progress("comparing errors: the published merge")
     paper = paper_once(adapters, shape.cap)
-    mean = {c.method: _mean(errors(adapters, c)) for c in (ours, best, paper)}
+    mean = {c.method: _mean(errors(adapters, c)) for c in (found, best, paper)}
     return {
-        "error": mean[ours.method],
-        "error_ratio_to_oracle": mean[ours.method] / mean[best.method],
+        "error": mean[found.method],
+        "error_ratio_to_oracle": mean[found.method] / mean[best.method],
         "error_ratio_paper_to_oracle": mean[paper.method] / mean[best.method],
-        "error_ratio_to_paper": mean[ours.method] / mean[paper.method],
+        "error_ratio_to_paper": mean[found.method] / mean[paper.method],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -15,15 +16,18 @@ from share_core.types import Adapter, SiteSpec, Space
 from share_simulations.baselines.types import Compressed
 
 
-def ours_stream(adapters: Mapping[str, Adapter], cap: int, refit: bool = True) -> Compressed:
-    """Compress a pool with one pass of streamed merges.
+@dataclass(frozen=True)
+class Ours:
+    """One pass of streamed merges over a pool."""
 
-    Args:
-        adapters: in order of arrival.
-        cap: largest number of directions per site and side.
-        refit: project every adapter once more at the end, as ``share-space merge`` does, whose adapters are at hand;
-            without it, coefficients are those that were carried along.
-    """
+    carried: Compressed
+    """With the coefficients that were carried along, as a stream leaves them."""
+    refitted: Compressed
+    """With every adapter projected once more at the end, as ``share-space merge`` does, whose adapters are at hand."""
+
+
+def ours(adapters: Mapping[str, Adapter], cap: int) -> Ours:
+    """Compress a pool, adapters in order of arrival, with at most ``cap`` directions per site and side."""
     begun = time.perf_counter()
     state = empty_stream(
         {
@@ -35,11 +39,18 @@ def ours_stream(adapters: Mapping[str, Adapter], cap: int, refit: bool = True) -
     policy = StreamPolicy(k_max=cap)
     for task, adapter in adapters.items():
         state = fold(state, task, adapter, policy, consume=True).state
-    space = space_of(state)
-    if refit:
-        space = Space(space.version, space.bases, {t: refitted(state, a) for t, a in adapters.items()})
-    took = time.perf_counter() - begun
+    carried = space_of(state)
+    streamed = time.perf_counter()
+    fitted = Space(carried.version, carried.bases, {t: refitted(state, a) for t, a in adapters.items()})
+    done = time.perf_counter()
+    return Ours(
+        _compressed("ours, carried", carried, adapters, streamed - begun),
+        _compressed("ours", fitted, adapters, done - begun),
+    )
+
+
+def _compressed(method: str, space: Space, adapters: Mapping[str, Adapter], seconds: float) -> Compressed:
     bases = sum(b.left.numel() + b.right.numel() for b in space.bases.values())
     cores = sum(c.out.numel() + c.in_.numel() for own in space.cores.values() for c in own.values())
     stored = {task: task_adapter(space, task, torch.float64) for task in adapters}
-    return Compressed("ours" if refit else "ours, carried", stored, bases + cores, took)
+    return Compressed(method, stored, bases + cores, seconds)
