@@ -63,3 +63,22 @@ def test_every_path_of_the_readme_is_there() -> None:
     named = set(re.findall(r"`((?:docs|share_core|proto|server|client|simulations)/[\w./-]*)`", README))
     assert named
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def arguments() -> list[tuple[str, click.Parameter]]:
+    """Return every argument of every command, with the command's name."""
+    found: list[tuple[str, click.Parameter]] = []
+    waiting: list[tuple[str, click.Command]] = [
+        (name, typer.main.get_command(importlib.import_module(module).app)) for name, module in APPS.items()
+    ]
+    while waiting:
+        name, command = waiting.pop()
+        if isinstance(command, click.Group):
+            waiting.extend((f"{name} {word}", own) for word, own in command.commands.items())
+        found.extend((name, p) for p in command.params if p.param_type_name == "argument")
+    return found
+
+
+def test_help_says_what_every_argument_is() -> None:
+    assert len(arguments()) > 10
+    assert not [f"{name}: {p.name}" for name, p in arguments() if not getattr(p, "help", None)]

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 TENSOR_FILE = "adapter_model.safetensors"
+_LONGEST_NAME = 64
+"""As :mod:`share_core.names` has it."""
 _LFS = b"version https://git-lfs"
 _MAX_MODULE = 512
 _WRAPPED = re.compile(r"\.base_layer(\.|$)")
@@ -141,10 +143,13 @@ def read_adapter(directory: Path) -> PeftAdapter:
 def task_name(directory: Path) -> str:
     """Return the directory's name as a legal task name: lower case, other characters become ``-``.
 
-    Of a long name the end is kept, which is where checkpoints differ.
+    Of a long name the beginning and the end are kept: whose it is, and which checkpoint.
     """
     name = re.sub(r"[^a-z0-9._-]+", "-", directory.resolve().name.lower()).strip("._-")
-    return name[-64:].strip("._-") or "adapter"
+    if len(name) > _LONGEST_NAME:
+        end = name[-40:].lstrip("._-")
+        name = f"{name[: _LONGEST_NAME - len(end) - 2].rstrip('._-')}--{end}"
+    return name or "adapter"
 
 
 def _read_file(path: Path) -> bytes:

@@ -65,7 +65,8 @@ def test_bytes_are_counted_as_stored(make_adapter: Make) -> None:
         ("A b/..", None),
         ("..x..", "x"),
         ("___", "adapter"),
-        ("x" * 90 + "-1", None),
+        ("x" * 90 + "-1", f"{'x' * 22}--{'x' * 38}-1"),
+        ("org_repo__" + "y" * 60 + "_checkpoint-2500", f"org_repo__{'y' * 12}--{'y' * 24}_checkpoint-2500"),
         ("Ünïcode", "n-code"),
     ],
 )
