@@ -106,7 +106,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(
             raw.decode("ascii"),
-            object_pairs_hook=_no_duplicates,
+            object_pairs_hook=no_duplicates,
             parse_float=_no_number,
             parse_constant=_no_number,
         )
@@ -118,7 +118,12 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; for ``json.loads(..., object_pairs_hook=...)``, which would let the last of two keys win.
+
+    Raises:
+        HeaderError: naming the key that appears twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -15,6 +15,7 @@ from typing import Any
 from share_core.errors import AdapterError, HeaderError, TaskNameError
 from share_core.names import check_name
 from share_core.peft.export import PeftExport
+from share_core.tensorfile import no_duplicates
 from share_core.types import SiteSpec
 
 FORMAT = "fedshare/space/1"
@@ -112,7 +113,7 @@ def header_from_json(text: str) -> Header:
         HeaderError: naming the key, the expected and the got.
     """
     try:
-        raw = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        raw = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise HeaderError("metadata 'fedshare' is not JSON") from None
     got = raw.get("format") if isinstance(raw, dict) else None
@@ -258,15 +259,6 @@ def _digest(value: Any, what: str) -> str:
     if not isinstance(value, str) or len(value) != 64 or not _HEX.issuperset(value):
         raise _lie(what, "64 hexadecimal digits", value)
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HeaderError(f"key {twice[:80]!r} appears twice in the header of this space")
-    return found
 
 
 def _no_constant(text: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from share_core.errors import ConfigError
 from share_core.linalg import canonical
 from share_core.streaming import select
 from share_core.streaming.chunks import current_bounds, follow, grams, settle, up_to_date, without
-from share_core.streaming.project import canonical_stack, residual_side, slabs
+from share_core.streaming.project import ROUNDING, canonical_stack, residual_side, slabs
 from share_core.streaming.reflect import Reflector, reflect_basis, reflect_gram, reflect_rows, reflector
 from share_core.streaming.select import Cores, choose_dropped, weakest
 from share_core.streaming.state import StreamPolicy, TaskChunk, seeded_stack
@@ -142,12 +143,15 @@ def test_residual_directions_are_orthonormal_and_complete(k: int, rank: int, see
 
 
 def test_slabs_cover_every_site_once() -> None:
-    basis = torch.empty(10, 4096, 256, device="meta")
-    covered = [i for s in slabs(torch.empty(0, 1, 1)) for i in range(*s.indices(0))]
-    assert covered == []
-    cpu = torch.zeros(10, 3, 2)
-    assert [i for s in slabs(cpu) for i in range(*s.indices(10))] == list(range(10))
-    assert slabs(basis) == [slice(0, 10)]
+    site = 3 * 2 * 4
+    with mock.patch("share_core.streaming.project.SLAB_BYTES", 4 * site):
+        found = slabs(torch.zeros(10, 3, 2))
+    assert [len(range(*s.indices(10))) for s in found] == [4, 4, 2]
+    assert [i for s in found for i in range(*s.indices(10))] == list(range(10))
+    with mock.patch("share_core.streaming.project.SLAB_BYTES", site // 2):
+        assert len(slabs(torch.zeros(10, 3, 2))) == 10  # never less than one site
+    assert slabs(torch.empty(0, 1, 1)) == []
+    assert slabs(torch.empty(10, 4096, 256, device="meta")) == [slice(0, 10)]  # not a CPU: everything at once
 
 
 def chunk(n: int, k: int, seed: int = 0) -> TaskChunk:
@@ -178,7 +182,9 @@ def test_maps_of_a_settled_chunk_compose_like_dense_rotations() -> None:
     assert got.cuts == 0 and not bool(got.measured.any())
     lost = _products(start.out.double(), start.in_.double()) - _products(dense_out, dense_in)
     assert bool((got.bounds >= lost.clamp_min(0).sqrt()).all())
-    assert bool((current_bounds(replace(now, pending=torch.ones(2).double())) > 0).all())
+    waiting = current_bounds(replace(now, pending=torch.tensor([0.5, 2.0], dtype=torch.float64)))
+    expected = torch.tensor([[0.5], [2.0]], dtype=torch.float64) / now.weights.sqrt() + 3 * ROUNDING
+    assert torch.allclose(waiting, expected)
 
 
 def _moved(rows: Tensor, k: int, by: Reflector) -> Tensor:
