@@ -10,6 +10,7 @@
     │   ├── TensorTypeError            a dtype that is not allowed                       INVALID_ARGUMENT
     │   ├── NonFiniteError             NaN or infinity                                   INVALID_ARGUMENT
     │   ├── DigestError                bytes do not match their announced SHA-256        DATA_LOSS
+    │   ├── ManifestError              a statement of the hub that is not signed or does not follow  DATA_LOSS
     │   └── PayloadTooLargeError       larger than the space allows                      RESOURCE_EXHAUSTED
     ├── RequestError                   a request that makes no sense by itself           INVALID_ARGUMENT
     │   ├── TaskNameError              a task id outside the allowed alphabet            INVALID_ARGUMENT
@@ -25,6 +26,7 @@
     │   ├── TokenError                 join token unreadable, forged, used or expired    UNAUTHENTICATED
     │   └── CertificateError           certificate unreadable, expired or not ours       UNAUTHENTICATED
     ├── UnavailableError               try again later                                   UNAVAILABLE
+    │   ├── OverloadError              too much at once: try again after the hint        RESOURCE_EXHAUSTED
     │   └── StorageError               the disk refused; nothing was acknowledged        UNAVAILABLE
     └── ConfigError                    a configuration or data file that cannot be used  FAILED_PRECONDITION
         └── AdapterError               an adapter directory that cannot be used          FAILED_PRECONDITION
@@ -39,6 +41,9 @@ from typing import ClassVar
 
 ERROR_KEY = "share-error"
 """Trailing metadata of a gRPC answer that names the class of a refusal."""
+
+RETRY_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata that says after how many milliseconds to try again; the name is gRPC's own (proposal A6)."""
 
 
 class FedshareError(Exception):
@@ -75,6 +80,12 @@ class NonFiniteError(PayloadError):
 
 class DigestError(PayloadError):
     """Bytes that do not match their announced SHA-256 or size."""
+
+    grpc_code: ClassVar[str] = "DATA_LOSS"
+
+
+class ManifestError(PayloadError):
+    """A signed statement of the hub that is forged, malformed, or does not follow the one before."""
 
     grpc_code: ClassVar[str] = "DATA_LOSS"
 
@@ -159,6 +170,16 @@ class UnavailableError(FedshareError):
     """Not now; try again later."""
 
     grpc_code: ClassVar[str] = "UNAVAILABLE"
+
+
+class OverloadError(UnavailableError):
+    """More than the hub takes at once, from this caller or from all; the answer says when to try again."""
+
+    grpc_code: ClassVar[str] = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_ms: int = 1000) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
 
 
 class StorageError(UnavailableError):

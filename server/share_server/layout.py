@@ -47,6 +47,16 @@ class Layout:
         return self.root / "tls" / f"{name}.key"
 
     @property
+    def signing_key(self) -> Path:
+        """Ed25519 private key under which versions are signed."""
+        return self.root / "signing.key"
+
+    @property
+    def signing_certificate(self) -> Path:
+        """The authority's certificate of the signing key."""
+        return self.root / "signing.pem"
+
+    @property
     def store(self) -> Path:
         """The durable state of the hub. Only the hub process opens it."""
         return self.root / "store"

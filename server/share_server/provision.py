@@ -17,6 +17,7 @@ from share_core.identity import (
     certificate_fingerprint,
     make_authority,
     make_csr,
+    make_signer,
     new_private_key_pem,
     not_after,
     sign_csr,
@@ -37,10 +38,16 @@ OWN_CERTIFICATES = {
 }
 """Certificates that the server makes for itself: file name and identity."""
 
+SIGNER = Identity("signer", OWN_ORGANISATION, "hub")
+"""Name in the certificate of the key that signs manifests."""
+
+SIGNER_DAYS = 3650
+"""Life of that certificate in days."""
+
 OWN_DAYS = 365
 """Life of those certificates in days."""
 
-INVITED_ROLES = ("trainer", "contributor", "reader")
+INVITED_ROLES = ("trainer", "contributor", "reader", "relay")
 """Roles that a join token can give."""
 
 
@@ -92,6 +99,14 @@ def renew_certificates(layout: Layout, config: ServerConfig, now: datetime) -> l
         )
         write_atomic(path, certificate, PUBLIC)
         made.append(name)
+    if not (layout.signing_key.exists() and layout.signing_certificate.exists()):
+        # Made once: followers keep the certificate they have seen, so a new key is a decision, not a renewal.
+        certificate, key = make_signer(
+            layout.ca_cert.read_bytes(), layout.ca_key.read_bytes(), SIGNER, now, SIGNER_DAYS
+        )
+        write_atomic(layout.signing_key, key)
+        write_atomic(layout.signing_certificate, certificate, PUBLIC)
+        made.append("signing")
     return made
 
 

@@ -12,12 +12,15 @@ from share_core.identity.authority import (
     identity_of,
     make_authority,
     make_csr,
+    make_signer,
     new_private_key_pem,
     not_after,
     public_key_pem,
     public_key_pem_of_certificate,
     sign_csr,
+    verified_signer_key,
 )
+from share_core.identity.manifest import Manifest, ManifestVerifier, SignedManifest, parse_manifest, sign_manifest
 from share_core.identity.names import ROLES, Identity, parse_identity_uri
 from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, token_decode, token_encode
 
@@ -26,6 +29,9 @@ __all__ = [
     "TOKEN_PREFIX",
     "Identity",
     "JoinToken",
+    "Manifest",
+    "ManifestVerifier",
+    "SignedManifest",
     "certificate_fingerprint",
     "certificate_to_der",
     "certificate_to_pem",
@@ -34,12 +40,16 @@ __all__ = [
     "identity_of",
     "make_authority",
     "make_csr",
+    "make_signer",
     "new_private_key_pem",
     "not_after",
     "parse_identity_uri",
+    "parse_manifest",
     "public_key_pem",
     "public_key_pem_of_certificate",
     "sign_csr",
+    "sign_manifest",
     "token_decode",
     "token_encode",
+    "verified_signer_key",
 ]

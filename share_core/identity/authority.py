@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from share_core.errors import CertificateError
@@ -130,6 +131,45 @@ def sign_csr(
     return builder.sign(authority_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def make_signer(ca_cert: bytes, ca_key: bytes, identity: Identity, now: datetime, days: float) -> tuple[bytes, bytes]:
+    """Return (certificate PEM, private key PEM) of a new Ed25519 key that signs manifests. It is no TLS identity."""
+    authority, authority_key = _load(ca_cert), _load_key(ca_key)
+    key = Ed25519PrivateKey.generate()
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name)])
+    certificate = (
+        _builder(subject, authority.subject, key.public_key(), now, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity.uri)]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+    key_pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM), key_pem
+
+
+def verified_signer_key(ca_cert: bytes, certificate: bytes) -> Ed25519PublicKey:
+    """Return the key of a signer's certificate (PEM) that the authority (PEM) has issued.
+
+    Raises:
+        CertificateError: another issuer, another role, or another kind of key.
+    """
+    loaded = _load(certificate)
+    try:
+        loaded.verify_directly_issued_by(_load(ca_cert))
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise CertificateError("the hub's signing certificate is not one of this federation's authority") from error
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) != 1 or parse_identity_uri(uris[0]).role != "signer":
+        raise CertificateError(f"the hub's signing certificate names {uris!r}, expected one share://signer/ name")
+    key = loaded.public_key()
+    if not isinstance(key, Ed25519PublicKey):
+        raise CertificateError(f"the hub's signing certificate holds a {type(key).__name__}, expected Ed25519")
+    return key
+
+
 def identity_of(certificate: bytes) -> Identity:
     """Return who a caller's certificate (PEM or DER) names.
 
@@ -190,7 +230,11 @@ def certificate_fingerprint(certificate: bytes) -> str:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, now: datetime, days: float
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey | Ed25519PublicKey,
+    now: datetime,
+    days: float,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

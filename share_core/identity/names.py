@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from share_core.errors import CertificateError, TaskNameError
 from share_core.names import check_name
 
-ROLES = frozenset({"trainer", "contributor", "reader", "operator", "fleet", "hub"})
+ROLES = frozenset({"trainer", "contributor", "reader", "relay", "operator", "fleet", "hub", "signer"})
 """Every role a certificate may name.
 
-``trainer`` trains under leases, ``contributor`` submits finished adapters, ``reader`` only follows;
-``operator`` and ``fleet`` are the server's own tools; ``hub`` is the listener itself and is never accepted as
-a caller.
+``trainer`` trains under leases, ``contributor`` submits finished adapters, ``reader`` only follows, ``relay`` follows
+and serves what it got to others; ``operator`` and ``fleet`` are the server's own tools; ``hub`` is the listener itself
+and ``signer`` the key that signs manifests; neither is ever accepted as a caller.
 """
 
 _SCHEME = "share://"

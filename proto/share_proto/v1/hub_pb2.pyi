@@ -13,10 +13,12 @@ class UpdateState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPDATE_STATE_ACCEPTED: _ClassVar[UpdateState]
     UPDATE_STATE_MERGED: _ClassVar[UpdateState]
     UPDATE_STATE_REFUSED: _ClassVar[UpdateState]
+    UPDATE_STATE_QUARANTINED: _ClassVar[UpdateState]
 UPDATE_STATE_UNSPECIFIED: UpdateState
 UPDATE_STATE_ACCEPTED: UpdateState
 UPDATE_STATE_MERGED: UpdateState
 UPDATE_STATE_REFUSED: UpdateState
+UPDATE_STATE_QUARANTINED: UpdateState
 
 class SiteSpec(_message.Message):
     __slots__ = ("name", "d_out", "d_in", "sha256")
@@ -35,7 +37,7 @@ class DescribeSpaceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeSpaceResponse(_message.Message):
-    __slots__ = ("space_id", "backbone", "sites", "version", "k_max", "tau", "rank_limit", "max_payload_bytes")
+    __slots__ = ("space_id", "backbone", "sites", "version", "k_max", "tau", "rank_limit", "max_payload_bytes", "signer_certificate_pem", "oldest_base_version")
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     SITES_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +46,8 @@ class DescribeSpaceResponse(_message.Message):
     TAU_FIELD_NUMBER: _ClassVar[int]
     RANK_LIMIT_FIELD_NUMBER: _ClassVar[int]
     MAX_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIGNER_CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     space_id: str
     backbone: str
     sites: _containers.RepeatedCompositeFieldContainer[SiteSpec]
@@ -52,10 +56,12 @@ class DescribeSpaceResponse(_message.Message):
     tau: float
     rank_limit: int
     max_payload_bytes: int
-    def __init__(self, space_id: _Optional[str] = ..., backbone: _Optional[str] = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., version: _Optional[int] = ..., k_max: _Optional[int] = ..., tau: _Optional[float] = ..., rank_limit: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ...) -> None: ...
+    signer_certificate_pem: bytes
+    oldest_base_version: int
+    def __init__(self, space_id: _Optional[str] = ..., backbone: _Optional[str] = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., version: _Optional[int] = ..., k_max: _Optional[int] = ..., tau: _Optional[float] = ..., rank_limit: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., signer_certificate_pem: _Optional[bytes] = ..., oldest_base_version: _Optional[int] = ...) -> None: ...
 
 class SubmitHeader(_message.Message):
-    __slots__ = ("update_id", "space_id", "task_id", "create", "payload_size", "payload_sha256", "lease_id", "rows")
+    __slots__ = ("update_id", "space_id", "task_id", "create", "payload_size", "payload_sha256", "lease_id", "rows", "offset", "sharing", "schema_sha256")
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +70,9 @@ class SubmitHeader(_message.Message):
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SHARING_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_SHA256_FIELD_NUMBER: _ClassVar[int]
     update_id: str
     space_id: str
     task_id: str
@@ -72,7 +81,18 @@ class SubmitHeader(_message.Message):
     payload_sha256: str
     lease_id: str
     rows: int
-    def __init__(self, update_id: _Optional[str] = ..., space_id: _Optional[str] = ..., task_id: _Optional[str] = ..., create: bool = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., lease_id: _Optional[str] = ..., rows: _Optional[int] = ...) -> None: ...
+    offset: int
+    sharing: TaskSharing
+    schema_sha256: str
+    def __init__(self, update_id: _Optional[str] = ..., space_id: _Optional[str] = ..., task_id: _Optional[str] = ..., create: bool = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., lease_id: _Optional[str] = ..., rows: _Optional[int] = ..., offset: _Optional[int] = ..., sharing: _Optional[_Union[TaskSharing, _Mapping]] = ..., schema_sha256: _Optional[str] = ...) -> None: ...
+
+class TaskSharing(_message.Message):
+    __slots__ = ("open", "organisations")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    ORGANISATIONS_FIELD_NUMBER: _ClassVar[int]
+    open: bool
+    organisations: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, open: bool = ..., organisations: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -93,6 +113,20 @@ class SubmitResponse(_message.Message):
     entry_hash: str
     duplicate: bool
     def __init__(self, update_id: _Optional[str] = ..., ingest_seq: _Optional[int] = ..., entry_hash: _Optional[str] = ..., duplicate: bool = ...) -> None: ...
+
+class GetUploadRequest(_message.Message):
+    __slots__ = ("update_id",)
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    def __init__(self, update_id: _Optional[str] = ...) -> None: ...
+
+class GetUploadResponse(_message.Message):
+    __slots__ = ("offset", "receipt")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    receipt: SubmitResponse
+    def __init__(self, offset: _Optional[int] = ..., receipt: _Optional[_Union[SubmitResponse, _Mapping]] = ...) -> None: ...
 
 class GetUpdateRequest(_message.Message):
     __slots__ = ("update_id",)
@@ -170,19 +204,31 @@ class FollowVersionsRequest(_message.Message):
     since_version: int
     def __init__(self, space_id: _Optional[str] = ..., since_version: _Optional[int] = ...) -> None: ...
 
+class Manifest(_message.Message):
+    __slots__ = ("body", "signature")
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    body: bytes
+    signature: bytes
+    def __init__(self, body: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
 class DeltaHeader(_message.Message):
-    __slots__ = ("from_version", "version", "newest_version", "payload_size", "payload_sha256")
+    __slots__ = ("from_version", "version", "newest_version", "payload_size", "payload_sha256", "manifest", "data")
     FROM_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NEWEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     from_version: int
     version: int
     newest_version: int
     payload_size: int
     payload_sha256: str
-    def __init__(self, from_version: _Optional[int] = ..., version: _Optional[int] = ..., newest_version: _Optional[int] = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ...) -> None: ...
+    manifest: Manifest
+    data: bytes
+    def __init__(self, from_version: _Optional[int] = ..., version: _Optional[int] = ..., newest_version: _Optional[int] = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SnapshotRequired(_message.Message):
     __slots__ = ("newest_version",)
@@ -209,14 +255,18 @@ class FetchSnapshotRequest(_message.Message):
     def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class SnapshotHeader(_message.Message):
-    __slots__ = ("version", "payload_size", "payload_sha256")
+    __slots__ = ("version", "payload_size", "payload_sha256", "manifest", "version_manifest")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_MANIFEST_FIELD_NUMBER: _ClassVar[int]
     version: int
     payload_size: int
     payload_sha256: str
-    def __init__(self, version: _Optional[int] = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ...) -> None: ...
+    manifest: Manifest
+    version_manifest: Manifest
+    def __init__(self, version: _Optional[int] = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ..., version_manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class FetchSnapshotResponse(_message.Message):
     __slots__ = ("header", "chunk")
@@ -339,3 +389,43 @@ class GetStatusResponse(_message.Message):
     subspace_bytes: int
     compactions: int
     def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ..., tasks: _Optional[int] = ..., accepted: _Optional[int] = ..., merged: _Optional[int] = ..., refused: _Optional[int] = ..., k_left_max: _Optional[int] = ..., k_right_max: _Optional[int] = ..., subscribers: _Optional[int] = ..., traffic: _Optional[_Iterable[_Union[MemberTraffic, _Mapping]]] = ..., started_unix_ms: _Optional[int] = ..., subspace_bytes: _Optional[int] = ..., compactions: _Optional[int] = ...) -> None: ...
+
+class GetRosterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RosterMember(_message.Message):
+    __slots__ = ("member", "role", "key_sha256", "revoked")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    KEY_SHA256_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    role: str
+    key_sha256: str
+    revoked: bool
+    def __init__(self, member: _Optional[str] = ..., role: _Optional[str] = ..., key_sha256: _Optional[str] = ..., revoked: bool = ...) -> None: ...
+
+class GetRosterResponse(_message.Message):
+    __slots__ = ("members",)
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    members: _containers.RepeatedCompositeFieldContainer[RosterMember]
+    def __init__(self, members: _Optional[_Iterable[_Union[RosterMember, _Mapping]]] = ...) -> None: ...
+
+class BackupRequest(_message.Message):
+    __slots__ = ("directory",)
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    def __init__(self, directory: _Optional[str] = ...) -> None: ...
+
+class BackupProgress(_message.Message):
+    __slots__ = ("done", "total", "version", "finished")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    version: int
+    finished: bool
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., version: _Optional[int] = ..., finished: bool = ...) -> None: ...

@@ -45,6 +45,11 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.SubmitResponse.FromString,
                 _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/share_proto.v1.Hub/GetUpload',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
         self.GetUpdate = channel.unary_unary(
                 '/share_proto.v1.Hub/GetUpdate',
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.GetUpdateRequest.SerializeToString,
@@ -85,6 +90,16 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetRoster = channel.unary_unary(
+                '/share_proto.v1.Hub/GetRoster',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/share_proto.v1.Hub/Backup',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.BackupRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.BackupProgress.FromString,
+                _registered_method=True)
 
 
 class HubServicer(object):
@@ -101,6 +116,14 @@ class HubServicer(object):
     def Submit(self, request_iterator, context):
         """Submit takes one update: a header, then chunks. The answer is sent only after the update is durable.
         Sending the same update_id with the same bytes again returns the first receipt.
+        After a broken connection, ask GetUpload and go on at the offset it gives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """GetUpload tells how many bytes of an unfinished upload are durable here, or hands out the receipt of a finished one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +186,20 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRoster(self, request, context):
+        """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HubServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +212,11 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.Submit,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.SubmitRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.SubmitResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.GetUploadRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.GetUploadResponse.SerializeToString,
             ),
             'GetUpdate': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUpdate,
@@ -215,6 +257,16 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.GetStatusRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetRoster': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoster,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.BackupRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.BackupProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -272,6 +324,33 @@ class Hub(object):
             '/share_proto.v1.Hub/Submit',
             share__proto_dot_v1_dot_hub__pb2.SubmitRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/GetUpload',
+            share__proto_dot_v1_dot_hub__pb2.GetUploadRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.GetUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -488,6 +567,60 @@ class Hub(object):
             '/share_proto.v1.Hub/GetStatus',
             share__proto_dot_v1_dot_hub__pb2.GetStatusRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRoster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/GetRoster',
+            share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/share_proto.v1.Hub/Backup',
+            share__proto_dot_v1_dot_hub__pb2.BackupRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.BackupProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,7 +45,10 @@ class HubStub:
     Submit: _grpc.StreamUnaryMultiCallable[_hub_pb2.SubmitRequest, _hub_pb2.SubmitResponse]
     """Submit takes one update: a header, then chunks. The answer is sent only after the update is durable.
     Sending the same update_id with the same bytes again returns the first receipt.
+    After a broken connection, ask GetUpload and go on at the offset it gives.
     """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetUploadRequest, _hub_pb2.GetUploadResponse]
+    """GetUpload tells how many bytes of an unfinished upload are durable here, or hands out the receipt of a finished one."""
     GetUpdate: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetUpdateRequest, _hub_pb2.GetUpdateResponse]
     """GetUpdate tells what became of a submitted update."""
     ListUpdates: _grpc.UnaryUnaryMultiCallable[_hub_pb2.ListUpdatesRequest, _hub_pb2.ListUpdatesResponse]
@@ -64,6 +67,10 @@ class HubStub:
     """ListEvaluations lists the reported scalars."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetStatusRequest, _hub_pb2.GetStatusResponse]
     """GetStatus gives the counters of the hub."""
+    GetRoster: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]
+    """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    Backup: _grpc.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]
+    """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
 
 @_typing.type_check_only
 class HubAsyncStub(HubStub):
@@ -75,7 +82,10 @@ class HubAsyncStub(HubStub):
     Submit: _aio.StreamUnaryMultiCallable[_hub_pb2.SubmitRequest, _hub_pb2.SubmitResponse]  # type: ignore[assignment]
     """Submit takes one update: a header, then chunks. The answer is sent only after the update is durable.
     Sending the same update_id with the same bytes again returns the first receipt.
+    After a broken connection, ask GetUpload and go on at the offset it gives.
     """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetUploadRequest, _hub_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """GetUpload tells how many bytes of an unfinished upload are durable here, or hands out the receipt of a finished one."""
     GetUpdate: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetUpdateRequest, _hub_pb2.GetUpdateResponse]  # type: ignore[assignment]
     """GetUpdate tells what became of a submitted update."""
     ListUpdates: _aio.UnaryUnaryMultiCallable[_hub_pb2.ListUpdatesRequest, _hub_pb2.ListUpdatesResponse]  # type: ignore[assignment]
@@ -94,6 +104,10 @@ class HubAsyncStub(HubStub):
     """ListEvaluations lists the reported scalars."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetStatusRequest, _hub_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus gives the counters of the hub."""
+    GetRoster: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]  # type: ignore[assignment]
+    """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    Backup: _aio.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]  # type: ignore[assignment]
+    """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
 
 class HubServicer(metaclass=_abc_1.ABCMeta):
     """Hub owns the state of one space. Every call needs a client certificate of this federation."""
@@ -114,7 +128,16 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_hub_pb2.SubmitResponse, _abc.Awaitable[_hub_pb2.SubmitResponse]]:
         """Submit takes one update: a header, then chunks. The answer is sent only after the update is durable.
         Sending the same update_id with the same bytes again returns the first receipt.
+        After a broken connection, ask GetUpload and go on at the offset it gives.
         """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _hub_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.GetUploadResponse, _abc.Awaitable[_hub_pb2.GetUploadResponse]]:
+        """GetUpload tells how many bytes of an unfinished upload are durable here, or hands out the receipt of a finished one."""
 
     @_abc_1.abstractmethod
     def GetUpdate(
@@ -181,5 +204,21 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hub_pb2.GetStatusResponse, _abc.Awaitable[_hub_pb2.GetStatusResponse]]:
         """GetStatus gives the counters of the hub."""
+
+    @_abc_1.abstractmethod
+    def GetRoster(
+        self,
+        request: _hub_pb2.GetRosterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.GetRosterResponse, _abc.Awaitable[_hub_pb2.GetRosterResponse]]:
+        """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _hub_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_hub_pb2.BackupProgress], _abc.AsyncIterator[_hub_pb2.BackupProgress]]:
+        """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
 
 def add_HubServicer_to_server(servicer: HubServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -19,7 +19,7 @@ from share_core.identity import Identity, check_validity, identity_of, public_ke
 from share_server.store.members import key_digest
 from share_server.store.records import MemberRow
 
-MEMBER_ROLES = frozenset({"trainer", "contributor", "reader"})
+MEMBER_ROLES = frozenset({"trainer", "contributor", "reader", "relay"})
 """Roles that are enrolled with a join token."""
 
 _SUBMITTERS = frozenset({"trainer", "contributor"})
@@ -28,6 +28,7 @@ _EVERYBODY = MEMBER_ROLES | {"operator", "fleet"}
 RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/DescribeSpace": _EVERYBODY,
     "/share_proto.v1.Hub/Submit": _SUBMITTERS,
+    "/share_proto.v1.Hub/GetUpload": _SUBMITTERS,
     "/share_proto.v1.Hub/GetUpdate": _SUBMITTERS | {"operator"},
     "/share_proto.v1.Hub/ListUpdates": _SUBMITTERS | {"operator"},
     "/share_proto.v1.Hub/FollowVersions": MEMBER_ROLES | {"operator"},
@@ -36,6 +37,8 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/ReportEvaluation": _SUBMITTERS,
     "/share_proto.v1.Hub/ListEvaluations": MEMBER_ROLES | {"operator"},
     "/share_proto.v1.Hub/GetStatus": _EVERYBODY,
+    "/share_proto.v1.Hub/GetRoster": frozenset({"relay"}),
+    "/share_proto.v1.Hub/Backup": frozenset({"operator"}),
     "/share_proto.v1.Fleet/Dispatch": frozenset({"fleet"}),
     "/share_proto.v1.Fleet/CloseLease": frozenset({"trainer"}),
     "/share_proto.v1.Fleet/ListNodes": frozenset({"fleet", "operator"}),

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from share_core.errors import ERROR_KEY, FedshareError, UnavailableError
+from share_core.errors import ERROR_KEY, RETRY_KEY, FedshareError, OverloadError, UnavailableError
 from share_server.hub import log
 
 _LONGEST_SENTENCE = 1500
@@ -100,5 +100,8 @@ async def refuse(method: str, context: aio.ServicerContext[Any, Any], error: Exc
         name, code = FedshareError.__name__, grpc.StatusCode.INTERNAL
         sentence = f"the hub failed on this call; its log has the reason under {number}"
         log.failure("call failed", error, method=method, number=number)
-    await context.abort(code, sentence[:_LONGEST_SENTENCE], ((ERROR_KEY, name),))
+    trailing = [(ERROR_KEY, name)]
+    if isinstance(error, OverloadError):
+        trailing.append((RETRY_KEY, str(error.retry_after_ms)))
+    await context.abort(code, sentence[:_LONGEST_SENTENCE], tuple(trailing))
     raise AssertionError("abort always raises")

@@ -25,20 +25,16 @@ from share_proto.v1 import enrolment_pb2_grpc, fleet_pb2_grpc, hub_pb2_grpc
 from share_server.config import ServerConfig, join_address, read_config
 from share_server.hub import log
 from share_server.hub.access import CALLER, Gate, Roster, require_tls13
+from share_server.hub.engine import Engine
 from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit
-from share_server.hub.feed import Feed
 from share_server.hub.fleet_service import FleetService
-from share_server.hub.history import History
-from share_server.hub.intake import Intake
 from share_server.hub.interceptor import Door
-from share_server.hub.merging import MergeLoop
 from share_server.hub.options import ENROLMENT_OPTIONS, HUB_OPTIONS
 from share_server.hub.streams import Streams
 from share_server.hub.tensor_service import HubService
 from share_server.hub.traffic import Traffic
 from share_server.layout import Layout
 from share_server.store.members import list_members
-from share_server.store.store import Store
 
 EXIT_STOPPED = 0
 """Asked to stop, and drained."""
@@ -53,9 +49,7 @@ Context = aio.ServicerContext[Any, Any]
 class _Hub:
     """The running parts."""
 
-    store: Store
-    feed: Feed
-    loop: MergeLoop
+    engine: Engine
     traffic: Traffic
     health: HealthServicer
     servers: tuple[aio.Server, ...]
@@ -75,23 +69,22 @@ async def serve(layout: Layout) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store, state = await Store.open(layout.store, spec)
-    log.info("recovered", version=state.space.version, tasks=len(state.space.cores), space_id=spec.space_id)
-    hub = await _build(layout, config, spec, store, Feed(state))
+    engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes())
+    space = engine.feed.state.space
+    log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
+    hub = await _build(layout, config, spec, engine)
     for server in hub.servers:
         await server.start()
     log.info("serving", hub=config.hub_address, enrolment=config.enrol_address)
     return await _run(hub, config, stop)
 
 
-async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, store: Store, feed: Feed) -> _Hub:
+async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: Engine) -> _Hub:
+    store, feed = engine.store, engine.feed
     roster = Roster(await store.do(list_members))
     gate = Gate(roster)
-    history = History(store, spec, feed)
-    loop = MergeLoop(store, spec, feed, history)
     traffic = Traffic(store)
-    intake = Intake(store, spec, config.limits, feed, history)
-    streams = Streams(store, spec, config.limits, feed, history, gate, traffic)
+    streams = Streams(store, spec, config.limits, feed, engine.history, gate, traffic)
     health = HealthServicer()
 
     def admit(method: str, context: Context) -> None:
@@ -102,7 +95,7 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, store: S
         options=HUB_OPTIONS,
         maximum_concurrent_rpcs=config.limits.concurrent_calls,
     )
-    service = HubService(store, spec, feed, intake, loop, streams, traffic)
+    service = HubService(store, spec, feed, engine.intake, engine.loop, streams, traffic)
     hub_pb2_grpc.add_HubServicer_to_server(service, main)
     fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(store, config, spec.space_id, feed), main)
     health_pb2_grpc.add_HealthServicer_to_server(health, main)
@@ -112,7 +105,7 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, store: S
     _bind(main, config.listen, config.hub_port, members_only)
     enrolment = _enrolment_server(config, EnrolmentService(store, config, authority, roster, spec.space_id))
     _bind(enrolment, config.listen, config.enrol_port, grpc.ssl_server_credentials([pair]))
-    return _Hub(store, feed, loop, traffic, health, (main, enrolment))
+    return _Hub(engine, traffic, health, (main, enrolment))
 
 
 def _enrolment_server(config: ServerConfig, service: EnrolmentService) -> aio.Server:
@@ -142,20 +135,21 @@ def _bind(server: aio.Server, host: str, port: int, credentials: grpc.ServerCred
 
 async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event) -> int:
     """Wait for the first of: asked to stop, storage failed, a background task ended."""
-    merging = asyncio.create_task(hub.loop.run(), name="merge loop")
+    store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
+    merging = asyncio.create_task(loop.run(), name="merge loop")
     counting = asyncio.create_task(hub.traffic.run(), name="traffic")
     asked = asyncio.create_task(stop.wait())
-    failed = asyncio.create_task(hub.store.failed.wait())
-    hub.loop.wake()
+    failed = asyncio.create_task(store.failed.wait())
+    loop.wake()
     await asyncio.wait({merging, counting, asked, failed}, return_when=asyncio.FIRST_COMPLETED)
     await hub.health.enter_graceful_shutdown()
-    hub.feed.close()
+    feed.close()
     broken = failed.done() or merging.done() or counting.done()
     for background in (merging, counting):
         if background.done() and (error := background.exception()) is not None:
             log.failure(f"{background.get_name()} failed", error)
     log.info("stopping", broken=broken)
-    hub.loop.stop()
+    loop.stop()
     counting.cancel()
     asked.cancel()
     failed.cancel()
@@ -164,6 +158,6 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event) -> int:
     await asyncio.gather(merging, counting, asked, failed, return_exceptions=True)
     if not broken:
         await hub.traffic.flush()
-    await hub.store.close()
+    await hub.engine.close()
     log.info("stopped", broken=broken)
     return EXIT_FAILED if broken else EXIT_STOPPED

@@ -21,6 +21,7 @@ from share_server.hub.intake import Intake
 from share_server.hub.merging import MergeLoop
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
+from share_server.store.members import list_members
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
 from share_server.store.store import Store
@@ -79,6 +80,11 @@ class HubService(hub_pb2_grpc.HubServicer):
         if row is None or visible not in (None, row.new.member.split("/", 1)[0]):
             raise UnknownUpdateError(f"there is no update {update_id} of {caller.organisation}")
         return hub_pb2.GetUpdateResponse(update=convert.update_record(row))
+
+    async def GetUpload(self, request: hub_pb2.GetUploadRequest, context: Context) -> hub_pb2.GetUploadResponse:
+        """How much of an unfinished upload is durable."""
+        check_update_id(request.update_id)
+        return hub_pb2.GetUploadResponse()
 
     async def ListUpdates(self, request: hub_pb2.ListUpdatesRequest, context: Context) -> hub_pb2.ListUpdatesResponse:
         """The updates of the caller's organisation in ingest order; operators see all."""
@@ -150,6 +156,21 @@ class HubService(hub_pb2_grpc.HubServicer):
             subspace_bytes=bases_bytes(space),
             compactions=compactions,
         )
+
+    async def GetRoster(self, request: hub_pb2.GetRosterRequest, context: Context) -> hub_pb2.GetRosterResponse:
+        """Every member with the key it enrolled last, for relays."""
+        rows = await self._store.do(list_members)
+        return hub_pb2.GetRosterResponse(
+            members=[
+                hub_pb2.RosterMember(member=row.member, role=row.role, key_sha256=row.key_sha256, revoked=row.revoked)
+                for row in rows
+            ]
+        )
+
+    async def Backup(self, request: hub_pb2.BackupRequest, context: Context) -> AsyncIterator[hub_pb2.BackupProgress]:
+        """Copy the store while serving."""
+        raise RequestError("backup is not available")
+        yield hub_pb2.BackupProgress()
 
     def _evaluation(self, caller: Caller, one: hub_pb2.Evaluation) -> EvaluationRow:
         organisation, _ = split_task_id(one.task_id)

@@ -1,0 +1,132 @@
+"""Signed manifests: what the hub says about the bytes it publishes.
+
+A manifest is about one payload: the step to a version (``kind`` ``version``), or a whole version (``snapshot``).
+Version manifests form a chain: each names the SHA-256 of the body before it, so a follower that holds one knows whether
+the next continues it. The body is canonical JSON (sorted keys, no spaces, ASCII). Signed are the bytes
+``"fedshare manifest 1" || len(body) as eight big-endian bytes || body``, by Ed25519, with a key whose certificate the
+federation's authority has issued for the role ``signer``. Bytes are signed, never an object written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from share_core.errors import CertificateError, ManifestError
+from share_core.identity.authority import check_validity, verified_signer_key
+
+VERSION, SNAPSHOT = "version", "snapshot"
+"""Kinds of manifests."""
+
+GENESIS = ""
+"""``previous`` of the manifest of version 1."""
+
+_DOMAIN = b"fedshare manifest 1"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One statement."""
+
+    kind: str
+    """``version``: the payload is the step from the version before. ``snapshot``: it is the whole version."""
+    space_id: str
+    """The space."""
+    version: int
+    """The version that the payload leads to or is."""
+    previous: str
+    """Hexadecimal SHA-256 of a body: for ``version`` that of the version before, ``""`` before version 1; for
+    ``snapshot`` that of this version's own ``version`` manifest."""
+    payload_sha256: str
+    """Digest of the payload; empty for a version without a step, which is only published whole."""
+    payload_size: int
+    """Bytes of the payload."""
+    issued_ms: int
+    """When the hub said so, milliseconds since 1970."""
+
+
+@dataclass(frozen=True)
+class SignedManifest:
+    """Body and signature as they travel and are stored."""
+
+    body: bytes
+    """Canonical JSON."""
+    signature: bytes
+    """Ed25519, 64 bytes."""
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of the body: what the next manifest links to."""
+        return hashlib.sha256(self.body).hexdigest()
+
+
+def sign_manifest(key_pem: bytes, manifest: Manifest) -> SignedManifest:
+    """Return ``manifest`` signed with the hub's signing key (PEM).
+
+    Raises:
+        CertificateError: the key is no Ed25519 key.
+    """
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise CertificateError("signing key cannot be read: expected an unencrypted PKCS#8 PEM") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise CertificateError(f"signing key is a {type(key).__name__}, expected Ed25519")
+    body = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    return SignedManifest(body, key.sign(_signed_bytes(body)))
+
+
+class ManifestVerifier:
+    """Checks manifests of one hub: the signer's certificate against the authority once, then each signature."""
+
+    def __init__(self, ca_cert: bytes, signer_certificate: bytes, now: datetime) -> None:
+        """Trust ``signer_certificate`` (PEM) if the authority (PEM) has issued it for the role ``signer``.
+
+        Raises:
+            CertificateError: it has not, or the certificate is not valid now.
+        """
+        self._key: Ed25519PublicKey = verified_signer_key(ca_cert, signer_certificate)
+        check_validity(signer_certificate, now)
+
+    def read(self, signed: SignedManifest) -> Manifest:
+        """Return what a manifest says.
+
+        Raises:
+            ManifestError: its signature does not match, or its body is not one of ours.
+        """
+        try:
+            self._key.verify(signed.signature, _signed_bytes(signed.body))
+        except InvalidSignature:
+            raise ManifestError("manifest: the signature is not the hub's: the payload may be forged") from None
+        return parse_manifest(signed.body)
+
+
+def parse_manifest(body: bytes) -> Manifest:
+    """Read a body whose signature was checked, or that comes from our own disk.
+
+    Raises:
+        ManifestError: it is not the canonical form of a manifest.
+    """
+    try:
+        values: Any = json.loads(body)
+        manifest = Manifest(**values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ManifestError(f"manifest: the body cannot be read: {error}") from error
+    for name, kind in Manifest.__annotations__.items():
+        expected = int if kind == "int" else str
+        if type(getattr(manifest, name)) is not expected:
+            raise ManifestError(f"manifest: {name} is {values[name]!r}, expected {expected.__name__}")
+    if manifest.kind not in (VERSION, SNAPSHOT) or manifest.version < 1:
+        raise ManifestError(f"manifest: {manifest.kind!r} of version {manifest.version} is nothing that is published")
+    return manifest
+
+
+def _signed_bytes(body: bytes) -> bytes:
+    return _DOMAIN + len(body).to_bytes(8, "big") + body
