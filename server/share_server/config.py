@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import json
+import math
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,10 +49,20 @@ class LimitConfig:
 
     max_payload_bytes: int = 64 * 2**20
     """Largest update payload."""
-    concurrent_calls: int = 512
-    """Most calls in progress at once, streams included; more are shed with RESOURCE_EXHAUSTED."""
-    concurrent_uploads: int = 16
+    concurrent_calls: int = 2048
+    """Most calls in progress at once, streams included; more are shed with RESOURCE_EXHAUSTED and a retry hint."""
+    concurrent_uploads: int = 256
     """Most updates being received at once; more are told to try again."""
+    inflight_bytes: int = 256 * 2**20
+    """Most payload bytes being received at once over all uploads; more are told to try again."""
+    member_calls_per_s: float = 0.0
+    """Uploads per second of one member; 0 means no limit."""
+    member_bytes_per_s: float = 0.0
+    """Payload bytes per second of one member; 0 means no limit."""
+    organisation_calls_per_s: float = 0.0
+    """Uploads per second of all members of one organisation together; 0 means no limit."""
+    organisation_bytes_per_s: float = 0.0
+    """Payload bytes per second of one organisation; 0 means no limit."""
     upload_idle_s: float = 30.0
     """Longest pause between two messages of an upload."""
     upload_total_s: float = 600.0
@@ -68,6 +80,46 @@ class LimitConfig:
 
 
 @dataclass(frozen=True)
+class RetentionConfig:
+    """What is kept for how long. The journal and the newest version are always kept."""
+
+    horizon_versions: int = 1000
+    """An update may be based on a version at most this much older than the newest."""
+    snapshot_every: int = 64
+    """A whole version is kept on disk every so many versions."""
+    upload_hours: float = 24.0
+    """Life of an unfinished upload, in hours since its last byte."""
+    staging_bytes_per_organisation: int = 2**30
+    """Most bytes of unfinished uploads that one organisation may have on disk."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How waiting updates become versions."""
+
+    batch: int = 32
+    """Most updates that one version takes."""
+    buffer: int = 1
+    """A version waits for this many updates of shared tasks; 1 merges each as it comes."""
+    buffer_wait_s: float = 5.0
+    """Longest wait for a full buffer in seconds."""
+    staleness: str = field(default="polynomial", metadata={"choices": ("constant", "polynomial", "hinge")})
+    """How less an update counts that was trained on an older version."""
+    staleness_a: float = 0.5
+    """Strength of the staleness rule."""
+    staleness_b: float = 4.0
+    """Versions that the hinge rule forgives."""
+    mixing: str = field(default="mean", metadata={"choices": ("mean", "fedasync", "fedbuff")})
+    """How several clients' updates of one task become one."""
+    alpha: float = field(default=0.5, metadata={"most": 1.0})
+    """Mixing rate of fedasync and server rate of fedbuff, above 0 and at most 1."""
+    rows_cap: int = 0
+    """Declared training rows weigh up to this number; 0 means that they do not weigh at all."""
+    refits: int = 8
+    """Rounds of refitting in one merge."""
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """One server."""
 
@@ -81,12 +133,18 @@ class ServerConfig:
     """Port of the Enrolment service, the only one without a client certificate."""
     gateway_port: int = DEFAULT_PORT + 2
     """Port of the Flower gateway. Client certificate required."""
+    metrics_port: int = 0
+    """Port on 127.0.0.1 of the Prometheus metrics, without TLS and for this machine only; 0 turns them off."""
     certificate_days: float = 90.0
     """Life of a member's certificate in days."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     """How work is handed out."""
     limits: LimitConfig = field(default_factory=LimitConfig)
     """What callers may cost."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    """What is kept for how long."""
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    """How waiting updates become versions."""
 
     @property
     def hub_address(self) -> str:
@@ -108,6 +166,15 @@ class ServerConfig:
         """``host:port`` under which processes on this machine reach the hub."""
         any_interface = self.listen in {"0.0.0.0", "[::]", "::"}
         return join_address("127.0.0.1" if any_interface else self.listen, self.hub_port)
+
+
+_SECTIONS: Mapping[str, type[Any]] = {
+    "lease": LeaseConfig,
+    "limits": LimitConfig,
+    "retention": RetentionConfig,
+    "merge": MergeConfig,
+}
+"""Tables of ``server.toml`` and what they hold."""
 
 
 def join_address(host: str, port: int) -> str:
@@ -145,13 +212,10 @@ def read_config(path: Path) -> ServerConfig:
         raise ConfigError(f"{path} does not exist: run 'share-server init {path.parent}' first") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    lease = _section(LeaseConfig, values.pop("lease", {}), f"{path}: [lease]")
-    limits = _section(LimitConfig, values.pop("limits", {}), f"{path}: [limits]")
-    config = _section(ServerConfig, values, str(path), lease=lease, limits=limits)
+    parts = {name: _section(cls, values.pop(name, {}), f"{path}: [{name}]") for name, cls in _SECTIONS.items()}
+    config = _section(ServerConfig, values, str(path), **parts)
     check_hosts(config.hosts, str(path))
-    ports = [config.hub_port, config.enrol_port, config.gateway_port]
-    if not all(1 <= port <= 65535 for port in ports) or len(set(ports)) != 3:
-        raise ConfigError(f"{path}: hub_port, enrol_port and gateway_port must be three ports, got {ports}")
+    _check_ports(config, path)
     return config
 
 
@@ -159,13 +223,21 @@ def config_to_toml(config: ServerConfig) -> str:
     """Return ``config`` as the text of a ``server.toml`` that :func:`read_config` reads back unchanged."""
     lines = ["# fedshare server. Every key may be left out; share-server init wrote the values in force."]
     lines += [f"{name} = {_literal(value)}" for name, value in _plain(config).items()]
-    for section, part in (("lease", config.lease), ("limits", config.limits)):
+    for section in _SECTIONS:
         lines += ["", f"[{section}]"]
-        lines += [f"{name} = {_literal(value)}" for name, value in _plain(part).items()]
+        lines += [f"{name} = {_literal(value)}" for name, value in _plain(getattr(config, section)).items()]
     return "\n".join(lines) + "\n"
 
 
-def _plain(value: ServerConfig | LeaseConfig | LimitConfig) -> dict[str, Any]:
+def _check_ports(config: ServerConfig, path: Path) -> None:
+    ports = [config.hub_port, config.enrol_port, config.gateway_port]
+    if not all(1 <= port <= 65535 for port in ports) or len(set(ports)) != 3:
+        raise ConfigError(f"{path}: hub_port, enrol_port and gateway_port must be three ports, got {ports}")
+    if config.metrics_port > 65535 or config.metrics_port in ports:
+        raise ConfigError(f"{path}: metrics_port must be a port of its own, or 0 for none, got {config.metrics_port}")
+
+
+def _plain(value: Any) -> dict[str, Any]:
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     return {name: item for name, item in fields.items() if not dataclasses.is_dataclass(item)}
 
@@ -185,7 +257,16 @@ def _section(cls: type[T], values: Any, where: str, **parts: Any) -> T:
             allowed = ", ".join(sorted(set(fields) - set(parts)))
             raise ConfigError(f"{where}: unknown key {name!r}; allowed are {allowed}")
         checked[name] = _value(fields[name].default, value, f"{where}: {name}")
+        _check_choice(fields[name].metadata, checked[name], f"{where}: {name}")
     return cls(**checked, **parts)
+
+
+def _check_choice(bounds: Mapping[str, Any], value: Any, where: str) -> None:
+    """Refuse what the field's own ``choices`` or ``most`` rule out."""
+    if "choices" in bounds and value not in bounds["choices"]:
+        raise ConfigError(f"{where} must be one of {', '.join(bounds['choices'])}, got {value!r}")
+    if "most" in bounds and value > bounds["most"]:
+        raise ConfigError(f"{where} must be at most {bounds['most']:g}, got {value!r}")
 
 
 def _value(default: Any, value: Any, where: str) -> Any:
@@ -201,8 +282,8 @@ def _value(default: Any, value: Any, where: str) -> Any:
     whole = isinstance(default, int)
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(f"{where} must be a {'whole number' if whole else 'number'}, got {value!r}")
-    if not (value > 0 or (value == 0 and default == 0)):
-        raise ConfigError(f"{where} must be greater than zero, got {value!r}")
+    if not (0 < value < math.inf or (value == 0 and default == 0)):
+        raise ConfigError(f"{where} must be finite and greater than zero, got {value!r}")
     return value if whole else float(value)
 
 

@@ -20,6 +20,8 @@ from share_server.cli import app
 from share_server.config import (
     LeaseConfig,
     LimitConfig,
+    MergeConfig,
+    RetentionConfig,
     ServerConfig,
     config_to_toml,
     join_address,
@@ -46,7 +48,10 @@ def test_a_written_configuration_reads_back_unchanged(tmp_path: Path) -> None:
         listen="0.0.0.0",
         hub_port=9001,
         lease=LeaseConfig(minutes=0.5, max_updates=3),
-        limits=LimitConfig(recheck_s=1.5),
+        limits=LimitConfig(recheck_s=1.5, member_bytes_per_s=1e6),
+        retention=RetentionConfig(horizon_versions=7),
+        merge=MergeConfig(staleness="hinge", mixing="fedbuff", buffer=4),
+        metrics_port=9100,
     )
     path = tmp_path / "server.toml"
     path.write_text(config_to_toml(config))
@@ -68,6 +73,14 @@ def test_a_written_configuration_reads_back_unchanged(tmp_path: Path) -> None:
         ("[lease]\nminutes = 0", "greater than zero"),
         ("[lease]\nminutes = -1.5", "greater than zero"),
         ("lease = 3", "must be a table"),
+        ("[merge]\nmixing = 'median'", "mixing must be one of mean, fedasync, fedbuff"),
+        ("[merge]\nstaleness = 'none'", "staleness must be one of constant"),
+        ("[merge]\nalpha = 1.5", "alpha must be at most 1"),
+        ("[merge]\nalpha = inf", "alpha must be finite"),
+        ("[retention]\nhorizon = 5", "unknown key 'horizon'"),
+        ("[limits]\ninflight_bytes = 0", "greater than zero"),
+        ("metrics_port = 7444", "port of its own"),
+        ("metrics_port = 70000", "port of its own"),
         ("hosts = [", "cannot be read"),
     ],
 )
