@@ -18,6 +18,7 @@ import typer
 
 from share_core.command_line import INTERRUPTED, run_command
 from share_simulations.bench_cli import bench_app
+from share_simulations.chaos_cli import chaos_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ run_app = typer.Typer(no_args_is_help=True, help="Run a federation to its end an
 data_app = typer.Typer(no_args_is_help=True, help="Write data to try the commands by hand with.")
 app.add_typer(run_app, name="run")
 app.add_typer(bench_app, name="bench")
+app.add_typer(chaos_app, name="chaos")
 app.add_typer(data_app, name="data")
 
 Seed = Annotated[int, typer.Option(help="Seed of data, initial values and order of the rows.")]
