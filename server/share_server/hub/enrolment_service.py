@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,13 +11,14 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc import aio
 
-from share_core.errors import RequestError, TokenError, UnavailableError
+from share_core.errors import OverloadError, RequestError, TokenError
 from share_core.identity import check_token, public_key_pem_of_certificate, sign_csr
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc
 from share_server.config import ServerConfig
 from share_server.hub import log
 from share_server.hub.access import MEMBER_ROLES, Roster
 from share_server.hub.clock import now_ms
+from share_server.hub.quota import Buckets, retry_ms
 from share_server.store.members import enrol_member, key_digest
 from share_server.store.records import MemberRow
 from share_server.store.store import Store
@@ -45,22 +45,21 @@ class RateLimit:
 
     def __init__(self, per_minute: int) -> None:
         self._per_minute = per_minute
-        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._buckets = Buckets(per_minute / 60, float(per_minute), _MOST_PEERS)
 
     def take(self, address: str, now_s: float) -> None:
         """Count one call.
 
         Raises:
-            UnavailableError: the address has used up its calls.
+            OverloadError: the address has used up its calls.
         """
-        level, last = self._levels.pop(address, (float(self._per_minute), now_s))
-        level = min(float(self._per_minute), level + (now_s - last) * self._per_minute / 60)
-        allowed = level >= 1
-        self._levels[address] = (level - 1 if allowed else level, now_s)
-        while len(self._levels) > _MOST_PEERS:
-            self._levels.popitem(last=False)
-        if not allowed:
-            raise UnavailableError(f"more than {self._per_minute} enrolment calls per minute: try again later")
+        bucket = self._buckets.of(address, now_s)
+        if (wait := bucket.wait_s(1.0, now_s)) > 0:
+            hint = retry_ms(wait)
+            raise OverloadError(
+                f"more than {self._per_minute} enrolment calls per minute: try again in {hint} ms", hint
+            )
+        bucket.take(1.0)
 
 
 class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):

@@ -1,11 +1,16 @@
-"""The door in front of every RPC: access first, then the handler, then errors in the words of the contract."""
+"""The door in front of every RPC: room first, then access, then the handler, then errors in the words of the contract.
+
+Calls are counted here and not by gRPC, whose own limit answers without a word on when to try again. That one is set a
+little higher and only stands behind this one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -13,19 +18,39 @@ from grpc import aio
 
 from share_core.errors import ERROR_KEY, RETRY_KEY, FedshareError, OverloadError, UnavailableError
 from share_server.hub import log
+from share_server.hub.metrics import Metrics
+
+SHED_RETRY_MS = 1000
+"""Hint for a call that found no room."""
 
 _LONGEST_SENTENCE = 1500
+_ALWAYS_ADMITTED = "/grpc.health.v1.Health/Check"
+_LOG_EVERY_S = 1.0
 
-Admit = Callable[[str, aio.ServicerContext[Any, Any]], None]
+Context = aio.ServicerContext[Any, Any]
+
+Admit = Callable[[str, Context], None]
 """Checks one call and raises a FedshareError to refuse it."""
+
+
+def backstop(most_calls: int) -> int:
+    """Return gRPC's own limit for a door that lets ``most_calls`` in: room for those that are being refused."""
+    return most_calls + max(64, most_calls // 4)
 
 
 class Door(aio.ServerInterceptor):
     """Wraps all four kinds of handlers. ``admit`` runs before the handler sees anything."""
 
-    def __init__(self, admit: Admit, write_timeout_s: float) -> None:
+    def __init__(
+        self, admit: Admit, write_timeout_s: float, most_calls: int = 0, metrics: Metrics | None = None
+    ) -> None:
+        """Let at most ``most_calls`` in at once (0: any number); count refusals in ``metrics``."""
         self._admit = admit
         self._write_timeout_s = write_timeout_s
+        self._most_calls = most_calls
+        self._refusals = Refusals(metrics)
+        self.open_calls = 0
+        """Calls in progress, streams included."""
 
     async def intercept_service(
         self,
@@ -49,30 +74,46 @@ class Door(aio.ServerInterceptor):
         return None
 
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def guarded(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        async def guarded(request: Any, context: Context) -> Any:
             try:
-                self._admit(method, context)
-                return await behaviour(request, context)
+                with self._room(method):
+                    self._admit(method, context)
+                    return await behaviour(request, context)
             except Exception as error:
-                await refuse(method, context, error)
+                await self._refusals.refuse(method, context, error)
 
         return guarded
 
     def _many(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        async def guarded(request: Any, context: aio.ServicerContext[Any, Any]) -> None:
+        async def guarded(request: Any, context: Context) -> None:
             try:
-                self._admit(method, context)
-                answer = behaviour(request, context)
-                if isinstance(answer, AsyncGenerator):
-                    async with aclosing(answer):
-                        async for message in answer:
-                            await self._write(context, message)
-                else:
-                    await answer
+                with self._room(method):
+                    self._admit(method, context)
+                    answer = behaviour(request, context)
+                    if isinstance(answer, AsyncGenerator):
+                        async with aclosing(answer):
+                            async for message in answer:
+                                await self._write(context, message)
+                    else:
+                        await answer
             except Exception as error:
-                await refuse(method, context, error)
+                await self._refusals.refuse(method, context, error)
 
         return guarded
+
+    @contextmanager
+    def _room(self, method: str) -> Iterator[None]:
+        """Count a call while it runs; a probe of health is always let in, or overload would look like death."""
+        if self._most_calls and self.open_calls >= self._most_calls and method != _ALWAYS_ADMITTED:
+            raise OverloadError(
+                f"{self._most_calls} calls are in progress, which is the most: try again in {SHED_RETRY_MS} ms",
+                SHED_RETRY_MS,
+            )
+        self.open_calls += 1
+        try:
+            yield
+        finally:
+            self.open_calls -= 1
 
     async def _write(self, context: aio.ServicerContext[Any, Any], message: Any) -> None:
         """Send one message; a reader that does not take it in time is cut and costs nothing any more."""
@@ -84,24 +125,48 @@ class Door(aio.ServerInterceptor):
             ) from error
 
 
-async def refuse(method: str, context: aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
-    """End a call with ``error``: its status, its sentence, and its class name under ``ERROR_KEY``.
+class Refusals:
+    """Ends calls in errors, counts them, and writes them down."""
 
-    Anything that is not a FedshareError is a fault of ours: the caller learns only a number under which the operator
-    finds the traceback in the log.
-    """
-    if isinstance(error, aio.AbortError):
-        raise error
-    if isinstance(error, FedshareError):
-        name, code, sentence = type(error).__name__, grpc.StatusCode[error.grpc_code], str(error)
-        log.warning("refused", method=method, peer=context.peer(), error=name, reason=sentence)
-    else:
-        number = secrets.token_hex(4)
-        name, code = FedshareError.__name__, grpc.StatusCode.INTERNAL
-        sentence = f"the hub failed on this call; its log has the reason under {number}"
-        log.failure("call failed", error, method=method, number=number)
-    trailing = [(ERROR_KEY, name)]
-    if isinstance(error, OverloadError):
-        trailing.append((RETRY_KEY, str(error.retry_after_ms)))
-    await context.abort(code, sentence[:_LONGEST_SENTENCE], tuple(trailing))
-    raise AssertionError("abort always raises")
+    def __init__(self, metrics: Metrics | None) -> None:
+        self._metrics = metrics
+        self._unwritten = 0
+        self._written_at = -_LOG_EVERY_S
+
+    async def refuse(self, method: str, context: Context, error: Exception) -> NoReturn:
+        """End a call with ``error``: its status, its sentence, and its class name under ``ERROR_KEY``.
+
+        Anything that is not a FedshareError is a fault of ours: the caller learns only a number under which the
+        operator finds the traceback in the log.
+        """
+        if isinstance(error, aio.AbortError):
+            raise error
+        if isinstance(error, FedshareError):
+            name, code, sentence = type(error).__name__, grpc.StatusCode[error.grpc_code], str(error)
+            self._write_down(method, context, error)
+        else:
+            number = secrets.token_hex(4)
+            name, code = FedshareError.__name__, grpc.StatusCode.INTERNAL
+            sentence = f"the hub failed on this call; its log has the reason under {number}"
+            log.failure("call failed", error, method=method, number=number)
+        if self._metrics is not None:
+            self._metrics.refused(name)
+        trailing = [(ERROR_KEY, name)]
+        if isinstance(error, OverloadError):
+            trailing.append((RETRY_KEY, str(error.retry_after_ms)))
+        await context.abort(code, sentence[:_LONGEST_SENTENCE], tuple(trailing))
+        raise AssertionError("abort always raises")
+
+    def _write_down(self, method: str, context: Context, error: FedshareError) -> None:
+        """Log a refusal; of refusals for overload one each second, or writing them would be the next overload."""
+        more = {}
+        if isinstance(error, OverloadError):
+            now = time.monotonic()
+            if now - self._written_at < _LOG_EVERY_S:
+                self._unwritten += 1
+                return
+            more = {"unwritten": self._unwritten} if self._unwritten else {}
+            self._written_at, self._unwritten = now, 0
+        log.warning(
+            "refused", method=method, peer=context.peer(), error=type(error).__name__, reason=str(error), **more
+        )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -18,7 +20,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from share_core.errors import ConfigError, UnavailableError
+from share_core.errors import ConfigError, StorageError, UnavailableError
 from share_core.spec_file import read_spec
 from share_core.types import SpaceSpec
 from share_proto.v1 import enrolment_pb2_grpc, fleet_pb2_grpc, hub_pb2_grpc
@@ -28,19 +30,33 @@ from share_server.hub.access import CALLER, Gate, Roster, require_tls13
 from share_server.hub.engine import Engine
 from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit
 from share_server.hub.fleet_service import FleetService
-from share_server.hub.interceptor import Door
+from share_server.hub.interceptor import Door, backstop
+from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import ENROLMENT_OPTIONS, HUB_OPTIONS
 from share_server.hub.streams import Streams
 from share_server.hub.tensor_service import HubService
+from share_server.hub.tls import PairFile, keep_renewed, server_credentials
 from share_server.hub.traffic import Traffic
 from share_server.layout import Layout
+from share_server.provision import renew_certificates
 from share_server.store.members import list_members
+from share_server.store.records import UpdateState
+from share_server.store.updates import count_states
 
 EXIT_STOPPED = 0
 """Asked to stop, and drained."""
 
 EXIT_FAILED = 1
 """The storage or the merge loop failed; nothing after the failure was acknowledged."""
+
+DAY_S = 86_400.0
+"""The hub looks so often, in seconds, whether its certificates are due; SIGHUP makes it look at once."""
+
+BROKEN_GRACE_S = 0.25
+"""After a failure, so long may those who watch the health of the hub take to learn of it."""
+
+ENROLMENT_CALLS = 32
+"""Most enrolment calls in progress at once."""
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -53,6 +69,9 @@ class _Hub:
     traffic: Traffic
     health: HealthServicer
     servers: tuple[aio.Server, ...]
+    door: Door
+    pair: PairFile
+    metrics: Metrics
 
 
 async def serve(layout: Layout) -> int:
@@ -66,49 +85,53 @@ async def serve(layout: Layout) -> int:
     config = read_config(layout.config)
     spec = read_spec(layout.space)
     torch.set_num_threads(1)  # the same bits on every start; the merge thread is one of several anyway
-    stop = asyncio.Event()
+    stop, look = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look.set)
+    metrics = Metrics()
     engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes())
     space = engine.feed.state.space
     log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
-    hub = await _build(layout, config, spec, engine)
-    for server in hub.servers:
-        await server.start()
-    log.info("serving", hub=config.hub_address, enrolment=config.enrol_address)
-    return await _run(hub, config, stop)
+    hub = await _build(layout, config, spec, engine, metrics)
+    async with serve_metrics(metrics, lambda: _levels(hub, config), config.metrics_port):
+        for server in hub.servers:
+            await server.start()
+        log.info("serving", hub=config.hub_address, enrolment=config.enrol_address, metrics=config.metrics_port)
+        renewing = keep_renewed(lambda: renew_certificates(layout, config, datetime.now(UTC)), hub.pair, DAY_S, look)
+        return await _run(hub, config, stop, renewing)
 
 
-async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: Engine) -> _Hub:
-    store, feed = engine.store, engine.feed
+async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: Engine, metrics: Metrics) -> _Hub:
+    store, feed, limits = engine.store, engine.feed, config.limits
     roster = Roster(await store.do(list_members))
     gate = Gate(roster)
     traffic = Traffic(store)
-    streams = Streams(store, spec, config.limits, feed, engine.history, gate, traffic)
+    streams = Streams(store, spec, limits, feed, engine.history, gate, traffic)
     health = HealthServicer()
 
     def admit(method: str, context: Context) -> None:
         CALLER.set(gate.admit(method, context.auth_context()))
 
+    door = Door(admit, limits.write_timeout_s, limits.concurrent_calls, metrics)
     main = aio.server(
-        interceptors=[Door(admit, config.limits.write_timeout_s)],
-        options=HUB_OPTIONS,
-        maximum_concurrent_rpcs=config.limits.concurrent_calls,
+        interceptors=[door], options=HUB_OPTIONS, maximum_concurrent_rpcs=backstop(limits.concurrent_calls)
     )
     service = HubService(store, spec, feed, engine.intake, engine.loop, streams, traffic)
     hub_pb2_grpc.add_HubServicer_to_server(service, main)
     fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(store, config, spec.space_id, feed), main)
     health_pb2_grpc.add_HealthServicer_to_server(health, main)
     authority = Authority(layout.ca_cert.read_bytes(), layout.ca_key.read_bytes(), layout.enrol_key.read_bytes())
-    pair = (layout.key("server").read_bytes(), layout.certificate("server").read_bytes())
-    members_only = grpc.ssl_server_credentials([pair], authority.certificate, require_client_auth=True)
-    _bind(main, config.listen, config.hub_port, members_only)
-    enrolment = _enrolment_server(config, EnrolmentService(store, config, authority, roster, spec.space_id))
-    _bind(enrolment, config.listen, config.enrol_port, grpc.ssl_server_credentials([pair]))
-    return _Hub(engine, traffic, health, (main, enrolment))
+    pair = PairFile(
+        layout.key("server"), layout.certificate("server"), authority.certificate, metrics.certificate_alarm
+    )
+    bind(main, config.listen, config.hub_port, server_credentials(pair, authority.certificate))
+    enrolment = _enrolment_server(config, EnrolmentService(store, config, authority, roster, spec.space_id), metrics)
+    bind(enrolment, config.listen, config.enrol_port, server_credentials(pair, None))
+    return _Hub(engine, traffic, health, (main, enrolment), door, pair, metrics)
 
 
-def _enrolment_server(config: ServerConfig, service: EnrolmentService) -> aio.Server:
+def _enrolment_server(config: ServerConfig, service: EnrolmentService, metrics: Metrics) -> aio.Server:
     rate = RateLimit(config.limits.enrolments_per_minute)
 
     def admit(method: str, context: Context) -> None:
@@ -116,32 +139,61 @@ def _enrolment_server(config: ServerConfig, service: EnrolmentService) -> aio.Se
         rate.take(address, asyncio.get_running_loop().time())
         require_tls13(context.auth_context())
 
+    door = Door(admit, config.limits.write_timeout_s, ENROLMENT_CALLS, metrics)
     server = aio.server(
-        interceptors=[Door(admit, config.limits.write_timeout_s)], options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=32
+        interceptors=[door], options=ENROLMENT_OPTIONS, maximum_concurrent_rpcs=backstop(ENROLMENT_CALLS)
     )
     enrolment_pb2_grpc.add_EnrolmentServicer_to_server(service, server)
     return server
 
 
-def _bind(server: aio.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> None:
+def bind(server: aio.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> None:
+    """Let ``server`` listen on one port.
+
+    Raises:
+        UnavailableError: the port is taken. ConfigError: it is not the one that was asked for.
+    """
     address = join_address(host, port)
     try:
         bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise UnavailableError(f"cannot listen on {address}: is another server using the port?") from error
+        raise UnavailableError(
+            f"cannot listen on {address}: is another server using the port? Stop it, or choose another port"
+        ) from error
     if bound != port:
         raise ConfigError(f"cannot listen on {address}: got port {bound}")
 
 
-async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event) -> int:
+async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
+    """Return what a scrape asks for; without the store's part once the storage has failed."""
+    store, feed = hub.engine.store, hub.engine.feed
+    levels: dict[str, float | dict[str, float]] = {
+        "version": feed.version,
+        "subscribers": feed.subscribers,
+        "storage_failed": store.failed.is_set(),
+        "open_calls": hub.door.open_calls,
+        "open_connections": await asyncio.to_thread(count_connections, config.hub_port),
+        "certificate_expiry_seconds": (hub.pair.expires - datetime.now(UTC)).total_seconds(),
+    }
+    try:
+        states = await store.do(count_states)
+        levels["disk_free_bytes"] = await store.io(store.blobs.free_bytes)
+    except StorageError:
+        return levels
+    levels["updates"] = {state.name.lower(): count for state, count in states.items()}
+    levels["waiting_updates"] = states[UpdateState.ACCEPTED]
+    return levels
+
+
+async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> int:
     """Wait for the first of: asked to stop, storage failed, a background task ended."""
     store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
     merging = asyncio.create_task(loop.run(), name="merge loop")
     counting = asyncio.create_task(hub.traffic.run(), name="traffic")
-    asked = asyncio.create_task(stop.wait())
-    failed = asyncio.create_task(store.failed.wait())
+    others = [asyncio.create_task(work) for work in (renewing, stop.wait(), store.failed.wait())]
+    failed = others[-1]
     loop.wake()
-    await asyncio.wait({merging, counting, asked, failed}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({merging, counting, *others}, return_when=asyncio.FIRST_COMPLETED)
     await hub.health.enter_graceful_shutdown()
     feed.close()
     broken = failed.done() or merging.done() or counting.done()
@@ -150,12 +202,11 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event) -> int:
             log.failure(f"{background.get_name()} failed", error)
     log.info("stopping", broken=broken)
     loop.stop()
-    counting.cancel()
-    asked.cancel()
-    failed.cancel()
-    grace = 0.0 if broken else config.limits.drain_s
+    for task in (counting, *others):
+        task.cancel()
+    grace = BROKEN_GRACE_S if broken else config.limits.drain_s
     await asyncio.gather(*(server.stop(grace) for server in hub.servers))
-    await asyncio.gather(merging, counting, asked, failed, return_exceptions=True)
+    await asyncio.gather(merging, counting, *others, return_exceptions=True)
     if not broken:
         await hub.traffic.flush()
     await hub.engine.close()
