@@ -1,0 +1,231 @@
+"""``share-sim chaos kill``: SIGKILL at random moments under load; no acknowledged update is lost or merged twice.
+
+The campaign runs in rounds, each with a server directory of its own, because a start verifies everything that was ever
+stored. A round brings a fixed number of updates to their acknowledgement while the hub is killed and started again,
+sometimes in the middle of its recovery, and then checks every promise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from share_core.errors import ConfigError, UnavailableError
+from share_server.local import LocalHub
+from share_simulations.chaos.endcheck import Book, Verdict, check_promises
+from share_simulations.chaos.load import ROOMY, Crowd, Swarm, Victim, follow, toy_space
+from share_simulations.chaos.planted import KILL_BUGS, write_hub
+from share_simulations.chaos.show import Meter
+
+_PAUSE_S = 0.1
+_IN_RECOVERY = 0.1
+"""Share of the kills that hit a hub that is starting."""
+
+
+@dataclass(frozen=True)
+class KillOptions:
+    """One campaign."""
+
+    acks: int = 100_000
+    """Acknowledgements in all."""
+    kills: int = 300
+    """SIGKILLs in all."""
+    per_round: int = 10_000
+    """Acknowledgements of one round, that is of one server directory."""
+    crowd: Crowd = field(default_factory=Crowd)
+    """Who sends."""
+    seed: int = 0
+    """Seed of the payloads and of the moments."""
+    mutants: bool = False
+    """Whether the planted bugs are tried as well."""
+    directory: Path | None = None
+    """Where server directories are made; None: the system's place for temporary files."""
+
+
+@dataclass
+class _Round:
+    """What one round brought."""
+
+    acks: int = 0
+    kills: int = 0
+    recoveries: list[float] = field(default_factory=list)
+    retries: int = 0
+    loaded_s: float = 0.0
+    verdict: Verdict | None = None
+    problems: list[str] = field(default_factory=list)
+    book: Book = field(default_factory=Book)
+
+
+def run_kill(options: KillOptions) -> dict[str, Any]:
+    """Run the campaign and return its report; ``problems`` is empty when every promise was kept.
+
+    Raises:
+        ConfigError: the numbers make no campaign.
+    """
+    if min(options.acks, options.per_round) < 1 or options.kills < 0:
+        raise ConfigError("expected at least one acknowledgement, in all and per round, and no negative kills")
+    with Meter("chaos kill") as meter:
+        rounds = [_run(plan, meter, None) for plan in _plans(options)]
+        caught = {bug: _catch(options, bug, meter) for bug in KILL_BUGS} if options.mutants else {}
+    return _report(options, rounds, caught)
+
+
+def _plans(options: KillOptions) -> list[KillOptions]:
+    """Deal acknowledgements and kills to rounds as evenly as possible."""
+    count = -(-options.acks // options.per_round)
+    return [
+        replace(
+            options,
+            acks=options.acks * (n + 1) // count - options.acks * n // count,
+            kills=options.kills * (n + 1) // count - options.kills * n // count,
+            seed=options.seed * 1000 + n + 1,
+        )
+        for n in range(count)
+    ]
+
+
+def _catch(options: KillOptions, bug: str, meter: Meter) -> list[str]:
+    """Return what a short campaign holds against a hub with a planted bug."""
+    crowd = replace(options.crowd, clients=min(options.crowd.clients, 40), twice=0.2)
+    plan = replace(options, acks=400, kills=4, crowd=crowd, seed=options.seed * 1000 + 77)
+    problems = _run(plan, meter, bug).problems
+    meter.note(f"planted bug {bug}: {'caught: ' + problems[0] if problems else 'NOT CAUGHT'}")
+    return problems
+
+
+def _run(plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
+    with tempfile.TemporaryDirectory(prefix="fedshare-kill-", dir=plan.directory) as folder:
+        script = None if bug is None else write_hub(bug, Path(folder))
+        server = LocalHub(Path(folder) / "server", toy_space(), ROOMY, script=script)
+        result = asyncio.run(_round(server, plan, meter, bug))
+    if bug is None:
+        rate = result.acks / max(result.loaded_s, 1e-9)
+        meter.note(
+            f"round over: {result.acks} acks, {result.kills} kills, {rate:.0f} acks/s while it served, "
+            f"{len(result.problems)} broken promises"
+        )
+    return result
+
+
+async def _round(server: LocalHub, plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
+    result, victim = _Round(), Victim(server)
+    try:
+        result.recoveries.append(await victim.start())
+        async with _clients(server, plan, result.book) as swarm:
+            await _storm(victim, swarm, plan, result, meter)
+            result.retries = swarm.retries
+            # Inside: the follower must see the versions that are made of what was sent last.
+            result.verdict = await asyncio.to_thread(_check, server, result.book, 60.0 if bug is None else 10.0)
+        result.acks = len(result.book.receipts)
+        result.problems = list(result.verdict.problems)
+        if (code := await victim.stop()) != 0:
+            result.problems.append(f"the hub ended with exit code {code} when it was asked to stop")
+    except UnavailableError as error:
+        result.acks = len(result.book.receipts)
+        result.problems = [*result.book.broken, str(error)]
+    finally:
+        victim.kill()
+    return result
+
+
+@contextlib.asynccontextmanager
+async def _clients(server: LocalHub, plan: KillOptions, book: Book) -> AsyncIterator[Swarm]:
+    """Enrol everybody; a follower listens as long as the block runs."""
+    members = range(plan.crowd.organisations)
+    holders = [await asyncio.to_thread(server.enrol, f"org{n}/sender") for n in members]
+    reader = await asyncio.to_thread(server.enrol, "readers/one", "reader")
+    following = asyncio.create_task(follow(server, reader, book, plan.seed))
+    async with Swarm(server, holders, plan.crowd, book, plan.seed) as swarm:
+        try:
+            yield swarm
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+
+async def _storm(victim: Victim, swarm: Swarm, plan: KillOptions, result: _Round, meter: Meter) -> None:
+    """Let the clients send everything while the hub dies ``plan.kills`` times."""
+    draw = random.Random(plan.seed)
+    moments = sorted(draw.randrange(plan.acks) for _ in range(plan.kills))
+    sending = asyncio.create_task(swarm.run(plan.acks))
+    began = time.monotonic()
+    try:
+        for moment in moments:
+            while len(result.book.receipts) < moment and not sending.done() and victim.alive:
+                meter.show(f"{len(result.book.receipts)} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(draw.uniform(0, _PAUSE_S))
+            result.loaded_s += time.monotonic() - began
+            result.recoveries.append(await _kill(victim, result, draw))
+            await swarm.adopt()
+            began = time.monotonic()
+        while not sending.done() and victim.alive:
+            meter.show(f"{len(result.book.receipts)} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
+            await asyncio.sleep(0.05)
+        if not victim.alive:
+            raise UnavailableError(f"the hub ended by itself: {victim.log_tail()}")
+        await sending
+        result.loaded_s += time.monotonic() - began
+    finally:
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+async def _kill(victim: Victim, result: _Round, draw: random.Random) -> float:
+    """Kill the hub and return how long it took to serve again; some of them die once more while they recover."""
+    if not victim.alive:
+        raise UnavailableError(f"the hub ended by itself: {victim.log_tail()}")
+    victim.kill()
+    result.kills += 1
+    if draw.random() < _IN_RECOVERY:
+        victim.launch()
+        await asyncio.sleep(draw.uniform(0, 3 * result.recoveries[-1]) / 2)
+        victim.kill()
+    return await victim.start()
+
+
+def _check(server: LocalHub, book: Book, patience_s: float) -> Verdict:
+    with server.hub(server.own("operator")) as hub:
+        return check_promises(hub, book, patience_s)
+
+
+def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[str]]) -> dict[str, Any]:
+    recoveries = [seconds for one in rounds for seconds in one.recoveries[1:]]
+    verdicts = [one.verdict for one in rounds if one.verdict is not None]
+    problems = [f"round {number + 1}: {text}" for number, one in enumerate(rounds) for text in one.problems]
+    acks, loaded = sum(one.acks for one in rounds), sum(one.loaded_s for one in rounds)
+    return {
+        "acks": acks,
+        "kills": sum(one.kills for one in rounds),
+        "rounds": len(rounds),
+        "lost": sum(verdict.lost for verdict in verdicts),
+        "double": sum(verdict.double for verdict in verdicts),
+        "duplicates_answered": sum(one.book.duplicates for one in rounds),
+        "versions": sum(verdict.versions for verdict in verdicts),
+        "versions_followed": sum(len(one.book.versions) for one in rounds),
+        "refused": sum(verdict.refused for verdict in verdicts),
+        "retries": sum(one.retries for one in rounds),
+        "acks_per_s": round(acks / loaded, 1) if loaded else 0.0,
+        "recovery_p50_s": _quantile(recoveries, 50),
+        "recovery_p99_s": _quantile(recoveries, 99),
+        "mutants": len(caught),
+        "mutants_caught": sum(bool(problems) for problems in caught.values()),
+        "mutants_by_name": {bug: problems[:1] for bug, problems in caught.items()},
+        "problems": problems[:20],
+        "broken_promises": len(problems),
+        "crowd": asdict(options.crowd),
+        "seed": options.seed,
+    }
+
+
+def _quantile(values: list[float], percent: int) -> float:
+    return round(float(np.percentile(values, percent)), 3) if values else 0.0
