@@ -245,7 +245,7 @@ class Swarm:
         for _ in self._tickets:
             await self._deliver(hub, task)
 
-    async def _deliver(self, hub: hub_pb2_grpc.HubStub, task: str) -> None:
+    async def _deliver(self, hub: hub_pb2_grpc.HubAsyncStub, task: str) -> None:
         """Bring one update to its acknowledgement, under a new id whenever its version is no longer kept."""
         while True:
             payload = self._payloads.next()
@@ -261,7 +261,7 @@ class Swarm:
                 self._payloads.renew(await self._newest())
 
     async def _until_answered(
-        self, hub: hub_pb2_grpc.HubStub, update_id: str, messages: list[hub_pb2.SubmitRequest]
+        self, hub: hub_pb2_grpc.HubAsyncStub, update_id: str, messages: list[hub_pb2.SubmitRequest]
     ) -> bool:
         """Send the same until there is a receipt; False if the hub wants the update in a newer version."""
         while True:

@@ -53,7 +53,7 @@ async def _replay(messages: list[hub_pb2.SubmitRequest]) -> AsyncIterator[hub_pb
 def _background(work: Any) -> None:
     task = asyncio.ensure_future(work)
     _tasks.add(task)
-    task.add_done_callback(lambda done: (_tasks.discard(done), done.exception()) and None)
+    task.add_done_callback(_tasks.discard)
 
 
 def _ack_before_row() -> None:
