@@ -84,8 +84,12 @@ def invite(
     name: Annotated[
         str, typer.Argument(metavar="ORGANISATION/NAME", help="Whom to invite. Without a slash both are the same.")
     ],
-    role: Annotated[str, typer.Option(help="trainer, contributor or reader.")] = "trainer",
+    role: Annotated[str, typer.Option(help="trainer, contributor, reader or relay.")] = "trainer",
     hours: Annotated[float, typer.Option(help="Life of the token.")] = 24.0,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address under which a relay may serve; repeat for more. Only with --role relay."),
+    ] = None,
 ) -> None:
     """Print a join token. It works once; hand it over like a password."""
     from share_core.identity import Identity
@@ -93,12 +97,18 @@ def invite(
     from share_server.provision import invite_member
 
     with plain_errors("share-server"):
+        if role == "relay" and not host:
+            raise ConfigError("a relay serves others: say under which name or address with --host")
         organisation, slash, own = name.partition("/")
         identity = Identity(role, organisation, own if slash else organisation)
         layout = Layout(directory)
-        token = invite_member(layout, read_config(layout.config), identity, hours, datetime.now(UTC))
+        token = invite_member(layout, read_config(layout.config), identity, hours, datetime.now(UTC), tuple(host or ()))
     typer.echo(token)
-    hint = "share-client join TOKEN --tasks tasks.toml" if role == "trainer" else "share-client join TOKEN"
+    hints = {
+        "trainer": "share-client join TOKEN --tasks tasks.toml",
+        "relay": "share-server relay TOKEN --dir DIR --listen HOST:PORT",
+    }
+    hint = hints.get(role, "share-client join TOKEN")
     typer.echo(f"for {identity.member}, valid {hours:g} h, works once: {hint}", err=True)
 
 

@@ -184,7 +184,7 @@ def join_address(host: str, port: int) -> str:
 
 def listen_address_for(hosts: tuple[str, ...]) -> str:
     """Return the address to bind for these names: loopback if all of them are, else every IPv4 interface."""
-    return "127.0.0.1" if all(_is_loopback(host) for host in hosts) else "0.0.0.0"
+    return "127.0.0.1" if all(is_loopback(host) for host in hosts) else "0.0.0.0"
 
 
 def check_hosts(hosts: tuple[str, ...], where: str) -> None:
@@ -287,7 +287,8 @@ def _value(default: Any, value: Any, where: str) -> Any:
     return value if whole else float(value)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether ``host`` is this machine only: ``localhost`` or a loopback address."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 

@@ -25,7 +25,7 @@ from share_core.identity import (
 )
 from share_core.spec_file import spec_to_toml
 from share_core.types import SpaceSpec
-from share_server.config import ServerConfig, config_to_toml
+from share_server.config import ServerConfig, check_hosts, config_to_toml, is_loopback
 from share_server.layout import Layout
 
 OWN_ORGANISATION = "server"
@@ -122,8 +122,17 @@ def listener_names(config: ServerConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def invite_member(layout: Layout, config: ServerConfig, identity: Identity, hours: float, now: datetime) -> str:
+def invite_member(
+    layout: Layout,
+    config: ServerConfig,
+    identity: Identity,
+    hours: float,
+    now: datetime,
+    hosts: tuple[str, ...] = (),
+) -> str:
     """Return a join token for ``identity``. It works once; neither the hub nor its store is needed.
+
+    ``hosts`` are the names and addresses under which a relay may serve: needed for that role, and only for it.
 
     Raises:
         ConfigError: this identity cannot be invited, or the directory is incomplete.
@@ -132,6 +141,7 @@ def invite_member(layout: Layout, config: ServerConfig, identity: Identity, hour
         raise ConfigError(f"role {identity.role!r} cannot be invited: choose one of {', '.join(INVITED_ROLES)}")
     if identity.organisation == OWN_ORGANISATION:
         raise ConfigError(f"organisation {OWN_ORGANISATION!r} is the server's own: choose another name")
+    _check_relay_hosts(config, identity.role, hosts)
     if not 0 < hours <= 24 * 365:
         raise ConfigError(f"hours must be positive and at most a year, got {hours:g}")
     try:
@@ -145,7 +155,19 @@ def invite_member(layout: Layout, config: ServerConfig, identity: Identity, hour
         identity,
         now + timedelta(hours=hours),
         secrets.token_hex(16),
+        hosts,
     )
+
+
+def _check_relay_hosts(config: ServerConfig, role: str, hosts: tuple[str, ...]) -> None:
+    """Refuse names for somebody who serves nobody, and the hub's own: a relay must never be taken for the hub."""
+    if hosts and role != "relay":
+        raise ConfigError(f"--host is for relays: a {role} serves nobody")
+    if hosts:
+        check_hosts(hosts, "--host")
+    own = {host.strip("[]").lower() for host in config.hosts if not is_loopback(host)}
+    if taken := sorted(own & {host.strip("[]").lower() for host in hosts}):
+        raise ConfigError(f"{', '.join(taken)} is the hub's own name: give the relay another one")
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,11 +2,13 @@
 
 Form: ``fs1.`` followed by base64url (without padding) of a compact ASCII JSON object with exactly the keys
 ``address``, ``ca`` (hexadecimal SHA-256 of the authority's DER), ``organisation``, ``name``, ``role``,
-``expires`` (seconds since 1970), ``nonce`` (32 hexadecimal digits) and ``mac``.
+``expires`` (seconds since 1970), ``nonce`` (32 hexadecimal digits) and ``mac``. The token of a relay may also have
+``hosts``: the names and addresses, at least one, under which it may serve.
 
-``mac`` is HMAC-SHA256 under the server's enrolment key over ``fedshare join token 1`` and the other seven
-fields in that order, each preceded by its length as eight big-endian bytes, so that no two field lists give
-the same bytes. Nothing is written down when a token is made; the hub remembers the nonces it has seen.
+``mac`` is HMAC-SHA256 under the server's enrolment key over ``fedshare join token 1`` and the other fields in that
+order, each of ``hosts`` as a field of its own at the end, each preceded by its length as eight big-endian bytes, so that
+no two field lists give the same bytes. Nothing is written down when a token is made; the hub remembers the nonces it
+has seen.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from share_core.errors import CertificateError, TokenError
 from share_core.identity.names import Identity
@@ -30,6 +33,8 @@ _DOMAIN = "fedshare join token 1"
 _LONGEST = 2048
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
+_MOST_HOSTS = 8
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:.]{2,45}")
 _ADDRESS = re.compile(r"[!-~]{1,255}:[0-9]{1,5}")
 
 
@@ -52,7 +57,9 @@ class JoinToken:
     nonce: str
     """32 hexadecimal digits that make the token work only once."""
     mac: str
-    """Hexadecimal HMAC-SHA256 of all of the above."""
+    """Hexadecimal HMAC-SHA256 of all other fields."""
+    hosts: tuple[str, ...] = ()
+    """Names and addresses under which a relay may serve; empty for every other role."""
 
     @property
     def identity(self) -> Identity:
@@ -60,7 +67,15 @@ class JoinToken:
         return Identity(self.role, self.organisation, self.name)
 
 
-def token_encode(key: bytes, address: str, ca_sha256: str, identity: Identity, expires: datetime, nonce: str) -> str:
+def token_encode(
+    key: bytes,
+    address: str,
+    ca_sha256: str,
+    identity: Identity,
+    expires: datetime,
+    nonce: str,
+    hosts: tuple[str, ...] = (),
+) -> str:
     """Return a join token for ``identity``.
 
     Args:
@@ -70,13 +85,17 @@ def token_encode(key: bytes, address: str, ca_sha256: str, identity: Identity, e
         identity: whom the certificate will name.
         expires: aware moment after which the token is refused.
         nonce: 32 random hexadecimal digits, never used before.
+        hosts: names and addresses under which a relay may serve; only for role ``relay``.
+
+    Raises:
+        TokenError: one of these cannot stand in a token.
     """
     seconds = int(expires.timestamp())
     unsigned = JoinToken(
-        address, ca_sha256, identity.organisation, identity.name, identity.role, seconds, nonce, mac=""
+        address, ca_sha256, identity.organisation, identity.name, identity.role, seconds, nonce, "", hosts
     )
     _check_fields(unsigned)
-    fields = {
+    fields: dict[str, object] = {
         "address": address,
         "ca": ca_sha256,
         "organisation": identity.organisation,
@@ -86,6 +105,8 @@ def token_encode(key: bytes, address: str, ca_sha256: str, identity: Identity, e
         "nonce": nonce,
         "mac": _mac(key, unsigned),
     }
+    if hosts:
+        fields["hosts"] = list(hosts)
     packed = json.dumps(fields, separators=(",", ":")).encode("ascii")
     return TOKEN_PREFIX + base64.urlsafe_b64encode(packed).rstrip(b"=").decode("ascii")
 
@@ -117,6 +138,8 @@ def token_decode(text: str) -> JoinToken:
         "nonce": str,
     }
     expected["mac"] = str
+    if isinstance(fields, dict) and "hosts" in fields:
+        expected["hosts"] = list
     if (
         not isinstance(fields, dict)
         or set(fields) != set(expected)
@@ -132,6 +155,7 @@ def token_decode(text: str) -> JoinToken:
         expires=fields["expires"],
         nonce=fields["nonce"],
         mac=fields["mac"],
+        hosts=_hosts(fields),
     )
     _check_fields(token)
     return token
@@ -153,6 +177,14 @@ def check_token(text: str, key: bytes, now: datetime) -> JoinToken:
     return token
 
 
+def _hosts(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Return ``hosts``; when the field is there it must hold something, so that a token has one form only."""
+    hosts = fields.get("hosts", ())
+    if "hosts" in fields and not (hosts and all(isinstance(host, str) for host in hosts)):
+        raise TokenError("join token is damaged: its hosts are not a list of names")
+    return tuple(hosts)
+
+
 def _check_fields(token: JoinToken) -> None:
     if not _ADDRESS.fullmatch(token.address):
         raise TokenError(f"join token names no usable address: {token.address[:80]!r} is not host:port")
@@ -160,6 +192,12 @@ def _check_fields(token: JoinToken) -> None:
         raise TokenError("join token is damaged: its fingerprint is not 64 hexadecimal digits")
     if not _HEX_32.fullmatch(token.nonce):
         raise TokenError("join token is damaged: its nonce is not 32 hexadecimal digits")
+    if token.hosts and token.role != "relay":
+        raise TokenError(f"join token gives hosts to a {token.role}: only a relay serves others")
+    if len(token.hosts) > _MOST_HOSTS or not all(_HOST.fullmatch(host) for host in token.hosts):
+        raise TokenError(
+            f"join token: expected at most {_MOST_HOSTS} host names or addresses, got {token.hosts!r:.200}"
+        )
     try:
         _ = token.identity
     except CertificateError as error:
@@ -176,6 +214,7 @@ def _mac(key: bytes, token: JoinToken) -> str:
         token.role,
         str(token.expires),
         token.nonce,
+        *token.hosts,
     )
     message = b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
     return hmac.new(key, message, hashlib.sha256).hexdigest()

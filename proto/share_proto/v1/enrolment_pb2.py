@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshare_proto/v1/enrolment.proto\x12\x0eshare_proto.v1\"\x15\n\x13GetAuthorityRequest\"&\n\x14GetAuthorityResponse\x12\x0e\n\x06\x63\x61_pem\x18\x01 \x01(\x0c\"K\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\x0c\x12\x1b\n\x13node_public_key_pem\x18\x03 \x01(\x0c\"\x88\x01\n\rEnrolResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x13\n\x0bhub_address\x18\x03 \x01(\t\x12\x17\n\x0fgateway_address\x18\x04 \x01(\t\x12\x10\n\x08space_id\x18\x05 \x01(\t\x12\x0e\n\x06member\x18\x06 \x01(\t2\xac\x01\n\tEnrolment\x12Y\n\x0cGetAuthority\x12#.share_proto.v1.GetAuthorityRequest\x1a$.share_proto.v1.GetAuthorityResponse\x12\x44\n\x05\x45nrol\x12\x1c.share_proto.v1.EnrolRequest\x1a\x1d.share_proto.v1.EnrolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshare_proto/v1/enrolment.proto\x12\x0eshare_proto.v1\"\x15\n\x13GetAuthorityRequest\"&\n\x14GetAuthorityResponse\x12\x0e\n\x06\x63\x61_pem\x18\x01 \x01(\x0c\"K\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\x0c\x12\x1b\n\x13node_public_key_pem\x18\x03 \x01(\x0c\"\xa9\x01\n\rEnrolResponse\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x02 \x01(\x0c\x12\x13\n\x0bhub_address\x18\x03 \x01(\t\x12\x17\n\x0fgateway_address\x18\x04 \x01(\t\x12\x10\n\x08space_id\x18\x05 \x01(\t\x12\x0e\n\x06member\x18\x06 \x01(\t\x12\x1f\n\x17serving_certificate_pem\x18\x07 \x01(\x0c\x32\xac\x01\n\tEnrolment\x12Y\n\x0cGetAuthority\x12#.share_proto.v1.GetAuthorityRequest\x1a$.share_proto.v1.GetAuthorityResponse\x12\x44\n\x05\x45nrol\x12\x1c.share_proto.v1.EnrolRequest\x1a\x1d.share_proto.v1.EnrolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLREQUEST']._serialized_start=113
   _globals['_ENROLREQUEST']._serialized_end=188
   _globals['_ENROLRESPONSE']._serialized_start=191
-  _globals['_ENROLRESPONSE']._serialized_end=327
-  _globals['_ENROLMENT']._serialized_start=330
-  _globals['_ENROLMENT']._serialized_end=502
+  _globals['_ENROLRESPONSE']._serialized_end=360
+  _globals['_ENROLMENT']._serialized_start=363
+  _globals['_ENROLMENT']._serialized_end=535
 # @@protoc_insertion_point(module_scope)

@@ -93,6 +93,17 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             now,
             self._config.certificate_days,
         )
+        serving = b""
+        if token.hosts:
+            serving = sign_csr(
+                self._authority.certificate,
+                self._authority.key,
+                request.csr_pem,
+                token.identity,
+                now,
+                self._config.certificate_days,
+                server_names=token.hosts,
+            )
         member = MemberRow(
             member=token.identity.member,
             role=token.role,
@@ -109,6 +120,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             gateway_address=self._config.gateway_address,
             space_id=self._space_id,
             member=member.member,
+            serving_certificate_pem=serving,
         )
 
     async def _record(self, member: MemberRow, node_key: bytes, nonce: str) -> None:
