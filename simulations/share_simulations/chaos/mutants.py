@@ -1,0 +1,227 @@
+"""Planted bugs: each breaks one rule of the hub, and a campaign that does not notice it proves nothing.
+
+They are planted in the traced child only, at the borders that outlast a rewrite of the store: the operating system's
+calls, SQLite's statements, and the engine's named parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from share_core.errors import ConfigError, UnavailableError
+from share_proto.v1 import hub_pb2
+from share_server.hub.intake import Intake
+from share_server.store.blobs import BlobStore
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug."""
+
+    name: str
+    """Short name."""
+    what: str
+    """What is wrong in it, in words."""
+    campaign: str
+    """The campaign that must catch it: syscalls, disk, power or bitflip."""
+    plant: Callable[[Say], None]
+    """Breaks this process. It is called in a child, before the hub opens."""
+    recovery: bool = False
+    """Whether the bug is in recovery, so that the recovering process has it too."""
+
+
+class _Connection(sqlite3.Connection):
+    """A connection whose statements can be watched and changed."""
+
+    def execute(self, statement: str, values: Any = (), /) -> sqlite3.Cursor:
+        """Run a statement as the planted bug wants it."""
+        cursor = super().execute(_rewrite(statement), values)
+        _after(self, statement, values)
+        return cursor
+
+
+_rewrite: Callable[[str], str] = lambda statement: statement  # noqa: E731 - replaced by a mutant
+_after: Callable[[sqlite3.Connection, str, Any], None] = lambda *_: None
+
+
+def _hook(
+    rewrite: Callable[[str], str] | None = None,
+    after: Callable[[sqlite3.Connection, str, Any], None] | None = None,
+) -> None:
+    """Let statements pass through these; in this process, for good."""
+    global _rewrite, _after  # noqa: PLW0603 - this process exists for one mutant only
+    _rewrite, _after = rewrite or _rewrite, after or _after
+    honest = sqlite3.connect
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        return honest(*args, **{**options, "factory": _Connection})
+
+    sqlite3.connect = connect
+
+
+def _ack_before_row(_: Say) -> None:
+    honest = Intake.receive
+
+    async def hasty(self: Intake, caller: Any, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> Any:
+        read = asyncio.Event()
+
+        async def watched() -> AsyncIterator[hub_pb2.SubmitRequest]:
+            async for message in messages:
+                yield message
+            read.set()
+
+        work = asyncio.ensure_future(honest(self, caller, watched()))
+        everything = asyncio.ensure_future(read.wait())
+        await asyncio.wait({work, everything}, return_when=asyncio.FIRST_COMPLETED)
+        everything.cancel()
+        return work.result() if work.done() else (None, False)
+
+    Intake.receive = hasty  # type: ignore[method-assign]
+
+
+def _row_before_payload(_: Say) -> None:
+    honest, waiting, turn = os.rename, list[tuple[Any, Any]](), threading.Lock()
+
+    def later(source: Any, target: Any, **options: Any) -> None:
+        if "/blobs/" not in os.fspath(target):
+            honest(source, target, **options)
+            return
+        with turn:
+            waiting.append((source, target))
+
+    def after(_: sqlite3.Connection, statement: str, __: Any) -> None:
+        if statement == "COMMIT":
+            with turn:
+                while waiting:
+                    honest(*waiting.pop(0))
+
+    os.rename = os.replace = later  # type: ignore[assignment]
+    _hook(after=after)
+
+
+def _merge_in_two(_: Say) -> None:
+    def after(connection: sqlite3.Connection, statement: str, _: Any) -> None:
+        if statement.lstrip().startswith("INSERT INTO versions"):
+            sqlite3.Connection.execute(connection, "COMMIT")
+            sqlite3.Connection.execute(connection, "BEGIN IMMEDIATE")
+
+    _hook(after=after)
+
+
+def _publish_before_commit(say: Say) -> None:
+    def after(_: sqlite3.Connection, statement: str, values: Any) -> None:
+        if statement.lstrip().startswith("INSERT INTO versions"):
+            version = values["version"] if isinstance(values, dict) else values[0]
+            say(f"published {version} ")
+
+    _hook(after=after)
+
+
+def _skip_flush(directories: bool) -> None:
+    for name in ("fsync", "fdatasync"):
+        honest = getattr(os, name)
+
+        def lying(file: int, honest: Callable[[int], None] = honest) -> None:
+            if stat.S_ISDIR(os.fstat(file).st_mode) != directories:
+                honest(file)
+
+        setattr(os, name, lying)
+
+
+def _no_synchronous(_: Say) -> None:
+    def rewrite(statement: str) -> str:
+        return "PRAGMA synchronous=OFF" if statement.lower().startswith("pragma synchronous") else statement
+
+    _hook(rewrite=rewrite)
+
+
+def _name_before_bytes(_: Say) -> None:
+    """Rename first and flush the file afterwards, as its last writer would never notice."""
+    flush, waiting = os.fsync, threading.local()
+
+    def later(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            flush(file)
+            for kept in vars(waiting).pop("files", []):
+                os.close(kept)
+        else:
+            waiting.files = [*getattr(waiting, "files", []), os.dup(file)]
+
+    os.fsync = later
+
+
+def _flush_again(_: Say) -> None:
+    for name in ("fsync", "fdatasync"):
+        honest = getattr(os, name)
+
+        def stubborn(file: int, honest: Callable[[int], None] = honest) -> None:
+            try:
+                honest(file)
+            except OSError:
+                honest(file)
+
+        setattr(os, name, stubborn)
+
+
+def _disk_full_ignored(_: Say) -> None:
+    honest = os.write
+
+    def careless(file: int, data: Any) -> int:
+        try:
+            return honest(file, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return len(data)
+
+    os.write = careless
+
+
+def _failure_is_a_delay(_: Say) -> None:
+    honest = os.fsync
+
+    def polite(file: int) -> None:
+        try:
+            honest(file)
+        except OSError as error:
+            raise UnavailableError("the disk is busy: try again") from error
+
+    os.fsync = polite
+
+
+def _trust_payloads(_: Say) -> None:
+    if not hasattr(BlobStore, "verify"):
+        raise ConfigError("the mutant trust-payloads can no longer be planted: BlobStore.verify is gone")
+    BlobStore.verify = lambda *_: None  # type: ignore[method-assign]
+
+
+MUTANTS = (
+    Mutant("ack-before-row", "the client is answered before its row is durable", "syscalls", _ack_before_row),
+    Mutant("row-before-payload", "a row is committed before its payload has its name", "syscalls", _row_before_payload),
+    Mutant("merge-in-two", "a merge is two transactions instead of one", "syscalls", _merge_in_two),
+    Mutant("publish-first", "a version is published before it is committed", "syscalls", _publish_before_commit),
+    Mutant("no-file-flush", "payloads are not flushed to the disk", "power", lambda _: _skip_flush(False)),
+    Mutant("no-directory-flush", "names are not flushed to the disk", "power", lambda _: _skip_flush(True)),
+    Mutant("no-journal-flush", "SQLite runs with synchronous=OFF", "power", _no_synchronous),
+    Mutant("name-before-bytes", "a payload gets its name before it is flushed", "power", _name_before_bytes),
+    Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again),
+    Mutant("disk-full-ignored", "a write that found no room counts as done", "disk", _disk_full_ignored),
+    Mutant("failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay),
+    Mutant("trust-payloads", "recovery does not read the payloads", "bitflip", _trust_payloads, recovery=True),
+)
+"""Every planted bug."""
+
+
+def mutants_of(campaign: str) -> tuple[Mutant, ...]:
+    """Return the planted bugs that one campaign must catch."""
+    return tuple(mutant for mutant in MUTANTS if mutant.campaign == campaign)

@@ -1,0 +1,289 @@
+"""What a hub lives through in one crash experiment: a deterministic workload on its engine, in one process.
+
+The child that :func:`live` runs in reports every acknowledgement and every published version by writing a line to the
+marker descriptor, after ``receive`` has returned and after the feed has moved: what the line says is what a client or a
+subscriber could know. Nothing here listens on a network, so one life costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from share_core.errors import FedshareError
+from share_core.fingerprint import describe_space
+from share_core.identity import Identity
+from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
+from share_core.wire import encode_snapshot, encode_update
+from share_proto.v1 import hub_pb2
+from share_server.config import LimitConfig, MergeConfig, RetentionConfig, ServerConfig
+from share_server.hub.access import Caller
+from share_server.hub.engine import Engine
+from share_server.store.records import UpdateState
+from share_server.store.updates import list_updates
+
+_SETTLE_S = 20.0
+_MEMBERS = ("acme/alice", "acme/bob", "north/carol")
+_ROWS = 10**9
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One update that some member sends."""
+
+    update_id: str
+    """32 hexadecimal digits."""
+    member: str
+    """``organisation/name``."""
+    task_id: str
+    """``organisation/name``."""
+    payload: bytes
+    """The update on the wire."""
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of the payload."""
+        return hashlib.sha256(self.payload).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One life of a hub."""
+
+    store: Path
+    """Directory of the store."""
+    spec: SpaceSpec
+    """The space."""
+    config: ServerConfig
+    """Limits and policies."""
+    signing_key: bytes
+    """Ed25519 private key, PEM."""
+    letters: tuple[Letter, ...]
+    """What is sent."""
+    orderly: bool = False
+    """Send one letter at a time and wait for its merge, instead of all at once."""
+
+
+@dataclass
+class Promised:
+    """What the outside was told."""
+
+    acks: dict[str, str] = field(default_factory=dict)
+    """Acknowledged update ids and the digests of their payloads."""
+    version: int = 0
+    """Newest version that was published."""
+    digest: str = ""
+    """Digest of that version's snapshot."""
+    failed: bool = False
+    """Whether the hub said that its storage had failed."""
+    closing: bool = False
+    """Whether the hub had begun to close in good order."""
+
+    def take(self, line: bytes) -> None:
+        """Add what one marker line says."""
+        for text in line.decode("ascii").splitlines():
+            match text.split(" "):
+                case ["ack", update_id, sha256]:
+                    self.acks[update_id] = sha256
+                case ["published", version, digest]:
+                    if int(version) >= self.version:
+                        self.version, self.digest = int(version), digest
+                case ["failed"]:
+                    self.failed = True
+                case ["closing"]:
+                    self.closing = True
+
+    def copy(self) -> Promised:
+        """Return an independent copy."""
+        return Promised(dict(self.acks), self.version, self.digest, self.failed, self.closing)
+
+
+def toy_spec() -> SpaceSpec:
+    """Return a space of one small site; five to six adapters of rank 2 fill it, then it compacts."""
+    weights = {"a": torch.randn(24, 16, generator=torch.Generator().manual_seed(7))}
+    return describe_space("toy", weights, k_max=12, rank_limit=8)
+
+
+def toy_config() -> ServerConfig:
+    """Return limits under which a nearly full machine does not disturb an experiment."""
+    return ServerConfig(
+        limits=LimitConfig(free_space_bytes=2**20, upload_idle_s=10.0, upload_total_s=20.0),
+        retention=RetentionConfig(horizon_versions=4, snapshot_every=4),
+        merge=MergeConfig(batch=3, refits=2),
+    )
+
+
+def write_letters(
+    spec: SpaceSpec, seed: int, count: int, space: Space | None = None, tasks: int = 2
+) -> tuple[Letter, ...]:
+    """Return ``count`` updates: every second one relative to ``space`` if that is given, the others free LoRA."""
+    draw = random.Random(seed)
+    letters = []
+    for number in range(count):
+        member = draw.choice(_MEMBERS)
+        task = f"{member.split('/')[0]}/t{draw.randrange(tasks)}"
+        base = space if number % 2 else None
+        payload = make_payload(spec, draw.randrange(2**31), base)
+        letters.append(Letter(f"{draw.getrandbits(128):032x}", member, task, payload))
+    return tuple(letters)
+
+
+def make_payload(spec: SpaceSpec, seed: int, space: Space | None = None) -> bytes:
+    """Return a random update of rank 2: free LoRA, or cores and one direction relative to ``space``."""
+    draw = torch.Generator().manual_seed(seed)
+    sites: dict[str, SiteUpdate] = {}
+    for name, site in spec.sites.items():
+        residual = Factors(torch.randn(site.d_out, 2, generator=draw), torch.randn(site.d_in, 2, generator=draw))
+        core = None
+        if space is not None and space.bases[name].k_out and space.bases[name].k_in:
+            basis = space.bases[name]
+            core = Core(torch.randn(basis.k_out, 2, generator=draw), torch.randn(basis.k_in, 2, generator=draw))
+        sites[name] = SiteUpdate(core=core, residual=residual)
+    return encode_update(Update(base_version=0 if space is None else space.version, sites=sites))
+
+
+def say_to(marker: int) -> Callable[[str], None]:
+    """Return a function that writes one line to the marker descriptor."""
+    return lambda text: (os.write(marker, f"{text}\n".encode("ascii")), None)[1]
+
+
+def live(plan: Plan, say: Callable[[str], None]) -> int:
+    """Open the hub, send everything, let it merge and publish, collect, close; return its exit code."""
+    try:
+        return asyncio.run(_live(plan, say))
+    except FedshareError as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        return 1
+
+
+async def _live(plan: Plan, say: Callable[[str], None]) -> int:
+    engine = await Engine.open(plan.store, plan.spec, plan.config, plan.signing_key)
+    merging = asyncio.create_task(engine.loop.run())
+    watching = asyncio.create_task(_watch(engine, say))
+    failing = asyncio.create_task(_await_failure(engine, say))
+    sending = asyncio.create_task(_send_all(engine, plan, say))
+    engine.loop.wake()
+    try:
+        await asyncio.wait({merging, failing, sending}, return_when=asyncio.FIRST_COMPLETED)
+        broken = failing.done() or merging.done()
+        if broken:  # everybody who still waits must be refused, and nobody acknowledged
+            await asyncio.wait({sending}, timeout=5.0)
+        else:
+            await sending
+            await collect(engine)
+            say("closing")
+    finally:
+        engine.feed.close()
+        engine.loop.stop()
+        sending.cancel()
+        watching.cancel()
+        ended = await asyncio.gather(merging, sending, watching, return_exceptions=True)
+        failing.cancel()
+        await engine.close()
+    wrong = [e for e in ended if isinstance(e, Exception) and not isinstance(e, FedshareError)]
+    if wrong:
+        raise wrong[0]
+    return 1 if broken or engine.store.failed.is_set() else 0
+
+
+async def _send_all(engine: Engine, plan: Plan, say: Callable[[str], None]) -> None:
+    letters = plan.letters
+    if plan.orderly:
+        for letter in letters:
+            await send(engine, plan.spec, letter, say)
+            engine.loop.wake()
+            await settle(engine)
+        return
+    half = (len(letters) + 1) // 2
+    # The first is sent twice at the same time, and again later: a client that lost its answer does that.
+    await _send_together(engine, plan, (*letters[:half], letters[0]), say)
+    engine.loop.wake()
+    await _send_together(engine, plan, (*letters[half:], letters[0]), say)
+    engine.loop.wake()
+    await settle(engine)
+
+
+async def _send_together(engine: Engine, plan: Plan, letters: tuple[Letter, ...], say: Callable[[str], None]) -> None:
+    await asyncio.gather(*(send(engine, plan.spec, letter, say) for letter in letters))
+
+
+async def send(engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None]) -> bool | None:
+    """Send one update; say it when it is acknowledged. Return whether it was known, or None if it was refused."""
+    try:
+        _, duplicate = await engine.intake.receive(caller_of(letter.member), messages_of(spec, letter))
+    except FedshareError as error:
+        say(f"refused {letter.update_id} {type(error).__name__}")
+        return None
+    say(f"ack {letter.update_id} {letter.sha256}")
+    return duplicate
+
+
+async def settle(engine: Engine) -> None:
+    """Wait until every accepted update is merged or refused; give up after a while, the checks will tell."""
+    end = asyncio.get_running_loop().time() + _SETTLE_S
+    while asyncio.get_running_loop().time() < end and not engine.store.failed.is_set():
+        version = engine.feed.version
+        rows = await engine.store.do(lambda journal: list_updates(journal, 0, _ROWS))
+        if all(row.state is not UpdateState.ACCEPTED for row in rows):
+            return
+        await engine.feed.wait_after(version, 0.05)
+
+
+async def collect(engine: Engine) -> None:
+    """Collect what policy no longer keeps, where this hub can."""
+    collector = getattr(engine, "collector", None)
+    if collector is not None:
+        await collector.collect()
+
+
+async def _watch(engine: Engine, say: Callable[[str], None]) -> None:
+    version = engine.feed.version
+    while not engine.feed.closing:
+        await engine.feed.wait_after(version, 3600.0)
+        if engine.feed.version > version:
+            space = engine.feed.state.space
+            version = space.version
+            say(f"published {version} {digest_of(space)}")
+
+
+async def _await_failure(engine: Engine, say: Callable[[str], None]) -> None:
+    await engine.store.failed.wait()
+    say("failed")
+
+
+def digest_of(space: Space) -> str:
+    """Return the SHA-256 of a version written whole."""
+    return hashlib.sha256(encode_snapshot(space)).hexdigest()
+
+
+def caller_of(member: str) -> Caller:
+    """Return a caller as the interceptor would make it; the engine asks only who it is."""
+    organisation, name = member.split("/")
+    return Caller(Identity("trainer", organisation, name), b"")
+
+
+async def messages_of(spec: SpaceSpec, letter: Letter) -> AsyncIterator[hub_pb2.SubmitRequest]:
+    """Yield the messages of one Submit: a header and two chunks."""
+    yield hub_pb2.SubmitRequest(
+        header=hub_pb2.SubmitHeader(
+            update_id=letter.update_id,
+            space_id=spec.space_id,
+            task_id=letter.task_id,
+            create=True,
+            payload_size=len(letter.payload),
+            payload_sha256=letter.sha256,
+        )
+    )
+    middle = len(letter.payload) // 2
+    for part in (letter.payload[:middle], letter.payload[middle:]):
+        await asyncio.sleep(0)
+        yield hub_pb2.SubmitRequest(chunk=part)
+
+
