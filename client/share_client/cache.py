@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from share_client.chain import ManifestChain
 from share_client.durable import make_private_directory
 from share_core.durable import write_atomic
 from share_core.errors import PayloadError
@@ -17,8 +18,9 @@ from share_core.wire import decode_snapshot, encode_snapshot
 class SpaceCache:
     """``cache/<space id>.safetensors``; the space id in the name keeps two spaces apart."""
 
-    def __init__(self, directory: Path, spec: SpaceSpec) -> None:
+    def __init__(self, directory: Path, spec: SpaceSpec, chain: ManifestChain | None = None) -> None:
         self._spec = spec
+        self._chain = chain
         self._path = make_private_directory(directory) / f"{spec.space_id.replace(':', '-')}.safetensors"
         self._version = -1
 
@@ -35,7 +37,14 @@ class SpaceCache:
         return space
 
     def save(self, space: Space) -> None:
-        """Keep ``space`` unless it is kept already."""
+        """Keep ``space`` unless it is kept already; first what its successor must link to."""
         if space.version != self._version:
+            if self._chain is not None:
+                self._chain.before_cached(space.version)
             write_atomic(self._path, encode_snapshot(space))
             self._version = space.version
+
+
+def chain_path(directory: Path, spec: SpaceSpec) -> Path:
+    """Return where the chain of manifests lies beside the cached version."""
+    return make_private_directory(directory) / f"{spec.space_id.replace(':', '-')}.chain.json"

@@ -13,10 +13,13 @@ import grpc
 from share_client.member import Credentials
 from share_core.errors import (
     ERROR_KEY,
+    RETRY_KEY,
     AccessError,
     DigestError,
     FedshareError,
     IdentityError,
+    OverloadError,
+    PayloadTooLargeError,
     RequestError,
     UnavailableError,
     VersionError,
@@ -48,7 +51,6 @@ _WITHOUT_NAME: dict[grpc.StatusCode, type[FedshareError]] = {
     grpc.StatusCode.NOT_FOUND: RequestError,
     grpc.StatusCode.ALREADY_EXISTS: RequestError,
     grpc.StatusCode.PERMISSION_DENIED: AccessError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: UnavailableError,
     grpc.StatusCode.FAILED_PRECONDITION: RequestError,
     grpc.StatusCode.ABORTED: UnavailableError,
     grpc.StatusCode.OUT_OF_RANGE: VersionError,
@@ -59,6 +61,11 @@ _WITHOUT_NAME: dict[grpc.StatusCode, type[FedshareError]] = {
     grpc.StatusCode.UNAUTHENTICATED: IdentityError,
 }
 """What a failure means that no hub code named: mostly the transport, so most of it is worth another try."""
+
+_TOO_LARGE = ("message larger than max", "metadata size exceeds")
+"""How gRPC 1.85 words the RESOURCE_EXHAUSTED that no waiting cures, on both ends of the line. All others mean load:
+"Concurrent RPC limit exceeded!", a stream reset with ENHANCE_YOUR_CALM. If another release words them differently, what
+is too large is tried again with growing waits."""
 
 
 def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
@@ -93,16 +100,28 @@ def error_from_rpc(error: grpc.RpcError, action: str) -> FedshareError:
     """
     code = error.code()
     details = error.details() or "no details"
-    named = error_classes().get(_named(error))
+    metadata = _trailing(error)
+    named = error_classes().get(metadata.get(ERROR_KEY, ""))
+    sentence = details if named is not None else f"{action}: {code.name if code else 'UNKNOWN'}: {details}"
+    if named is OverloadError or (named is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED):
+        if named is None and any(words in details for words in _TOO_LARGE):
+            return PayloadTooLargeError(sentence)
+        return _overload(sentence, metadata.get(RETRY_KEY, ""))
     if named is not None:
-        return named(details)
-    cls = _WITHOUT_NAME.get(code, FedshareError)
-    return cls(f"{action}: {code.name if code else 'UNKNOWN'}: {details}")
+        return named(sentence)
+    return _WITHOUT_NAME.get(code, FedshareError)(sentence)
 
 
-def _named(error: grpc.RpcError) -> str:
+def _overload(sentence: str, hint: str) -> OverloadError:
+    """Return an OverloadError with the hint in milliseconds; gRPC makes a huge negative number of one that is none."""
+    try:
+        retry_after_ms = int(hint)
+    except ValueError:
+        return OverloadError(sentence)
+    return OverloadError(sentence, retry_after_ms) if retry_after_ms >= 0 else OverloadError(sentence)
+
+
+def _trailing(error: grpc.RpcError) -> dict[str, str]:
+    """Return the trailing metadata as text; of a key that comes twice the last value."""
     metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
-    for key, value in metadata:
-        if key == ERROR_KEY:
-            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    return ""
+    return {key: value.decode("ascii", "replace") if isinstance(value, bytes) else value for key, value in metadata}

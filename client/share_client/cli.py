@@ -24,6 +24,15 @@ app = typer.Typer(
 )
 
 Directory = Annotated[Path, typer.Option("--dir", metavar="CDIR", help="The client directory made by 'join'.")]
+Follow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Follow versions from this relay; everything else goes to the hub. 'hub': from the hub again. "
+        "[default: as at the last join]",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON for machines instead of text.")]
 
 
@@ -40,11 +49,12 @@ def join(
     directory: Annotated[
         Path | None, typer.Option("--dir", metavar="CDIR", help="Where this client keeps everything.")
     ] = None,
+    follow: Follow = None,
 ) -> None:
     """Enrol if needed, then train under leases until stopped with Ctrl-C."""
     from rich.console import Console
 
-    from share_client.join import ensure_member, only_join
+    from share_client.join import ensure_member, follow_address, only_join, remember_follow
     from share_client.join import join as work
     from share_client.member import ClientLayout
     from share_client.tasks_file import read_tasks
@@ -58,9 +68,11 @@ def join(
     with plain_errors("share-client"):
         text = _read_token(token)
         layout = ClientLayout(directory or _default_directory(text))
-        read_tasks(tasks)  # a mistake in the file must not cost a token
+        read_tasks(tasks)  # a mistake in the file, or in an address, must not cost a token
+        if follow is not None:
+            follow_address(follow)
         with only_join(layout):
-            member = ensure_member(layout, text, datetime.now(UTC), tell)
+            member = remember_follow(layout, ensure_member(layout, text, datetime.now(UTC), tell), follow)
             work(layout, member, tasks, tell)
 
 
@@ -79,13 +91,21 @@ def status(directory: Directory, as_json: Json = False) -> None:
 
 
 @app.command()
-def watch(directory: Directory, as_json: Json = False) -> None:
+def watch(directory: Directory, as_json: Json = False, follow: Follow = None) -> None:
     """Follow the versions of the space until stopped."""
+    from share_client.join import follow_address
+    from share_client.member import ClientLayout, load_credentials, load_member
+    from share_client.sources import Sources, open_relay
     from share_client.status import watch_versions
 
     with plain_errors("share-client"), _connected(directory) as link:
-        for line in watch_versions(link):
-            typer.echo(json.dumps(line) if as_json else line["text"])
+        layout = ClientLayout(directory)
+        address = load_member(layout).follow_address if follow is None else follow_address(follow)
+        credentials = load_credentials(layout, datetime.now(UTC))
+        with open_relay(address, credentials) as relay:
+            sources = Sources(link, relay, lambda text: typer.echo(text, err=True))
+            for line in watch_versions(sources, credentials):
+                typer.echo(json.dumps(line) if as_json else line["text"])
 
 
 @app.command()
@@ -108,11 +128,12 @@ def snapshot(
     version: Annotated[int, typer.Option(help="Which version; 0 is the newest.", min=0)] = 0,
 ) -> None:
     """Save one version of the space, bases and coefficients of every task, for 'share-space inspect'."""
-    from share_client.member import ClientLayout, load_member
+    from share_client.member import ClientLayout, load_credentials
+    from share_client.status import fetch_snapshot
 
     with plain_errors("share-client"), _connected(directory) as link:
-        space_id = load_member(ClientLayout(directory)).space_id
-        fetched, payload = link.fetch_snapshot(space_id, version)
+        credentials = load_credentials(ClientLayout(directory), datetime.now(UTC))
+        fetched, payload = fetch_snapshot(link, credentials, version)
         output.write_bytes(payload)
     typer.echo(f"{output}: version {fetched}, {len(payload)} bytes")
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
 import grpc
 from cryptography.hazmat.primitives import serialization
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from share_client.channel import error_from_rpc, open_pinned_channel
 from share_client.durable import make_private_directory
-from share_client.member import ClientLayout, Member, load_member, save_member
+from share_client.member import ClientLayout, Member, check_node_key, load_member, save_member
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError, TokenError, UnavailableError
 from share_core.identity import (
@@ -72,6 +74,7 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
         gateway_address=answer.gateway_address,
         space_id=answer.space_id,
         node_id=before.node_id if before is not None else 0,
+        follow_address=before.follow_address if before is not None else "",
     )
     save_member(layout, member)
     return member
@@ -136,15 +139,27 @@ def _fetch_leaf(address: str) -> bytes:
 
 
 def _make_keys(layout: ClientLayout) -> None:
-    """Make the two keys unless an earlier attempt has left them."""
+    """Make the two keys unless an earlier attempt has left them. Damaged ones are set aside and made anew."""
     make_private_directory(layout.root)
     make_private_directory(layout.identity)
-    if not layout.key.exists():
+    if not _whole(lambda: public_key_pem(layout.key.read_bytes()), layout.key):
         write_atomic(layout.key, new_private_key_pem())
-    if not (layout.node_key.exists() and layout.node_public_key.exists()):
+    if not _whole(lambda: check_node_key(layout), layout.node_key, layout.node_public_key):
         private, public = make_node_key()
         write_atomic(layout.node_key, private)
         write_atomic(layout.node_public_key, public, PUBLIC)
+
+
+def _whole(read: Callable[[], object], *paths: Path) -> bool:
+    """Return whether the files of one key can be used; what cannot is kept beside, under ``.damaged``."""
+    try:
+        read()
+    except (OSError, ConfigError, CertificateError):
+        for path in paths:
+            if path.exists():
+                path.replace(path.with_name(f"{path.name}.damaged"))
+        return False
+    return True
 
 
 def _ask_certificate(

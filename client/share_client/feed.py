@@ -1,24 +1,33 @@
 """Following versions: an endless, ordered stream of decoded deltas that survives the hub's restarts.
 
 The feed never goes backwards. It starts from the version the caller holds, checks that each delta starts where the
-last one ended, and when the hub no longer keeps the delta that is needed it fetches a whole version instead.
-A lost connection is opened again for ever, with back-off; a refusal is raised.
+last one ended and that its manifest continues the chain (:mod:`share_client.chain`), and when the hub no longer keeps
+the delta that is needed it fetches a whole version instead. A lost connection is opened again for ever, with back-off;
+a refusal is raised. What a relay refuses is asked of the hub, but a manifest that does not hold stops the feed wherever
+it comes from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 
 import grpc
 
 from share_client.backoff import Backoff
+from share_client.chain import ManifestChain
 from share_client.channel import error_from_rpc
 from share_client.link import HubLink, collect
-from share_core.errors import DigestError, FedshareError, UnavailableError, VersionError
+from share_client.sources import Sources
+from share_core.errors import DigestError, FedshareError, ManifestError, UnavailableError, VersionError
 from share_core.types import Delta, Space, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot
 from share_proto.v1 import hub_pb2
+
+BEHIND_S = 30.0
+"""Seconds that a relay may bring nothing although the hub has published more."""
 
 
 class VersionFeed:
@@ -26,18 +35,23 @@ class VersionFeed:
 
     def __init__(
         self,
-        link: HubLink,
+        source: HubLink | Sources,
         spec: SpaceSpec,
         since_version: int,
         on_wait: Callable[[FedshareError], None] | None = None,
+        chain: ManifestChain | None = None,
     ) -> None:
-        self._link = link
+        self._sources = source if isinstance(source, Sources) else Sources(source)
         self._spec = spec
         self._version = since_version
         self._on_wait = on_wait
+        self._chain = chain or ManifestChain(None, spec.space_id)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._stream: grpc.Call | None = None
+        self._link = self._sources.hub
+        self._moved = time.monotonic()
+        self._behind = False
 
     def close(self) -> None:
         """End the iteration; a read under way is cancelled."""
@@ -46,47 +60,77 @@ class VersionFeed:
             if self._stream is not None:
                 self._stream.cancel()
 
+    def expect(self, version: int, behind_s: float = BEHIND_S) -> None:
+        """Say that the hub has published ``version``: a relay that brings nothing for ``behind_s`` is left.
+
+        May be called from any thread. Without it a relay that lost its own hub could hold a client back for ever.
+        """
+        with self._lock:
+            stuck = version > self._version and time.monotonic() - self._moved > behind_s
+            if stuck and self._stream is not None and self._sources.is_relay(self._link):
+                self._behind = True
+                self._stream.cancel()
+
     def events(self) -> Iterator[Delta | Space]:
         """Yield every version after the one held: a Delta where there is one, else a whole Space.
 
         Raises:
+            ManifestError: what arrived is not what the hub has signed, or does not continue what is held.
             FedshareError: the hub refuses the subscription, or it is at an older version than the one held.
         """
         backoff = Backoff()
         while not self._closed.is_set():
+            link = self._sources.current()
             try:
-                for event in self._subscribe():
-                    backoff.reset()
-                    self._version = event.version
-                    yield event
-                reason: FedshareError = UnavailableError("the hub ended the stream of versions")
-            except (UnavailableError, DigestError) as error:
+                with contextlib.closing(self._subscribe(link)) as subscription:
+                    for event in subscription:
+                        backoff.reset()
+                        self._sources.worked(link)
+                        with self._lock:
+                            self._version, self._moved = event.version, time.monotonic()
+                        yield event
+                        if self._sources.relay_is_due:
+                            break
+                reason: FedshareError = UnavailableError(f"{link.address} ended the stream of versions")
+            except ManifestError:
+                raise
+            except FedshareError as error:
+                if not self._sources.is_relay(link) and not isinstance(error, UnavailableError | DigestError):
+                    raise
                 reason = error
             if self._closed.is_set():
                 return
+            if not self._sources.is_relay(link) and self._sources.relay_is_due:
+                continue
+            if self._behind:
+                reason = UnavailableError(f"it is still at version {self._version}, and the hub has published more")
+            self._sources.failed(link, reason, at_once=self._behind)
+            self._behind = False
             if self._on_wait is not None:
                 self._on_wait(reason)
-            backoff.wait(self._closed)
+            backoff.wait(self._closed, reason)
 
-    def _subscribe(self) -> Iterator[Delta | Space]:
+    def _subscribe(self, link: HubLink) -> Generator[Delta | Space]:
         """Yield events of one connection until it ends."""
         request = hub_pb2.FollowVersionsRequest(space_id=self._spec.space_id, since_version=self._version)
         with self._lock:
             if self._closed.is_set():
                 return
-            stream = self._link.hub.FollowVersions(request)
-            self._stream = stream
+            stream = link.hub.FollowVersions(request)
+            self._stream, self._link, self._moved = stream, link, time.monotonic()
         try:
             for message in stream:
                 part = message.WhichOneof("part")
                 if part == "snapshot_required":
-                    yield self._snapshot(message.snapshot_required.newest_version)
+                    yield self._snapshot(link, message.snapshot_required.newest_version)
                     return
                 if part != "delta":
                     raise DigestError("versions: expected the header of a delta, got a chunk")
                 yield self._delta(message.delta, iter(stream))
         except grpc.RpcError as error:
-            raise error_from_rpc(error, f"following versions at {self._link.address}") from error
+            refused = error_from_rpc(error, f"following versions at {link.address}")
+            # A breach is only what is found here: that the other side speaks of one is its refusal, like any other.
+            raise (VersionError(str(refused)) if isinstance(refused, ManifestError) else refused) from error
         finally:
             stream.cancel()
 
@@ -96,27 +140,48 @@ class VersionFeed:
                 f"the hub sent the step from version {header.from_version} to {header.version}, "
                 f"expected the step from {self._version}: it does not keep the order of versions"
             )
+        # Before the payload: from here on its size and digest are the hub's word, and nobody else's.
+        link = self._chain.check_delta(header)
         what = f"delta of version {header.version}"
-        payload = collect(header.payload_size, header.payload_sha256, _chunks(stream, what), what)
+        payload = collect(header.payload_size, header.payload_sha256, _chunks(stream, what), what, header.data)
         delta = decode_delta(payload, self._spec)
         if delta.version != header.version:
             raise DigestError(f"{what}: the payload says version {delta.version}")
+        self._chain.take(header.version, link, header.newest_version)
         return delta
 
-    def _snapshot(self, newest: int) -> Space:
+    def _snapshot(self, link: HubLink, newest: int) -> Space:
         if newest <= self._version:
             raise VersionError(
                 f"the hub is at version {newest} and this client already holds {self._version}: the hub went back, "
                 "perhaps it was restored from a backup; ask the operator before removing the client's cache directory"
             )
-        version, payload = self._link.fetch_snapshot(self._spec.space_id)
-        space = decode_snapshot(payload, self._spec)
-        if space.version != version or version <= self._version:
+        space, announced = fetch_newest(link, self._spec, self._chain)
+        if space.version != announced or announced <= self._version:
             raise VersionError(
                 f"asked for a version after {self._version}, got a snapshot of version {space.version} "
-                f"announced as {version}"
+                f"announced as {announced}"
             )
         return space
+
+
+def fetch_newest(link: HubLink, spec: SpaceSpec, chain: ManifestChain) -> tuple[Space, int]:
+    """Fetch the newest version whole; return it and the version it was announced as. The chain goes on from it.
+
+    Raises:
+        ManifestError: it is not what the hub has signed, or older than what was verified before.
+        FedshareError: what the call or the payload raises.
+    """
+    checked = [""]
+
+    def check(header: hub_pb2.SnapshotHeader) -> None:
+        checked[0] = chain.check_snapshot(header)
+
+    version, payload = link.fetch_snapshot(spec.space_id, 0, check)
+    space = decode_snapshot(payload, spec)
+    if space.version == version:
+        chain.take(version, checked[0], version)
+    return space, version
 
 
 def _chunks(stream: Iterator[hub_pb2.FollowVersionsResponse], what: str) -> Iterator[bytes]:

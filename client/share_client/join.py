@@ -16,17 +16,18 @@ from typing import Any, TextIO
 from share_client.durable import make_private_directory
 from share_client.enrol import enrol
 from share_client.link import HubLink
-from share_client.member import ClientLayout, Member, load_credentials, load_member, save_member
+from share_client.member import ClientLayout, Member, check_node_key, load_credentials, load_member, save_member
 from share_client.session_log import sentence
 from share_core.errors import CertificateError, ConfigError, SpaceMismatchError
 from share_core.identity import identity_of
 
 
 def ensure_member(layout: ClientLayout, token: str | None, now: datetime, tell: Callable[[str], None]) -> Member:
-    """Return who this directory is; enrol with ``token`` if it is nobody yet or its certificate has expired.
+    """Return who this directory is; enrol with ``token`` if it is nobody yet, or its identity has run out.
 
     Raises:
         ConfigError: not enrolled and no token.
+        CertificateError: expired or damaged, and no token.
         FedshareError: what :func:`share_client.enrol.enrol` raises.
     """
     if not layout.member.exists():
@@ -38,7 +39,8 @@ def ensure_member(layout: ClientLayout, token: str | None, now: datetime, tell: 
     member = load_member(layout)
     try:
         load_credentials(layout, now)
-    except CertificateError:
+        check_node_key(layout)
+    except (CertificateError, ConfigError):
         if token is None:
             raise
         member = enrol(token, layout, now)
@@ -47,6 +49,34 @@ def ensure_member(layout: ClientLayout, token: str | None, now: datetime, tell: 
     if token is not None:
         tell(f"{layout.root} is enrolled as {member.member} already: the token was not used")
     return member
+
+
+def remember_follow(layout: ClientLayout, member: Member, follow: str | None) -> Member:
+    """Return ``member`` with the relay of ``--follow``, and keep it; None changes nothing, ``hub`` forgets the relay.
+
+    Raises:
+        ConfigError: it is no HOST:PORT.
+    """
+    if follow is None:
+        return member
+    changed = replace(member, follow_address=follow_address(follow))
+    if changed != member:
+        save_member(layout, changed)
+    return changed
+
+
+def follow_address(follow: str) -> str:
+    """Return the address of a relay as given on the command line; ``hub`` is none.
+
+    Raises:
+        ConfigError: it is no HOST:PORT.
+    """
+    if follow == "hub":
+        return ""
+    host, _, port = follow.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--follow {follow!r}: expected HOST:PORT of a relay, or hub to follow the hub itself")
+    return follow
 
 
 def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[[str], None]) -> None:

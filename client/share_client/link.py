@@ -18,7 +18,8 @@ import grpc
 from share_client.backoff import Backoff
 from share_client.channel import CHUNK_BYTES, error_from_rpc, open_channel
 from share_client.member import Credentials
-from share_core.errors import DigestError, FedshareError, UnavailableError
+from share_client.uploading import Submission, upload
+from share_core.errors import DigestError, FedshareError, UnavailableError, UnknownUpdateError
 from share_core.types import SiteSpec, SpaceSpec
 from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
 
@@ -26,9 +27,6 @@ _T = TypeVar("_T")
 
 _UPLOAD_FLOOR = 100_000
 """Bytes per second below which an upload is given up and begun again."""
-
-_DIGEST_ATTEMPTS = 3
-"""How often the same bytes may arrive damaged before it is not the network's fault any more."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,10 @@ class SpaceDescription:
     """The newest published version."""
     max_payload_bytes: int
     """The largest payload Submit accepts."""
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The header of one update: what :meth:`HubLink.submit` sends before the payload."""
-
-    update_id: str
-    """32 hexadecimal digits; the same for every attempt."""
-    space_id: str
-    """The space it was trained in."""
-    task_id: str
-    """``organisation/name``."""
-    create: bool
-    """Whether this may make the task."""
-    payload_size: int
-    """Bytes of the payload."""
-    payload_sha256: str
-    """Hexadecimal SHA-256 of the payload."""
-    lease_id: str = ""
-    """Lease under which it was trained; empty outside a lease."""
-    rows: int = 0
-    """Training rows the client declares; 0 says nothing."""
+    signer_certificate: bytes = b""
+    """Certificate (PEM) of the key that signs manifests; empty if the hub signs none."""
+    oldest_base_version: int = 0
+    """The oldest version an update may be based on."""
 
 
 class HubLink:
@@ -97,8 +77,8 @@ class HubLink:
         answer = self._call("asking for the space", self._hub.DescribeSpace, hub_pb2.DescribeSpaceRequest())
         return _description(answer)
 
-    def submit(self, submission: Submission, payload: bytes) -> hub_pb2.SubmitResponse:
-        """Send one update once and return its receipt: it is durable at the hub then.
+    def submit(self, submission: Submission, payload: bytes, offset: int = 0) -> hub_pb2.SubmitResponse:
+        """Send one update once, the payload from ``offset`` on, and return its receipt: it is durable then.
 
         Raises:
             FedshareError: the hub's refusal, or UnavailableError when no answer came; then the update may or
@@ -113,18 +93,36 @@ class HubLink:
             payload_sha256=submission.payload_sha256,
             lease_id=submission.lease_id,
             rows=submission.rows,
+            offset=offset,
         )
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
             yield hub_pb2.SubmitRequest(header=header)
-            for start in range(0, len(payload), CHUNK_BYTES):
+            for start in range(offset, len(payload), CHUNK_BYTES):
                 yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
 
         action = f"submitting update {submission.update_id} of {submission.task_id}"
+        deadline = self._deadline + (len(payload) - offset) / _UPLOAD_FLOOR
         try:
-            return self._hub.Submit(messages(), timeout=self._deadline + len(payload) / _UPLOAD_FLOOR)
+            return self._hub.Submit(messages(), timeout=deadline)
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
+
+    def get_upload(self, update_id: str) -> hub_pb2.GetUploadResponse:
+        """Return how much of an upload is durable at the hub, or its receipt; of nothing, offset 0.
+
+        A hub that does not know the call keeps no unfinished uploads, which is the same as having none.
+        """
+        request = hub_pb2.GetUploadRequest(update_id=update_id)
+        try:
+            return self._hub.GetUpload(request, timeout=self._deadline)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return hub_pb2.GetUploadResponse()
+            raised = error_from_rpc(error, f"asking for the upload {update_id} at {self.address}")
+            if isinstance(raised, UnknownUpdateError):
+                return hub_pb2.GetUploadResponse()
+            raise raised from error
 
     def submit_until_answered(
         self,
@@ -133,25 +131,8 @@ class HubLink:
         stop: threading.Event,
         on_wait: Callable[[FedshareError], None] | None = None,
     ) -> hub_pb2.SubmitResponse | None:
-        """Send one update, again and again with the same id while the hub is unavailable.
-
-        Returns None when ``stop`` was set before an answer came. Every other refusal is raised.
-        """
-        backoff, damaged = Backoff(), 0
-        while not stop.is_set():
-            try:
-                return self.submit(submission, payload)
-            except UnavailableError as error:
-                reason: FedshareError = error
-            except DigestError as error:
-                damaged += 1
-                if damaged >= _DIGEST_ATTEMPTS:
-                    raise
-                reason = error
-            if on_wait is not None:
-                on_wait(reason)
-            backoff.wait(stop)
-        return None
+        """Send one update until the hub has answered; see :func:`share_client.uploading.upload`."""
+        return upload(self, submission, payload, stop, on_wait)
 
     def get_update(self, update_id: str) -> hub_pb2.UpdateRecord:
         """Return what became of an update."""
@@ -176,18 +157,27 @@ class HubLink:
         request = fleet_pb2.CloseLeaseRequest(lease_id=lease_id, idle=idle, submitted=submitted)
         self._call(f"closing lease {lease_id}", self._fleet.CloseLease, request)
 
-    def fetch_snapshot(self, space_id: str, version: int = 0) -> tuple[int, bytes]:
-        """Return (version, payload) of one whole version, 0 for the newest. Size and SHA-256 are checked."""
+    def fetch_snapshot(
+        self, space_id: str, version: int = 0, check: Callable[[hub_pb2.SnapshotHeader], object] | None = None
+    ) -> tuple[int, bytes]:
+        """Return (version, payload) of one whole version, 0 for the newest. Size and SHA-256 are checked.
+
+        ``check`` sees the header before any payload byte is read, and may raise.
+        """
         request = hub_pb2.FetchSnapshotRequest(space_id=space_id, version=version)
+        stream = self._hub.FetchSnapshot(request, timeout=20 * self._deadline)
         try:
-            stream = iter(self._hub.FetchSnapshot(request, timeout=20 * self._deadline))
-            first = next(stream, None)
+            first = next(iter(stream), None)
             if first is None or first.WhichOneof("part") != "header":
                 raise DigestError(f"the snapshot from {self.address} does not begin with a header")
             header = first.header
+            if check is not None:
+                check(header)
             payload = collect(header.payload_size, header.payload_sha256, _snapshot_chunks(stream), "snapshot")
         except grpc.RpcError as error:
-            raise error_from_rpc(error, "fetching a snapshot") from error
+            raise error_from_rpc(error, f"fetching a snapshot at {self.address}") from error
+        finally:
+            stream.cancel()
         return header.version, payload
 
     def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
@@ -210,17 +200,17 @@ def patiently(
         except UnavailableError as error:
             if on_wait is not None:
                 on_wait(error)
-            backoff.wait(stop)
+            backoff.wait(stop, error)
     return None
 
 
-def collect(size: int, sha256: str, chunks: Iterator[bytes], what: str) -> bytes:
-    """Join chunks until ``size`` bytes are there; compare their SHA-256.
+def collect(size: int, sha256: str, chunks: Iterator[bytes], what: str, first: bytes = b"") -> bytes:
+    """Join ``first`` and chunks until ``size`` bytes are there; compare their SHA-256.
 
     Raises:
         DigestError: too few bytes, too many, or other bytes than announced.
     """
-    buffer = bytearray()
+    buffer = bytearray(first)
     while len(buffer) < size:
         chunk = next(chunks, None)
         if chunk is None:
@@ -251,4 +241,10 @@ def _description(answer: hub_pb2.DescribeSpaceResponse) -> SpaceDescription:
         tau=answer.tau,
         rank_limit=answer.rank_limit,
     )
-    return SpaceDescription(spec=spec, version=answer.version, max_payload_bytes=answer.max_payload_bytes)
+    return SpaceDescription(
+        spec=spec,
+        version=answer.version,
+        max_payload_bytes=answer.max_payload_bytes,
+        signer_certificate=answer.signer_certificate_pem,
+        oldest_base_version=answer.oldest_base_version,
+    )

@@ -14,14 +14,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from share_client.durable import to_json
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError
-from share_core.identity import not_after
+from share_core.identity import certificate_fingerprint, not_after, public_key_pem, public_key_pem_of_certificate
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Member:
     """The space the hub served at enrolment."""
     node_id: int = 0
     """Flower's id of our node; 0 until the server registered it."""
+    follow_address: str = ""
+    """host:port of a relay to follow versions from; empty to follow the hub."""
 
     @property
     def organisation(self) -> str:
@@ -152,20 +162,29 @@ def load_member(layout: ClientLayout) -> Member:
             f"{layout.root} is not enrolled: it has no member.json; run share-client join TOKEN --dir {layout.root}"
         ) from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{layout.member}: cannot be read: {error}") from error
-    expected = {field.name: type(field.default) if field.name == "node_id" else str for field in fields(Member)}
-    for name, kind in expected.items():
-        if not isinstance(document, dict) or not isinstance(document.get(name), kind):
-            raise ConfigError(f"{layout.member}: key {name!r}: expected {kind.__name__}, got {document!r:.200}")
-    return Member(**{name: document[name] for name in expected})
+        raise ConfigError(
+            f"{layout.member}: cannot be read ({error}): restore the file, or remove it and join again with a new token"
+        ) from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{layout.member}: expected an object, got {document!r:.200}")
+    values: dict[str, Any] = {}
+    for field in fields(Member):
+        kind = int if field.name == "node_id" else str
+        optional = field.name == "follow_address"  # newer than the others: a directory may be older
+        value = document.get(field.name, field.default if optional else None)
+        if type(value) is not kind:
+            raise ConfigError(f"{layout.member}: key {field.name!r}: expected {kind.__name__}, got {document!r:.200}")
+        values[field.name] = value
+    return Member(**values)
 
 
 def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
-    """Read the mTLS identity and check that its certificate has not run out at ``now``.
+    """Read the mTLS identity and check that its parts can be used, belong together, and have not run out at ``now``.
 
     Raises:
         ConfigError: a file is missing.
-        CertificateError: the certificate cannot be read or has expired.
+        CertificateError: a file is damaged, they do not belong together, or the certificate has expired. The message
+            names the file.
     """
     try:
         credentials = Credentials(
@@ -177,9 +196,60 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise ConfigError(
             f"{layout.identity}: identity is incomplete: {error}; enrol again with a new token"
         ) from error
+    own = _usable(layout.key, lambda: public_key_pem(credentials.key))
+    certified = _usable(layout.certificate, lambda: public_key_pem_of_certificate(credentials.certificate))
+    _usable(layout.authority, lambda: certificate_fingerprint(credentials.authority))
+    if own != certified:
+        raise CertificateError(
+            f"{layout.key} is not the key that {layout.certificate} was issued for: restore the one that belongs to "
+            "the other, or enrol again with a new token"
+        )
     end = not_after(credentials.certificate)
     if end <= now:
         raise CertificateError(
             f"{layout.certificate} expired at {end:%Y-%m-%d %H:%M} UTC: ask the operator for a new join token"
         )
     return credentials
+
+
+def check_node_key(layout: ClientLayout) -> None:
+    """Check that the key the SuperNode signs with can be read and is the one that was enrolled.
+
+    Raises:
+        ConfigError: a file is missing.
+        CertificateError: a file is damaged, or they do not belong together. The message names the file.
+    """
+    try:
+        private, public = layout.node_key.read_bytes(), layout.node_public_key.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{layout.identity}: identity is incomplete: {error}; enrol again with a new token"
+        ) from error
+    own = _usable(layout.node_key, lambda: _ssh_public_key(private))
+    if own != _usable(layout.node_public_key, lambda: _subject_public_key(public)):
+        raise CertificateError(
+            f"{layout.node_key} is not the key of {layout.node_public_key}: restore the one that belongs to the other, "
+            "or enrol again with a new token"
+        )
+
+
+def _usable(path: Path, read: Callable[[], _T]) -> _T:
+    """Return what ``read`` makes of a file, or say which file is damaged and what to do."""
+    try:
+        return read()
+    except (CertificateError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"{path} is damaged ({error}): restore the file from a backup, or enrol again with a new token"
+        ) from error
+
+
+def _ssh_public_key(private: bytes) -> bytes:
+    return _public_pem(serialization.load_ssh_private_key(private, password=None).public_key())
+
+
+def _subject_public_key(public: bytes) -> bytes:
+    return _public_pem(serialization.load_pem_public_key(public))
+
+
+def _public_pem(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

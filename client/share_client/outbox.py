@@ -5,6 +5,7 @@
     outbox/<update id>/header.json           what Submit announces, and what to remember of the training
                        payload.safetensors   the bytes that leave
                        head.safetensors      the private head; never leaves
+                       adapter.safetensors   what the payload means without any bases; only if it refers to some
                        receipt.json          the hub's receipt, once it has acknowledged
     outbox/refused/<update id>/...           the same, with reason.json
 
@@ -12,6 +13,10 @@ An entry is written into a temporary directory, flushed file by file, and rename
 all. From then on its update id is fixed, so sending it again after a crash or a lost answer is harmless: the hub
 knows the id. It leaves the outbox only when the hub says that it is merged (then what must be kept has been
 recorded elsewhere first) or that it will never be; then it moves to ``refused`` with the reason.
+
+If the hub no longer keeps the version an update is expressed in, the same content is expressed in a newer one and put
+in as a new entry, whose id is computed from the old one's; then the old one goes. A crash in between leaves both, and
+the old one is known to be replaced: it is never sent again.
 """
 
 from __future__ import annotations
@@ -25,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from share_client.durable import make_private_directory, remove_tree, sweep, to_json
-from share_client.link import Submission
+from share_client.uploading import Submission
 from share_core.durable import TEMPORARY, flush_directory, write_atomic, write_flushed
 from share_core.errors import ConfigError, DigestError
 from share_core.names import check_update_id
 
 _REFUSED = "refused"
+_ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Training:
     """Training rows."""
     trained_numbers: int = 0
     """Trained parameters."""
+    rebases: int = 0
+    """How often this training was expressed in the bases of a newer version."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Entry:
     """What it came from."""
     acknowledged: bool
     """Whether the hub has given a receipt."""
+    adapter_sha256: str = ""
+    """Hexadecimal SHA-256 of the adapter file; empty if there is none."""
 
     @property
     def update_id(self) -> str:
@@ -91,6 +101,19 @@ class Entry:
     def read_head(self) -> bytes:
         """Return the private head, a safetensors file."""
         return (self.directory / "head.safetensors").read_bytes()
+
+    def read_adapter(self) -> bytes:
+        """Return the ambient factors of the update (:func:`share_core.wire.encode_adapter`); empty if not kept.
+
+        Raises:
+            DigestError: the disk no longer holds what was written.
+        """
+        if not self.adapter_sha256:
+            return b""
+        adapter = (self.directory / _ADAPTER).read_bytes()
+        if hashlib.sha256(adapter).hexdigest() != self.adapter_sha256:
+            raise DigestError(f"{self.directory}: {_ADAPTER} is not what was written: the disk damaged it")
+        return adapter
 
 
 class Outbox:
@@ -117,6 +140,7 @@ class Outbox:
         task_id: str,
         create: bool,
         lease_id: str = "",
+        adapter: bytes = b"",
     ) -> Entry:
         """Make an update durable under a new update id and return it. Nothing has been sent yet."""
         submission = Submission(
@@ -129,15 +153,45 @@ class Outbox:
             lease_id=lease_id,
             rows=training.rows,
         )
+        return self._put(submission, training, payload, head, adapter)
+
+    def rebase(self, entry: Entry, payload: bytes, base_version: int, create: bool) -> Entry:
+        """Put the same content in as a new update, expressed in ``base_version``; remove ``entry``; return the new one.
+
+        Doing it again after a crash gives the entry that is there already.
+        """
+        made = self.replacement(entry)
+        if made is None:
+            submission = replace(
+                entry.submission,
+                update_id=_next_id(entry.update_id),
+                create=create,
+                payload_size=len(payload),
+                payload_sha256=hashlib.sha256(payload).hexdigest(),
+            )
+            training = replace(entry.training, base_version=base_version, rebases=entry.training.rebases + 1)
+            made = self._put(submission, training, payload, entry.read_head(), entry.read_adapter())
+        self.remove(entry)
+        return made
+
+    def replacement(self, entry: Entry) -> Entry | None:
+        """Return the entry that has taken the place of ``entry``; None if none has."""
+        directory = self._directory / _next_id(entry.update_id)
+        return _read(directory) if directory.exists() else None
+
+    def _put(self, submission: Submission, training: Training, payload: bytes, head: bytes, adapter: bytes) -> Entry:
+        adapter_sha256 = hashlib.sha256(adapter).hexdigest() if adapter else ""
         temporary = make_private_directory(self._directory / f"{TEMPORARY}{submission.update_id}")
-        header = {"submission": asdict(submission), "training": asdict(training)}
-        for name, data in (
-            ("payload.safetensors", payload),
-            ("head.safetensors", head),
-            ("header.json", to_json(header)),
-        ):
-            self._step(f"write {name}")
-            write_flushed(temporary / name, data)
+        header = {
+            "submission": asdict(submission),
+            "training": asdict(training),
+            "adapter_sha256": adapter_sha256,
+        }
+        files = {"payload.safetensors": payload, "head.safetensors": head, _ADAPTER: adapter}
+        for name, data in {**files, "header.json": to_json(header)}.items():
+            if name != _ADAPTER or adapter:
+                self._step(f"write {name}")
+                write_flushed(temporary / name, data)
         self._step("flush entry")
         flush_directory(temporary)
         self._step("rename entry")
@@ -145,7 +199,7 @@ class Outbox:
         self._step("flush outbox")
         flush_directory(self._directory)
         self._step("put done")
-        return Entry(final, submission, training, acknowledged=False)
+        return Entry(final, submission, training, acknowledged=False, adapter_sha256=adapter_sha256)
 
     def entries(self) -> list[Entry]:
         """Return what is in the outbox, oldest first."""
@@ -213,8 +267,14 @@ def _read(directory: Path) -> Entry:
         header = json.loads((directory / "header.json").read_bytes())
         submission = Submission(**header["submission"])
         training = Training(**header["training"])
+        adapter_sha256 = str(header.get("adapter_sha256", ""))
         if check_update_id(submission.update_id) != directory.name:
             raise ValueError(f"update id {submission.update_id} under the name {directory.name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory} is no outbox entry ({error}): move it out of the outbox") from error
-    return Entry(directory, submission, training, (directory / "receipt.json").exists())
+    return Entry(directory, submission, training, (directory / "receipt.json").exists(), adapter_sha256)
+
+
+def _next_id(update_id: str) -> str:
+    """Return the update id of what replaces an update: always the same, so that no crash can make two of them."""
+    return hashlib.sha256(f"fedshare rebase {update_id}".encode()).hexdigest()[:32]

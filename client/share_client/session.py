@@ -19,21 +19,24 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 
-from share_client.cache import SpaceCache
-from share_client.feed import VersionFeed
+from share_client.cache import SpaceCache, chain_path
+from share_client.chain import ManifestChain, open_chain
+from share_client.feed import VersionFeed, fetch_newest
 from share_client.link import HubLink, SpaceDescription, patiently
 from share_client.member import ClientLayout, Member, load_credentials, load_member
 from share_client.outbox import Outbox, Training
+from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
 from share_client.sending import Sender
 from share_client.session_log import SessionLog
+from share_client.sources import Sources, open_relay
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trainer
 from share_client.view import View
-from share_core.errors import ConfigError, FedshareError, SpaceMismatchError, UnavailableError
+from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
 from share_core.fingerprint import check_backbone
 from share_core.space import empty_space, task_adapter
 from share_core.types import Space
-from share_core.wire import decode_snapshot, encode_update
+from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ def run_session(
         SpaceMismatchError: the hub's space is another one, or the backbone is not the space's.
         IdentityError, AccessError: the hub does not let us in.
         VersionError: the hub is at an older version than this client.
+        ManifestError: a version that arrived is not what the hub has signed, or does not follow the one held.
     """
     layout = ClientLayout(root)
     stop = stop or threading.Event()
@@ -97,7 +101,12 @@ def run_session(
     credentials = load_credentials(layout, datetime.now(UTC))
     log = SessionLog(layout.session_log)
     address = (lease.hub_address if lease else "") or member.hub_address
-    with contextlib.closing(log), _only_session(layout, options.lock_s), HubLink(address, credentials) as link:
+    with (
+        contextlib.closing(log),
+        _only_session(layout, options.lock_s),
+        HubLink(address, credentials) as link,
+        open_relay(member.follow_address, credentials) as relay,
+    ):
         try:
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
             if description is None:
@@ -105,7 +114,9 @@ def run_session(
             _check_space(description, member, lease)
             trainer = trainer or BackboneTrainer(tasks_path)
             trainer.tasks()  # a tasks file that cannot be used at the start is told at once
-            session = _Session(layout, member, lease, link, description, trainer, options, log, stop)
+            chain = open_chain(description, credentials, chain_path(layout.cache, description.spec), datetime.now(UTC))
+            sources = Sources(link, relay, lambda text: log.write("source", reason=text))
+            session = _Session(layout, member, lease, sources, chain, description, trainer, options, log, stop)
             return session.run()
         except FedshareError as error:
             log.write("failed", error=type(error).__name__, reason=str(error))
@@ -120,7 +131,8 @@ class _Session:
         layout: ClientLayout,
         member: Member,
         lease: Lease | None,
-        link: HubLink,
+        sources: Sources,
+        chain: ManifestChain,
         description: SpaceDescription,
         trainer: Trainer,
         options: SessionOptions,
@@ -129,7 +141,10 @@ class _Session:
     ) -> None:
         self._member = member
         self._lease = lease
-        self._link = link
+        self._link = sources.hub
+        self._sources = sources
+        self._chain = chain
+        self._published = description.version
         self._spec = description.spec
         self._trainer = trainer
         self._options = options
@@ -137,9 +152,11 @@ class _Session:
         self._stop = stop
         self._outbox = Outbox(layout.outbox)
         self._records = Records(layout.tasks)
-        self._cache = SpaceCache(layout.cache, self._spec)
-        self._sender = Sender(link, self._outbox, self._records, log, stop)
+        self._cache = SpaceCache(layout.cache, self._spec, chain)
         self._view = View(self._first_space(description))
+        rebaser = Rebaser(self._spec, lambda: self._view.newest, self._hub_versions)
+        self._sender = Sender(self._link, self._outbox, self._records, log, stop, rebaser)
+        self._set_aside: frozenset[str] = frozenset()
         self._evaluated = 0
         self._taken = 0
         self._tasks_error = ""
@@ -149,11 +166,11 @@ class _Session:
         """Follow versions in a thread and work in this one."""
         start = self._view.newest
         self._log.write("started", member=self._member.member, space=self._spec.space_id, version=start.version)
-        feed = VersionFeed(self._link, self._spec, start.version, self._waiting)
+        feed = VersionFeed(self._sources, self._spec, start.version, self._waiting, self._chain)
         follower = threading.Thread(target=self._follow, args=(feed,), name="follow-versions", daemon=True)
         follower.start()
         try:
-            idle = self._work()
+            idle = self._work(feed)
         finally:
             feed.close()
             follower.join()
@@ -169,13 +186,14 @@ class _Session:
         self._log.write("ended", **vars(counters))
         return counters
 
-    def _work(self) -> bool:
+    def _work(self, feed: VersionFeed) -> bool:
         """Repeat the loop until the end; return whether nothing was left to do."""
         last_event = time.monotonic()
-        if self._sender.pass_once().certain:
+        if self._sender.pass_once(self._view.walked.version).certain:
             self._evaluate(self._view.walked)
         while not self._stop.is_set():
             self._view.check()
+            feed.expect(max(self._published, self._sender.merged_in))
             evaluated, unsettled = self._evaluate_waiting()
             task = None if unsettled else self._next_task()
             if task is not None and self._may_train():
@@ -200,12 +218,28 @@ class _Session:
         kept = self._cache.load()
         if kept is not None or description.version == 0:
             return kept or empty_space(self._spec)
-        fetched = patiently(lambda: self._link.fetch_snapshot(self._spec.space_id), self._stop, self._waiting)
-        if fetched is None:
+        space = patiently(self._fetch_space, self._stop, self._waiting)
+        if space is None:
             return empty_space(self._spec)
-        space = decode_snapshot(fetched[1], self._spec)
         self._cache.save(space)
         return space
+
+    def _fetch_space(self) -> Space:
+        link = self._sources.current()
+        try:
+            return fetch_newest(link, self._spec, self._chain)[0]
+        except ManifestError:
+            raise
+        except FedshareError as error:
+            self._sources.failed(link, error)
+            if self._sources.is_relay(link):
+                raise UnavailableError(f"the relay {link.address} gives no snapshot: {error}") from error
+            raise
+
+    def _hub_versions(self) -> tuple[int, int]:
+        """Return the hub's newest version and the oldest one an update may be based on."""
+        description = self._link.describe()
+        return description.version, description.oldest_base_version
 
     def _follow(self, feed: VersionFeed) -> None:
         """Thread: apply what the hub sends until the feed is closed."""
@@ -224,7 +258,10 @@ class _Session:
 
     def _next_task(self) -> LocalTask | None:
         """Return the first task whose data has not been trained; a broken tasks file counts as nothing to do."""
-        return next((task for task in self._tasks() if self._records.get(task.name).wants(task.content_hash)), None)
+        for task in self._tasks():
+            if task.name not in self._set_aside and self._records.get(task.name).wants(task.content_hash):
+                return task
+        return None
 
     def _tasks(self) -> list[LocalTask]:
         try:
@@ -289,6 +326,7 @@ class _Session:
             task_id=task_id,
             create=task_id not in space.cores,
             lease_id=self._lease.lease_id if self._lease else "",
+            adapter=kept_adapter(trained.update, space),
         )
         self._taken += 1
         self._log.write("trained", **{**vars(training), "payload_bytes": len(payload)})
@@ -316,7 +354,8 @@ class _Session:
         some = False
         while True:
             limit = self._view.newest.version
-            state = self._sender.pass_once()
+            state = self._sender.pass_once(limit)
+            self._set_aside = state.set_aside
             if not state.certain or self._stop.is_set() or self._view.walked.version >= limit:
                 return some, state.unsettled
             while not self._stop.is_set() and (space := self._view.walk(limit)) is not None:

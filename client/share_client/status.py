@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from share_client.chain import open_chain
 from share_client.feed import VersionFeed
 from share_client.link import HubLink
-from share_client.member import ClientLayout, load_member
+from share_client.member import ClientLayout, Credentials, load_member
 from share_client.outbox import list_outbox
 from share_client.records import Records
+from share_client.sources import Sources
 from share_core.types import Delta, Space
 from share_proto.v1 import hub_pb2
 
@@ -50,7 +53,10 @@ def print_status(found: dict[str, Any]) -> None:
     console = Console()
     member = found["member"]
     console.print(
-        f"{member['member']} in {member['space_id']}, hub {member['hub_address']}", markup=False, soft_wrap=True
+        f"{member['member']} in {member['space_id']}, hub {member['hub_address']}"
+        + (f", versions from {member['follow_address']}" if member["follow_address"] else ""),
+        markup=False,
+        soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("task", overflow="fold")
@@ -69,18 +75,30 @@ def print_status(found: dict[str, Any]) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
 
-def watch_versions(link: HubLink) -> Iterator[dict[str, Any]]:
-    """Yield the newest version, then every later one as it is published."""
-    description = link.describe()
+def watch_versions(sources: Sources, credentials: Credentials) -> Iterator[dict[str, Any]]:
+    """Yield the newest version, then every later one as it is published; what the hub signs is verified."""
+    description = sources.hub.describe()
     version = description.version
+    chain = open_chain(description, credentials, None, datetime.now(UTC))
     yield {
         "event": "version",
         "version": version,
         "space_id": description.spec.space_id,
         "text": f"version {version} of {description.spec.backbone}",
     }
-    for event in VersionFeed(link, description.spec, version).events():
+    for event in VersionFeed(sources, description.spec, version, chain=chain).events():
         yield _line(event)
+
+
+def fetch_snapshot(link: HubLink, credentials: Credentials, version: int) -> tuple[int, bytes]:
+    """Return (version, payload) of one whole version, 0 for the newest; what the hub signs is verified.
+
+    Raises:
+        FedshareError: the hub refuses, or the payload is not what it has signed.
+    """
+    description = link.describe()
+    chain = open_chain(description, credentials, None, datetime.now(UTC))
+    return link.fetch_snapshot(description.spec.space_id, version, chain.check_snapshot)
 
 
 def _line(event: Delta | Space) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Hub:
         self.streams.append(Stream(answer))
         return self.streams[-1]
 
-    def fetch_snapshot(self, space_id: str) -> tuple[int, bytes]:
-        return self._snapshot
+    def fetch_snapshot(self, space_id: str, version: int = 0, check: Any = None) -> tuple[int, bytes]:
+        number, payload = self._snapshot
+        check(hub_pb2.SnapshotHeader(version=number, payload_size=len(payload)))
+        return number, payload
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,9 @@ def test_a_damaged_delta_is_asked_for_again(damage: str, spec: SpaceSpec, spaces
 def test_planted_bug_without_the_digest_the_damaged_delta_is_taken(
     spec: SpaceSpec, spaces: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "collect", lambda size, sha256, chunks, what: b"".join(itertools.islice(chunks, 999)))
+    monkeypatch.setattr(
+        module, "collect", lambda size, sha256, chunks, what, first: b"".join(itertools.islice(chunks, 999))
+    )
     hub = Hub(DAMAGES["bit"](spaces[1][0], b""), steps(spaces, 1))
     events, waits = followed(hub, spec, 0, 1)
     assert (len(events), waits, hub.asked) == (1, [], [0]), "so the test above would fail"

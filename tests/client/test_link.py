@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from share_client.feed import VersionFeed
-from share_client.link import HubLink, Submission, collect, patiently
+from share_client.link import HubLink, collect, patiently
+from share_client.uploading import Submission
 from share_client.view import View
 from share_core.errors import (
     AccessError,
@@ -142,7 +143,7 @@ class DropsFirstAnswer(HubLink):
 
     dropped = 0
 
-    def submit(self, submission: Submission, payload: bytes) -> hub_pb2.SubmitResponse:
+    def submit(self, submission: Submission, payload: bytes, offset: int = 0) -> hub_pb2.SubmitResponse:
         answer = super().submit(submission, payload)
         if not self.dropped:
             self.dropped += 1
@@ -153,7 +154,7 @@ class DropsFirstAnswer(HubLink):
 class NewIdEachTime(DropsFirstAnswer):
     """The planted bug: every attempt has an id of its own."""
 
-    def submit(self, submission: Submission, payload: bytes) -> hub_pb2.SubmitResponse:
+    def submit(self, submission: Submission, payload: bytes, offset: int = 0) -> hub_pb2.SubmitResponse:
         return super().submit(replace(submission, update_id=uuid.uuid4().hex), payload)
 
 

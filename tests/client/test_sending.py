@@ -12,11 +12,12 @@ from typing import Any, cast
 import pytest
 
 from share_client import session_log
-from share_client.link import HubLink, Submission
+from share_client.link import HubLink
 from share_client.outbox import Outbox, Training, list_outbox
 from share_client.records import MOST_RETRAININGS, Records
 from share_client.sending import Sender
 from share_client.session_log import SessionLog, sentence
+from share_client.uploading import Submission
 from share_core.errors import FedshareError, IdentityError, RebaseError, error_classes
 from share_proto.v1 import hub_pb2
 
@@ -26,6 +27,7 @@ STAYS = {
     "FedshareError",
     "UnknownUpdateError",
     "UnavailableError",
+    "OverloadError",
     "StorageError",
     "ConfigError",
     "AdapterError",
