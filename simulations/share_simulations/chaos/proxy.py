@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 _PIECE = 64 * 2**10
 _BUFFER = 128 * 2**10
-"""Bytes of one direction that may be on their way inside the proxy, and of each socket's buffer: what a network holds."""
+"""Bytes of one direction that may be on their way inside the proxy, and in each socket's buffer, as in a network."""
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -116,7 +116,7 @@ class Proxy:
         # Small buffers, inherited by what is accepted: loopback would swallow megabytes that no network holds.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         self._server = await asyncio.start_server(self._accept, sock=listener, limit=_PIECE)
-        self.address = "127.0.0.1:{}".format(listener.getsockname()[1])
+        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
 
     async def _stop(self) -> None:
         if self._server is not None:
@@ -135,6 +135,8 @@ class Proxy:
         self._open.add(connection)
         try:
             await connection.run(self._target)
+        except asyncio.CancelledError:
+            connection.abort()  # only _stop cancels; asyncio would report a cancelled handler as a fault
         finally:
             self._open.discard(connection)
 
