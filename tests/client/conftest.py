@@ -8,20 +8,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import grpc
 import pytest
 import torch
 
+from share_client.backoff import Backoff
 from share_client.durable import make_private_directory
 from share_client.enrol import enrol, make_node_key
 from share_client.link import HubLink
 from share_client.member import ClientLayout, load_credentials, load_member
 from share_core.durable import write_atomic
+from share_core.errors import FedshareError
 from share_core.fingerprint import describe_space
 from share_core.identity import (
     Identity,
@@ -33,6 +37,7 @@ from share_core.identity import (
     token_encode,
 )
 from share_core.types import SpaceSpec
+from share_proto.v1 import hub_pb2_grpc
 from share_server.local import LocalHub
 
 HERE = Path(__file__).parent
@@ -137,6 +142,49 @@ def offline(tmp_path: Path) -> tuple[ClientLayout, bytes, bytes]:
     ):
         write_atomic(path, data)
     return layout, authority, authority_key
+
+
+@pytest.fixture
+def serving(offline: tuple[ClientLayout, bytes, bytes]) -> Iterator[Callable[..., HubLink]]:
+    """Serve objects of a test as the Hub service on real listeners with mutual TLS; return a link to each.
+
+    Calls that an object does not have are answered with UNIMPLEMENTED.
+    """
+    layout, authority, authority_key = offline
+    now = datetime.now(UTC)
+    key = new_private_key_pem()
+    identity = Identity("hub", "org", "hub")
+    certificate = sign_csr(authority, authority_key, make_csr(key), identity, now, 1, server_names=["127.0.0.1"])
+    credentials = grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+    open_ones: list[tuple[grpc.Server, HubLink]] = []
+
+    def serve(servicer: Any) -> HubLink:
+        servicer.__class__ = type("Served", (servicer.__class__, hub_pb2_grpc.HubServicer), {})
+        server = grpc.server(ThreadPoolExecutor(8))
+        hub_pb2_grpc.add_HubServicer_to_server(servicer, server)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+        link = HubLink(f"127.0.0.1:{port}", load_credentials(layout, now))
+        open_ones.append((server, link))
+        return link
+
+    yield serve
+    for server, link in open_ones:
+        link.close()
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[FedshareError | None]:
+    """What every wait was for; none of them takes any time."""
+    reasons: list[FedshareError | None] = []
+
+    def record(backoff: Backoff, reason: FedshareError | None = None) -> float:
+        reasons.append(reason)
+        return 0.0
+
+    monkeypatch.setattr(Backoff, "next_wait", record)
+    return reasons
 
 
 @pytest.fixture

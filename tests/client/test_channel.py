@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -9,7 +11,7 @@ import pytest
 
 from share_client.backoff import Backoff
 from share_client.channel import error_from_rpc
-from share_core.errors import FedshareError, UnavailableError, error_classes
+from share_core.errors import FedshareError, OverloadError, PayloadTooLargeError, UnavailableError, error_classes
 
 
 class Failure(grpc.RpcError):
@@ -43,6 +45,80 @@ def test_every_status_without_a_name_is_an_error_that_says_what_we_did(code: grp
     error = error_from_rpc(Failure(code, "why"), "asking for the moon")
     assert type(error) is not FedshareError
     assert str(error) == f"asking for the moon: {code.name}: why"
+
+
+LOADS = ("Concurrent RPC limit exceeded!", "Stream removed (RST_STREAM (Received RST_STREAM with error code 11))")
+TOO_LARGE = (
+    "SERVER: Received message larger than max (2000000 vs. 1048576)",
+    "CLIENT: Sent message larger than max (5000000 vs. 4194304)",
+    "Stream removed (CLIENT: Received message larger than max (5000000 vs. 4194304))",
+    "received metadata size exceeds hard limit (value length 20000 vs. 16384)",
+)
+
+
+@pytest.mark.parametrize("details", LOADS + TOO_LARGE)
+def test_exhausted_means_load_or_size(details: str) -> None:
+    error = error_from_rpc(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, details), "asking")
+    assert type(error) is (OverloadError if details in LOADS else PayloadTooLargeError)
+
+
+def test_this_grpc_words_them_so() -> None:
+    """The sentences above are those of the installed release: a real server sheds a call, and refuses a large one."""
+    release, arrived = threading.Event(), threading.Event()
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            def answer(request: bytes, context: Any) -> bytes:
+                if details.method == "/test/wait":  # type: ignore[attr-defined]
+                    arrived.set()
+                    release.wait(30)
+                return b"x" * 5_000_000 if details.method == "/test/large" else b""  # type: ignore[attr-defined]
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    options = [("grpc.max_receive_message_length", 1 << 20)]
+    server = grpc.server(ThreadPoolExecutor(4), [Handler()], options=options, maximum_concurrent_rpcs=1)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+
+            def failed(method: str, request: bytes) -> type[FedshareError]:
+                with pytest.raises(grpc.RpcError) as raised:
+                    channel.unary_unary(method)(request, timeout=30)
+                return type(error_from_rpc(raised.value, "testing"))
+
+            waiting = channel.unary_unary("/test/wait").future(b"", timeout=30)
+            assert arrived.wait(30)
+            assert failed("/test/shed", b"") is OverloadError
+            release.set()
+            waiting.result()
+            assert failed("/test/any", b"x" * 2_000_000) is PayloadTooLargeError
+            assert failed("/test/large", b"") is PayloadTooLargeError
+    finally:
+        release.set()
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"), [("2500", 2500), ("0", 0), ("", 1000), ("soon", 1000), ("-9223372036854775808", 1000)]
+)
+def test_the_hint_of_an_overload(hint: str, expected: int) -> None:
+    metadata = (("share-error", "OverloadError"), ("grpc-retry-pushback-ms", hint))
+    error = error_from_rpc(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", metadata), "asking")
+    assert isinstance(error, OverloadError)
+    assert error.retry_after_ms == expected
+
+
+def test_the_wait_is_at_least_the_hint_and_spread_and_never_longer_than_a_minute() -> None:
+    backoff = Backoff(first=0.2, longest=0.2, seed=3)
+    waits = [backoff.next_wait(OverloadError("busy", 5000)) for _ in range(50)]
+    assert all(5.0 <= wait <= 7.5 for wait in waits)
+    assert len(set(waits)) == 50, "clients sent away together must not return together"
+    assert {backoff.next_wait(OverloadError("busy", 10**9)) for _ in range(9)} == {60.0}
+    assert backoff.next_wait(OverloadError("busy", 0)) <= 0.2
+    assert Backoff(first=9.0, seed=1).next_wait(OverloadError("busy", 100)) >= 4.5, "its own step still counts"
+    assert backoff.next_wait(UnavailableError("away")) <= 0.2
 
 
 def test_an_unknown_name_falls_back_to_the_status() -> None:
