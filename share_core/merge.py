@@ -1,4 +1,4 @@
-"""Merging one update into a space: a pure function from state to state."""
+"""Merging updates into a space: a pure function from state to state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from share_core.compaction import compact, compaction_losses, task_weight
 from share_core.errors import ConfigError, TensorShapeError
 from share_core.ledger import TaskLedger, charge, measure
 from share_core.linalg import float64, require_finite
-from share_core.space import advance, carry_core, compress_core, empty_space, task_adapter
+from share_core.space import advance, carry_basis, carry_core, compress_core, empty_space, task_adapter
 from share_core.types import Adapter, Core, Cores, Delta, SiteBasis, SiteTransition, Space, SpaceSpec
 
 
@@ -53,8 +53,14 @@ class Merged:
     state: HubState
     delta: Delta
     """What to publish."""
-    relative_error: float
-    """Measured relative error that this merge left on the merged task."""
+    relative_errors: Mapping[str, float]
+    """Measured relative error that this merge left on each task it merged."""
+
+    @property
+    def relative_error(self) -> float:
+        """The error of the only merged task."""
+        (error,) = self.relative_errors.values()
+        return error
 
 
 def empty_state(spec: SpaceSpec) -> HubState:
@@ -69,16 +75,27 @@ def merge(
     policy: MergePolicy,
     originals: Mapping[str, Adapter] | None = None,
 ) -> Merged:
-    """Merge one adapter as the new content of ``task_id`` and return the next version.
+    """Merge one adapter as the new content of ``task_id``: :func:`merge_all` with one task."""
+    return merge_all(state, {task_id: adapter}, policy, originals)
 
-    Append, then compact where a site has outgrown ``k_max``. Old tasks do not move at all unless a site compacts; then
-    each loses at most what its ledger is charged.
+
+def merge_all(
+    state: HubState,
+    adapters: Mapping[str, Adapter],
+    policy: MergePolicy,
+    originals: Mapping[str, Adapter] | None = None,
+) -> Merged:
+    """Merge adapters as the new content of their tasks and return the next version, one for all of them.
+
+    Append one after the other, then compact once where a site has outgrown ``k_max``: while nothing compacts, the
+    result is that of merging them one by one; where something does, one compaction sees all of them. Old tasks do not
+    move at all unless a site compacts; then each loses at most what its ledger is charged.
 
     Args:
         state: the current version and ledger; not changed.
-        task_id: the task that this adapter becomes; an older content of the task is replaced.
-        adapter: ambient factors, see :func:`share_core.space.update_adapter`. Zero and rank 0 are allowed and give a
-            task that changes nothing.
+        adapters: ambient factors by task id, in the order in which they are appended, see
+            :func:`share_core.space.update_adapter`. Zero and rank 0 are allowed and give a task that changes nothing.
+            An older content of a task is replaced.
         policy: caps and budgets.
         originals: ambient factors of earlier updates by task, as far as they are retained. The ``refits`` tasks whose
             bounds have passed ``tau`` furthest are projected anew from their originals: that wins back directions that
@@ -88,23 +105,30 @@ def merge(
         NonFiniteError: if a factor holds NaN or infinity.
         TensorShapeError: if a site is unknown or a factor does not fit it.
     """
-    _check(state.space, adapter)
-    grown = append(state.space.bases, adapter, policy.tau)
-    others = {task: own for task, own in state.space.cores.items() if task != task_id}
-    before = {task: _grown_cores(own, grown.transition) for task, own in others.items()}
-    before[task_id] = dict(grown.cores)
+    if not adapters:
+        raise ConfigError("nothing to merge: expected at least one adapter")
+    for adapter in adapters.values():
+        _check(state.space, adapter)
+    appended, fresh = _append_all(state.space.bases, adapters, policy.tau)
+    others = {task: own for task, own in state.space.cores.items() if task not in adapters}
+    before = {task: _grown_cores(own, appended) for task, own in others.items()}
+    before.update(fresh)
     weights = {task: task_weight(state.ledger[task].norm) for task in others}
-    weights[task_id] = task_weight(measure(adapter, {}).norm)
-    transition = compact(state.space.bases, grown.transition, before, weights, policy.k_max, policy.sweeps)
-    stored = {site: carry_core(core, _rotation_only(transition.get(site))) for site, core in grown.cores.items()}
-    delta = Delta(version=state.space.version + 1, transition=transition, cores={task_id: stored})
+    weights.update({task: task_weight(measure(adapter, {}).norm) for task, adapter in adapters.items()})
+    transition = compact(state.space.bases, appended, before, weights, policy.k_max, policy.sweeps)
+    stored = {
+        task: {site: carry_core(core, _rotation_only(transition.get(site))) for site, core in own.items()}
+        for task, own in fresh.items()
+    }
+    delta = Delta(version=state.space.version + 1, transition=transition, cores=stored)
     space = advance(state.space, delta)
     ledger = dict(state.ledger)
     if delta.compacts:
         losses = compaction_losses({t: before[t] for t in others}, space.cores, transition)
         ledger.update({task: charge(ledger[task], lost) for task, lost in losses.items() if lost})
-    ledger[task_id] = measure(adapter, task_adapter(space, task_id, torch.float64))
-    merged = Merged(HubState(space, ledger), delta, relative_error=ledger[task_id].bound)
+    for task, adapter in adapters.items():
+        ledger[task] = measure(adapter, task_adapter(space, task, torch.float64))
+    merged = Merged(HubState(space, ledger), delta, {task: ledger[task].bound for task in adapters})
     stale = [task for task in others if ledger[task].bound > policy.tau and not ledger[task].measured]
     stale = sorted(stale, key=lambda task: ledger[task].bound, reverse=True)[: policy.refits]
     return _reprojected(merged, {task: originals[task] for task in stale if task in originals}) if originals else merged
@@ -131,7 +155,7 @@ def _reprojected(merged: Merged, originals: Mapping[str, Adapter]) -> Merged:
         {task: measure(original, task_adapter(space, task, torch.float64)) for task, original in originals.items()}
     )
     delta = replace(merged.delta, cores={**merged.delta.cores, **fresh})
-    return Merged(HubState(space, ledger), delta, merged.relative_error)
+    return Merged(HubState(space, ledger), delta, merged.relative_errors)
 
 
 def recompute_ledger(state: HubState, task_id: str, original: Adapter) -> HubState:
@@ -154,6 +178,31 @@ def _check(space: Space, adapter: Adapter) -> None:
             )
         require_finite(factors.out, f"adapter at {site!r}, output factor")
         require_finite(factors.in_, f"adapter at {site!r}, input factor")
+
+
+def _append_all(
+    bases: Mapping[str, SiteBasis], adapters: Mapping[str, Adapter], tau: float
+) -> tuple[dict[str, SiteTransition], dict[str, Cores]]:
+    """Append one adapter after the other; return what all add together and every adapter's cores in the grown bases."""
+    grown = dict(bases)
+    total: dict[str, SiteTransition] = {}
+    fresh: dict[str, Cores] = {}
+    for task, adapter in adapters.items():
+        step = append(grown, adapter, tau)
+        for site, added in step.transition.items():
+            grown[site] = carry_basis(site, grown[site], added)
+            known = total.get(site)
+            total[site] = added if known is None else _both(known, added)
+        fresh = {earlier: _grown_cores(own, step.transition) for earlier, own in fresh.items()}
+        fresh[task] = dict(step.cores)
+    return total, fresh
+
+
+def _both(first: SiteTransition, second: SiteTransition) -> SiteTransition:
+    return SiteTransition(
+        append_left=torch.cat([first.append_left, second.append_left], dim=1),
+        append_right=torch.cat([first.append_right, second.append_right], dim=1),
+    )
 
 
 def _grown_cores(cores: Cores, appended: Mapping[str, SiteTransition]) -> Cores:

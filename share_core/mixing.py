@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from share_core.errors import ConfigError
+from share_core.linalg import canonical, float64
 from share_core.space import mean_cores
-from share_core.types import Cores
+from share_core.types import Adapter, Cores, Factors
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,24 @@ def average(contributions: Sequence[Contribution], staleness: Staleness, rank: i
     """Return the weighted average of all contributions, cut to ``rank``; see :func:`contributor_weights`."""
     weights = contributor_weights(contributions, staleness, rows_cap)
     return mean_cores([c.cores for c in contributions], rank, weights)
+
+
+def mix_adapters(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
+    """Return ``sum_i w_i dW_i`` of ambient adapters, cut to ``rank`` per site: averaging dW itself, whatever their
+    bases.
+
+    Args:
+        parts: (weight, adapter); a site that one leaves out counts as zero there.
+        rank: largest rank of the result; the cut is the best one and the only loss.
+    """
+    mixed: dict[str, Factors] = {}
+    for site in sorted({site for _, adapter in parts for site in adapter}):
+        own = [(weight, adapter[site]) for weight, adapter in parts if site in adapter]
+        out = torch.cat([weight * float64(factors.out) for weight, factors in own], dim=1)
+        in_ = torch.cat([float64(factors.in_) for _, factors in own], dim=1)
+        u, s, v = canonical(out, in_)
+        mixed[site] = Factors(u[:, :rank] * s[:rank], v[:, :rank])
+    return mixed
 
 
 def fedasync(current: Cores, update: Contribution, alpha: float, staleness: Staleness, rank: int) -> Cores:

@@ -6,9 +6,8 @@ Form: ``fs1.`` followed by base64url (without padding) of a compact ASCII JSON o
 ``hosts``: the names and addresses, at least one, under which it may serve.
 
 ``mac`` is HMAC-SHA256 under the server's enrolment key over ``fedshare join token 1`` and the other fields in that
-order, each of ``hosts`` as a field of its own at the end, each preceded by its length as eight big-endian bytes, so that
-no two field lists give the same bytes. Nothing is written down when a token is made; the hub remembers the nonces it
-has seen.
+order, each of ``hosts`` as a field of its own at the end, each preceded by its length as eight big-endian bytes: no two
+field lists give the same bytes. Nothing is written down when a token is made; the hub remembers the nonces it has seen.
 """
 
 from __future__ import annotations

@@ -84,6 +84,10 @@ class Roster:
         """Take over an enrolment that is durable."""
         self._members[row.member] = row
 
+    def replace(self, members: list[MemberRow]) -> None:
+        """Take over what another keeper of the roster says."""
+        self._members = {row.member: row for row in members}
+
     def check(self, identity: Identity, key_sha256: str) -> None:
         """Refuse a member that is unknown, shut out, or shows a key it has replaced.
 

@@ -19,6 +19,7 @@ _STATES = {
     UpdateState.ACCEPTED: hub_pb2.UPDATE_STATE_ACCEPTED,
     UpdateState.MERGED: hub_pb2.UPDATE_STATE_MERGED,
     UpdateState.REFUSED: hub_pb2.UPDATE_STATE_REFUSED,
+    UpdateState.QUARANTINED: hub_pb2.UPDATE_STATE_QUARANTINED,
 }
 
 

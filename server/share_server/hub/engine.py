@@ -11,11 +11,18 @@ from pathlib import Path
 
 from share_core.types import SpaceSpec
 from share_server.config import ServerConfig
+from share_server.hub.collecting import Collector
+from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
 from share_server.hub.intake import Intake
 from share_server.hub.merging import MergeLoop
+from share_server.hub.metrics import Metrics
+from share_server.hub.policy import policy_of
+from share_server.hub.published import Published
+from share_server.hub.stepping import Stepper
 from share_server.store.store import Store
+from share_server.store.versions import oldest_version
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,26 @@ class Engine:
     """What is published."""
     history: History
     """Earlier versions."""
+    published: Published
+    """Versions as readers get them."""
     intake: Intake
     """Where updates come in."""
     loop: MergeLoop
     """What turns them into versions."""
+    collector: Collector
+    """What removes old versions; the loop calls it."""
+    metrics: Metrics
+    """Counters."""
 
     @classmethod
-    async def open(cls, root: Path, spec: SpaceSpec, config: ServerConfig, signing_key: bytes) -> Engine:
+    async def open(
+        cls,
+        root: Path,
+        spec: SpaceSpec,
+        config: ServerConfig,
+        signing_key: bytes,
+        metrics: Metrics | None = None,
+    ) -> Engine:
         """Lock and verify the store under ``root`` and build the parts around its newest state.
 
         Args:
@@ -42,17 +62,27 @@ class Engine:
             spec: the space it belongs to.
             config: limits and policies.
             signing_key: Ed25519 private key, PEM, under which versions are signed.
+            metrics: where events are counted.
 
         Raises:
             ConfigError: another hub runs on this directory, or the store belongs to another space.
             StorageError: the store is damaged or the disk refused.
         """
-        store, state = await Store.open(root, spec)
-        feed = Feed(state)
+        retention = config.retention
+        store, state = await Store.open(root, spec, retention.upload_hours * 3600)
+        feed = Feed(state, spec.space_id, await store.do(oldest_version))
         history = History(store, spec, feed)
-        intake = Intake(store, spec, config.limits, feed, history)
-        loop = MergeLoop(store, spec, feed, history)
-        return cls(store, feed, history, intake, loop)
+        contents = Contents(store, spec, history)
+        collector = Collector(store, feed, contents, retention)
+        metrics = metrics or Metrics()
+        intake = Intake(store, spec, config, feed, history, metrics)
+        stepper = Stepper(contents, spec)
+        policy = policy_of(spec, config.merge)
+        loop = MergeLoop(
+            store, feed, contents, stepper, collector, policy, config.merge, retention, signing_key, metrics
+        )
+        published = Published(store, feed, history, signing_key)
+        return cls(store, feed, history, published, intake, loop, collector, metrics)
 
     async def close(self) -> None:
         """Close the store; the merge loop must have ended."""

@@ -15,12 +15,14 @@ from share_core.types import Core, Space
 class Feed:
     """What this hub currently publishes."""
 
-    def __init__(self, state: HubState) -> None:
+    def __init__(self, state: HubState, space_id: str, oldest: int = 0) -> None:
         self._state = state
+        self.space_id = space_id
+        """The space that all versions belong to."""
+        self.oldest = oldest
+        """The oldest version whose bases are kept; 0 while all are. Raised by the collector."""
         self._changed = asyncio.Event()
         self.closing = False
-        self.subscribers = 0
-        """Open FollowVersions streams."""
 
     @property
     def state(self) -> HubState:

@@ -19,7 +19,6 @@ from share_server.store.store import Store
 from share_server.store.versions import epoch_end, read_version
 
 _KEPT_SPACES = 4
-_KEPT_SNAPSHOTS = 2
 
 
 class History:
@@ -30,7 +29,6 @@ class History:
         self._spec = spec
         self._feed = feed
         self._spaces: OrderedDict[int, Space] = OrderedDict()
-        self._snapshots: OrderedDict[int, bytes] = OrderedDict()
 
     async def space(self, version: int) -> Space:
         """Return one version.
@@ -75,11 +73,5 @@ class History:
 
     async def snapshot(self, version: int) -> bytes:
         """Return one version as a snapshot payload; raises as :meth:`space`."""
-        if version not in self._snapshots:
-            space = await self.space(version)
-            self._snapshots[version] = await self._store.io(lambda: encode_snapshot(space))
-        self._snapshots.move_to_end(version)
-        found = self._snapshots[version]
-        while len(self._snapshots) > _KEPT_SNAPSHOTS:
-            self._snapshots.popitem(last=False)
-        return found
+        space = await self.space(version)
+        return await self._store.io(lambda: encode_snapshot(space))

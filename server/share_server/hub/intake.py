@@ -1,15 +1,16 @@
 """Submit: from a stranger's bytes to a durable, checked update.
 
-In this order, each step refusing with its own error before the next one costs anything: header and its limits; owner
-of the task; whether the update is known already; free space; then the payload into a staging file, counted and hashed
-on the way; size and digest; the strict parser; the version it was trained in and the sizes its cores must have there;
-payload durable; row durable; and only then the receipt.
+In this order, each step refusing with its own error before the next one costs anything: header and its limits; whether
+the update is known already; who may contribute to the task; quotas; free space; then the payload into a staging file,
+counted and hashed on the way; size and digest; the strict parser; the version it was trained in and the sizes its cores
+must have there; payload durable; row durable; and only then the receipt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from share_core.errors import (
     AccessError,
     DigestError,
+    OverloadError,
     PayloadTooLargeError,
     RequestError,
     SpaceMismatchError,
@@ -25,24 +27,30 @@ from share_core.errors import (
     UnknownTaskError,
     VersionError,
 )
-from share_core.names import check_update_id, split_task_id
+from share_core.names import check_name, check_update_id, split_task_id
 from share_core.types import SpaceSpec, Update
 from share_core.wire import PayloadSplit, decode_update, max_payload_bytes, payload_bytes
 from share_proto.v1 import hub_pb2
-from share_server.config import LimitConfig
+from share_server.config import ServerConfig
 from share_server.hub.access import Caller
 from share_server.hub.clock import now_ms
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
+from share_server.hub.metrics import Metrics
 from share_server.hub.options import CHUNK_BYTES
+from share_server.hub.quota import Quota
+from share_server.hub.uploads import Upload, Uploads
 from share_server.store.blobs import Staged
 from share_server.store.journal import Journal
-from share_server.store.records import NewUpdate, UpdateRow
+from share_server.store.records import NewUpdate, Sharing, TaskRow, UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import accept_update, find_update, same_update
+from share_server.store.updates import find_update, same_update
 from share_server.store.versions import find_task
 
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
+_HEX_64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
+_SLOT_MS = 500
+"""When to try again after all upload slots were taken."""
 _LEASE = re.compile(r"(?:[0-9a-f]{32})?")
 _MOST_ROWS = 2**53
 
@@ -58,14 +66,21 @@ class _Checked:
 class Intake:
     """Receives updates."""
 
-    def __init__(self, store: Store, spec: SpaceSpec, limits: LimitConfig, feed: Feed, history: History) -> None:
+    def __init__(
+        self, store: Store, spec: SpaceSpec, config: ServerConfig, feed: Feed, history: History, metrics: Metrics
+    ) -> None:
         self._store = store
         self._spec = spec
-        self._limits = limits
+        self._limits = config.limits
         self._feed = feed
         self._history = history
-        self._uploads: Counter[str] = Counter()
-        self.max_payload_bytes = min(limits.max_payload_bytes, max_payload_bytes(spec))
+        self._metrics = metrics
+        self._slots: Counter[str] = Counter()
+        self.quota = Quota(config.limits)
+        """What callers have used of their shares."""
+        self.uploads = Uploads(store, config.retention)
+        """Unfinished payloads."""
+        self.max_payload_bytes = min(config.limits.max_payload_bytes, max_payload_bytes(spec))
         """The operator's limit, or what an update of this space can need if that is less."""
 
     async def receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
@@ -77,47 +92,85 @@ class Intake:
         if self._feed.closing:
             raise UnavailableError("the hub is stopping: send the update again in a moment")
         self._check_slots(caller.organisation)
-        self._uploads[caller.organisation] += 1
+        self._slots[caller.organisation] += 1
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(self._limits.upload_total_s):
-                return await self._receive(caller, messages)
+                row, duplicate = await self._receive(caller, messages)
         except TimeoutError as error:
             raise UnavailableError(
                 f"the upload took longer than {self._limits.upload_total_s:g} s: send it again"
             ) from error
         finally:
-            self._uploads[caller.organisation] -= 1
+            self._slots[caller.organisation] -= 1
+        self._metrics.acknowledged(time.monotonic() - begun, row.new.size)
+        return row, duplicate
+
+    async def progress(self, caller: Caller, update_id: str) -> tuple[int, UpdateRow | None]:
+        """Return (how many bytes of an update are durable, its row if it is durable as a whole)."""
+        await self.uploads.settled(caller, update_id)
+        row = await self._store.do(lambda journal: find_update(journal, update_id))
+        if row is not None and row.new.member == caller.member:
+            return row.new.size, row
+        return await self.uploads.kept(caller, update_id), None
 
     def _check_slots(self, organisation: str) -> None:
         """Refuse what would leave the others no slot: one organisation may hold a quarter of them."""
         most = self._limits.concurrent_uploads
         share = max(1, most // 4)
-        if self._uploads.total() >= most:
-            raise UnavailableError(f"{most} uploads are in progress, which is the most: try again")
-        if self._uploads[organisation] >= share:
-            raise UnavailableError(f"{organisation} has {share} uploads in progress, which is its share: try again")
+        if self._slots.total() >= most:
+            raise OverloadError(f"{most} uploads are in progress, which is the most: try again", _SLOT_MS)
+        if self._slots[organisation] >= share:
+            raise OverloadError(f"{organisation} has {share} uploads in progress, its share: try again", _SLOT_MS)
 
     async def _receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
         header = await self._header(messages)
-        self._check_header(caller, header)
+        self._check_header(header)
+        await self.uploads.settled(caller, header.update_id)
         known, task = await self._store.do(lambda journal: _look_up(journal, header))
+        _check_access(caller, header, task)
         if known is not None and _same_header(known, caller, header):
             return known, True
-        if task is None and not header.create:
-            raise UnknownTaskError(f"there is no task {header.task_id!r}: set create to make it with this update")
-        free = await self._store.io(self._store.blobs.free_bytes)
-        if free < self._limits.free_space_bytes + header.payload_size:
-            raise UnavailableError("the hub's disk is nearly full: try again when the operator has made space")
-        staged = await self._store.io(self._store.blobs.stage)
+        _check_task(header, task)
+        self.quota.admit(caller.member, caller.organisation, header.payload_size - header.offset)
+        with self.quota.in_flight(header.payload_size - header.offset):
+            free = await self._store.io(self._store.blobs.free_bytes)
+            if free < self._limits.free_space_bytes + header.payload_size:
+                raise OverloadError("the hub's disk is nearly full: try again when the operator has made space", 60_000)
+            upload = await self.uploads.begin(caller, header.update_id, header.offset, header.payload_size)
+            return await self._fill(caller, messages, header, upload)
+
+    async def _fill(
+        self,
+        caller: Caller,
+        messages: AsyncIterator[hub_pb2.SubmitRequest],
+        header: hub_pb2.SubmitHeader,
+        upload: Upload,
+    ) -> tuple[UpdateRow, bool]:
+        staged, keep = upload.staged, False
         try:
             await self._payload(messages, header, staged)
             checked = await self._store.io(lambda: self._parse(staged))
             await self._check_base(checked.update)
-            new = _new_update(caller, header, checked)
-            # Shielded: a caller that hangs up now must not leave a thread at work on a file that is being removed.
-            return await asyncio.shield(self._make_durable(staged, new))
+        except (asyncio.CancelledError, UnavailableError):
+            keep = True
+            raise
+        except DigestError:
+            keep = staged.size < header.payload_size  # the stream ended early: another connection may go on
+            raise
+        else:
+            upload.committing = True
         finally:
-            await asyncio.shield(self._store.io(staged.discard))
+            if not upload.committing:
+                await asyncio.shield(self.uploads.end(upload, keep))
+        # Shielded: what is being committed goes on when its caller hangs up; it will ask for the receipt.
+        return await asyncio.shield(self._commit(upload, _new_update(caller, header, checked)))
+
+    async def _commit(self, upload: Upload, new: NewUpdate) -> tuple[UpdateRow, bool]:
+        try:
+            return await self._make_durable(upload.staged, new)
+        finally:
+            await self.uploads.end(upload, keep=False)
 
     async def _header(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitHeader:
         first = await self._next(messages)
@@ -125,19 +178,14 @@ class Intake:
             raise RequestError("Submit begins with a header: expected it as first message")
         return first.header
 
-    def _check_header(self, caller: Caller, header: hub_pb2.SubmitHeader) -> None:
+    def _check_header(self, header: hub_pb2.SubmitHeader) -> None:
         check_update_id(header.update_id)
         if header.space_id != self._spec.space_id:
             raise SpaceMismatchError(
                 f"this hub owns space {self._spec.space_id} ({self._spec.backbone}), the update is for "
                 f"{header.space_id[:80]!r}: use the same backbone weights"
             )
-        organisation, _ = split_task_id(header.task_id)
-        if organisation != caller.organisation:
-            raise AccessError(
-                f"task {header.task_id} belongs to {organisation}: "
-                f"members of {caller.organisation} may not submit to it"
-            )
+        split_task_id(header.task_id)
         if header.payload_size <= 0:
             raise RequestError(f"payload_size must be positive, got {header.payload_size}")
         if header.payload_size > self.max_payload_bytes:
@@ -148,6 +196,12 @@ class Intake:
             raise RequestError("payload_sha256 is not 64 lower-case hexadecimal digits")
         if not _LEASE.fullmatch(header.lease_id):
             raise RequestError("lease_id is neither empty nor 32 lower-case hexadecimal digits")
+        if not _HEX_64_OR_NOTHING.fullmatch(header.schema_sha256):
+            raise RequestError("schema_sha256 is neither empty nor 64 lower-case hexadecimal digits")
+        if not 0 <= header.offset < header.payload_size:
+            raise RequestError(
+                f"offset must be at least 0 and below payload_size {header.payload_size}, got {header.offset}"
+            )
         if not 0 <= header.rows <= _MOST_ROWS:
             raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
 
@@ -202,11 +256,45 @@ class Intake:
 
     async def _make_durable(self, staged: Staged, new: NewUpdate) -> tuple[UpdateRow, bool]:
         """Payload durable, then row durable; the caller may be told when this returns."""
-        await self._store.io(staged.commit)
-        return await self._store.do(lambda journal: accept_update(journal, new, now_ms()))
+        return await self._store.accept(staged, new, now_ms())
 
 
-def _look_up(journal: Journal, header: hub_pb2.SubmitHeader) -> tuple[UpdateRow | None, object | None]:
+def _check_access(caller: Caller, header: hub_pb2.SubmitHeader, task: TaskRow | None) -> None:
+    """Raise AccessError unless the task is the organisation's own or shared with it."""
+    organisation, _ = split_task_id(header.task_id)
+    if organisation != caller.organisation and (task is None or not task.sharing.allows(caller.organisation)):
+        raise AccessError(
+            f"task {header.task_id} belongs to {organisation}: members of {caller.organisation} may not submit to it"
+        )
+
+
+def _check_task(header: hub_pb2.SubmitHeader, task: TaskRow | None) -> None:
+    """Refuse an update of a task that is not there, or that was trained for other labels.
+
+    Raises:
+        UnknownTaskError, RequestError.
+    """
+    sharing = _sharing(header)
+    if task is None:
+        if not header.create:
+            raise UnknownTaskError(f"there is no task {header.task_id!r}: set create to make it with this update")
+        if sharing.shared and not header.schema_sha256:
+            raise RequestError(f"task {header.task_id} is to be shared: say which label schema (schema_sha256) it has")
+    elif task.sharing.shared and header.schema_sha256 != task.schema_sha256:
+        raise RequestError(
+            f"task {header.task_id} has label schema {task.schema_sha256}, the update was trained for "
+            f"{header.schema_sha256 or 'none'}: use the same labels in the same order"
+        )
+
+
+def _sharing(header: hub_pb2.SubmitHeader) -> Sharing:
+    names = tuple(sorted(set(header.sharing.organisations)))
+    for name in names:
+        check_name(name, "organisation")
+    return Sharing(header.sharing.open, names)
+
+
+def _look_up(journal: Journal, header: hub_pb2.SubmitHeader) -> tuple[UpdateRow | None, TaskRow | None]:
     return find_update(journal, header.update_id), find_task(journal, header.task_id)
 
 
@@ -237,4 +325,6 @@ def _new_update(caller: Caller, header: hub_pb2.SubmitHeader, checked: _Checked)
         envelope=checked.split.envelope,
         lease_id=header.lease_id,
         rows=header.rows,
+        sharing=_sharing(header),
+        schema_sha256=header.schema_sha256,
     )

@@ -1,56 +1,63 @@
 """The merge loop: the only writer of versions.
 
-One accepted update at a time, in ingest order. Each is lifted in the bases of the version it was trained in, merged on
-a thread, committed in one transaction, and only then published. An update that cannot be merged is recorded as refused
-with its reason; it never holds up the others.
+It takes what waits in ingest order, several updates at once, but each private task at most once per version. Each is
+lifted through the bases of the version it was trained in, all are merged on a thread and committed in one transaction,
+and only then published. An update that cannot be merged is recorded as refused with its reason; it never holds up the
+others.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from share_core.errors import FedshareError, StorageError
-from share_core.merge import HubState, MergePolicy, merge
-from share_core.space import advance, update_adapter
-from share_core.types import Adapter, SiteBasis, SpaceSpec
-from share_core.wire import decode_delta, decode_snapshot, decode_update, encode_delta, encode_snapshot
+from share_core.identity import Manifest, sign_manifest
+from share_core.identity.manifest import GENESIS, VERSION
+from share_core.ledger import TaskLedger
+from share_core.merge import HubState
+from share_server.config import MergeConfig, RetentionConfig
 from share_server.hub import log
 from share_server.hub.clock import now_ms
+from share_server.hub.collecting import Collector
+from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
-from share_server.hub.history import History
-from share_server.hub.originals import Originals
+from share_server.hub.metrics import Metrics
+from share_server.hub.policy import StepPolicy
+from share_server.hub.stepping import Step, Stepper
 from share_server.store.records import UpdateRow, VersionCommit, VersionRow
-from share_server.store.recovery import SNAPSHOT_EVERY, sizes_of
+from share_server.store.recovery import sizes_of
 from share_server.store.store import Store
-from share_server.store.updates import next_accepted, refuse_update
-from share_server.store.versions import commit_version
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """A merge that is not stored yet."""
-
-    state: HubState
-    """The next state, made from the bytes below: what is stored is the authority, not what was computed."""
-    delta: bytes
-    snapshot: bytes | None
-    compacts: bool
-    relative_error: float
+from share_server.store.updates import list_accepted, refuse_update
+from share_server.store.versions import commit_version, read_manifest
 
 
 class MergeLoop:
     """Runs until :meth:`stop`; a storage failure or a fault in the program ends it with an exception."""
 
-    def __init__(self, store: Store, spec: SpaceSpec, feed: Feed, history: History) -> None:
+    def __init__(
+        self,
+        store: Store,
+        feed: Feed,
+        contents: Contents,
+        stepper: Stepper,
+        collector: Collector,
+        policy: StepPolicy,
+        config: MergeConfig,
+        retention: RetentionConfig,
+        signing_key: bytes,
+        metrics: Metrics,
+    ) -> None:
         self._store = store
-        self._spec = spec
         self._feed = feed
-        self._history = history
-        self._policy = MergePolicy(k_max=spec.k_max, tau=spec.tau)
-        self._thread = ThreadPoolExecutor(1, "merge")
+        self._contents = contents
+        self._stepper = stepper
+        self._collector = collector
+        self._policy = policy
+        self._config = config
+        self._retention = retention
+        self._signing_key = signing_key
+        self._metrics = metrics
         self._work = asyncio.Event()
         self._stopping = False
 
@@ -68,91 +75,130 @@ class MergeLoop:
         try:
             while not self._stopping:
                 self._work.clear()
-                while not self._stopping and (row := await self._store.do(next_accepted)) is not None:
-                    await self._merge_one(row)
+                pause: float | None = None
+                while not self._stopping:
+                    batch, pause = await self._next_batch()
+                    if not batch:
+                        break
+                    await self._merge(batch)
+                    await self._collector.collect()
                 if not self._stopping:
-                    await self._work.wait()
+                    await self._wait(pause)
         finally:
-            self._thread.shutdown(wait=True)
+            self._stepper.close()
 
-    async def _merge_one(self, row: UpdateRow) -> None:
-        state = self._feed.state
+    async def _wait(self, pause_s: float | None) -> None:
         try:
-            payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
-            bases = await self._history.bases(row.new.base_version)
-            loop = asyncio.get_running_loop()
-            others = frozenset(state.space.cores) - {row.new.task_id}
-            originals = Originals(self._store, self._spec, self._history, others)
-            computed = await loop.run_in_executor(self._thread, self._compute, state, row, payload, bases, originals)
+            await asyncio.wait_for(self._work.wait(), pause_s)
+        except TimeoutError:
+            return
+
+    async def _next_batch(self) -> tuple[list[UpdateRow], float | None]:
+        """Return the updates to merge now; none, and for how long to wait in seconds, where a buffer is not full."""
+        rows = await self._store.do(lambda journal: list_accepted(journal, self._config.batch))
+        batch: list[UpdateRow] = []
+        seen: set[str] = set()
+        for row in rows:
+            # A private task takes the newest update whole: two of one task in a version would lose the first unseen.
+            if row.new.task_id in seen and not await self._contents.is_shared(row.new.task_id):
+                break
+            seen.add(row.new.task_id)
+            batch.append(row)
+        if self._config.buffer > 1 and 0 < len(batch) < self._config.buffer:
+            waited_s = (now_ms() - batch[0].received_ms) / 1000
+            if waited_s < self._config.buffer_wait_s and any(
+                [await self._contents.is_shared(row.new.task_id) for row in batch]
+            ):
+                return [], self._config.buffer_wait_s - waited_s
+        return batch, None
+
+    async def _merge(self, batch: Sequence[UpdateRow]) -> None:
+        state = self._feed.state
+        started_ms = now_ms()
+        try:
+            tried = await self._stepper.step(state, batch, self._policy, self._retention.snapshot_every)
         except StorageError:
             raise
-        except FedshareError as error:
+        except Exception as error:
+            await self._merge_alone(batch, error)
+            return
+        for row in batch:
+            if (reason := tried.refused.get(row.new.update_id)) is not None:
+                await self._refuse(row, f"{type(reason).__name__}: {reason}")
+        if tried.step is not None:
+            await self._commit(tried.step, batch)
+            rows = {row.new.update_id: row for row in batch}
+            waited_s = [(now_ms() - rows[one.update_id].received_ms) / 1000 for one in tried.step.merged]
+            self._metrics.merged(len(waited_s), (now_ms() - started_ms) / 1000, waited_s)
+
+    async def _merge_alone(self, batch: Sequence[UpdateRow], error: Exception) -> None:
+        """Find the update of a batch on which the mathematics failed, and refuse that one only."""
+        if len(batch) > 1:
+            for row in batch:
+                await self._merge([row])
+            return
+        (row,) = batch
+        if isinstance(error, FedshareError):
             await self._refuse(row, f"{type(error).__name__}: {error}")
             return
-        except Exception as error:
-            # One update that trips a fault in the mathematics must not stop the merges of everybody else.
-            log.failure("merge failed", error, update_id=row.new.update_id, task_id=row.new.task_id)
-            await self._refuse(row, "the merge failed on this update; the operator's log has the reason")
-            return
-        await self._commit(row, state, computed)
+        # One update that trips a fault in the mathematics must not stop the merges of everybody else.
+        log.failure("merge failed", error, update_id=row.new.update_id, task_id=row.new.task_id)
+        await self._refuse(row, "the merge failed on this update; the operator's log has the reason")
 
-    async def _commit(self, row: UpdateRow, before: HubState, computed: _Computed) -> None:
-        space = computed.state.space
-        snapshot = computed.snapshot
-        delta_sha256 = await self._store.io(lambda: self._store.blobs.put(computed.delta))
+    async def _commit(self, step: Step, batch: Sequence[UpdateRow]) -> None:
+        before, space = self._feed.state, step.state.space
+        snapshot = step.snapshot
+        delta_sha256 = await self._store.io(lambda: self._store.blobs.put(step.delta))
         snapshot_sha256 = None if snapshot is None else await self._store.io(lambda: self._store.blobs.put(snapshot))
+        previous = await self._store.do(lambda journal: read_manifest(journal, space.version - 1))
+        said = Manifest(
+            kind=VERSION,
+            space_id=self._feed.space_id,
+            version=space.version,
+            previous=GENESIS if previous is None else previous.sha256,
+            payload_sha256=delta_sha256,
+            payload_size=len(step.delta),
+            issued_ms=now_ms(),
+        )
+        manifest = sign_manifest(self._signing_key, said)
         commit = VersionCommit(
             row=VersionRow(
                 version=space.version,
-                update_id=row.new.update_id,
+                updates=tuple(one.update_id for one in step.merged),
                 delta_sha256=delta_sha256,
-                delta_size=len(computed.delta),
+                delta_size=len(step.delta),
                 snapshot_sha256=snapshot_sha256,
                 snapshot_size=0 if snapshot is None else len(snapshot),
-                compacts=computed.compacts,
+                compacts=step.compacts,
                 sizes=sizes_of(space),
+                policy=self._policy.to_text(),
+                manifest=manifest,
             ),
-            task_id=row.new.task_id,
-            relative_error=computed.relative_error,
-            ledgers={task: own for task, own in computed.state.ledger.items() if before.ledger.get(task) != own},
+            merged=step.merged,
+            ledgers=_changed(before, step.state),
         )
         await self._store.do(lambda journal: commit_version(journal, commit, now_ms()))
-        self._feed.publish(computed.state)
-        log.info(
-            "merged",
-            version=space.version,
-            update_id=row.new.update_id,
-            task_id=row.new.task_id,
-            staleness=space.version - 1 - row.new.base_version,
-            relative_error=computed.relative_error,
-            compacts=computed.compacts,
-        )
+        self._feed.publish(step.state)
+        self._log(step, batch)
+
+    def _log(self, step: Step, batch: Sequence[UpdateRow]) -> None:
+        version, rows = step.state.space.version, {row.new.update_id: row for row in batch}
+        for one in step.merged:
+            row = rows[one.update_id]
+            log.info(
+                "merged",
+                version=version,
+                update_id=one.update_id,
+                task_id=one.task_id,
+                staleness=version - 1 - row.new.base_version,
+                relative_error=one.relative_error,
+                compacts=step.compacts,
+            )
 
     async def _refuse(self, row: UpdateRow, reason: str) -> None:
         await self._store.do(lambda journal: refuse_update(journal, row.new.update_id, reason))
         log.warning("refused to merge", update_id=row.new.update_id, task_id=row.new.task_id, reason=reason)
 
-    def _compute(
-        self,
-        state: HubState,
-        row: UpdateRow,
-        payload: bytes,
-        bases: Mapping[str, SiteBasis],
-        originals: Mapping[str, Adapter],
-    ) -> _Computed:
-        """Merge one update; runs on the merge thread."""
-        adapter = update_adapter(decode_update(payload, self._spec), bases)
-        merged = merge(state, row.new.task_id, adapter, self._policy, originals)
-        delta = encode_delta(merged.delta)
-        space = advance(state.space, decode_delta(delta, self._spec))
-        snapshot = None
-        if merged.delta.compacts or space.version % SNAPSHOT_EVERY == 0:
-            snapshot = encode_snapshot(space)
-            space = decode_snapshot(snapshot, self._spec)
-        return _Computed(
-            state=HubState(space=space, ledger=merged.state.ledger),
-            delta=delta,
-            snapshot=snapshot,
-            compacts=merged.delta.compacts,
-            relative_error=merged.relative_error,
-        )
+
+def _changed(before: HubState, after: HubState) -> dict[str, TaskLedger]:
+    return {task: own for task, own in after.ledger.items() if before.ledger.get(task) != own}

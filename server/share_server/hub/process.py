@@ -90,7 +90,7 @@ async def serve(layout: Layout) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look.set)
     metrics = Metrics()
-    engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes())
+    engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes(), metrics)
     space = engine.feed.state.space
     log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
     hub = await _build(layout, config, spec, engine, metrics)
@@ -107,7 +107,12 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: 
     roster = Roster(await store.do(list_members))
     gate = Gate(roster)
     traffic = Traffic(store)
-    streams = Streams(store, spec, limits, feed, engine.history, gate, traffic)
+
+    def sent(member: str, kind: str, size: int) -> None:
+        traffic.count(member, kind, size)
+        metrics.sent(kind, size)
+
+    streams = Streams(engine.published, limits, gate.recheck, sent)
     health = HealthServicer()
 
     def admit(method: str, context: Context) -> None:
@@ -117,7 +122,8 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: 
     main = aio.server(
         interceptors=[door], options=HUB_OPTIONS, maximum_concurrent_rpcs=backstop(limits.concurrent_calls)
     )
-    service = HubService(store, spec, feed, engine.intake, engine.loop, streams, traffic)
+    signer = layout.signing_certificate.read_bytes()
+    service = HubService(spec, engine, streams, traffic, signer)
     hub_pb2_grpc.add_HubServicer_to_server(service, main)
     fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(store, config, spec.space_id, feed), main)
     health_pb2_grpc.add_HealthServicer_to_server(health, main)
@@ -169,7 +175,7 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     store, feed = hub.engine.store, hub.engine.feed
     levels: dict[str, float | dict[str, float]] = {
         "version": feed.version,
-        "subscribers": feed.subscribers,
+        "subscribers": hub.engine.published.subscribers,
         "storage_failed": store.failed.is_set(),
         "open_calls": hub.door.open_calls,
         "open_connections": await asyncio.to_thread(count_connections, config.hub_port),

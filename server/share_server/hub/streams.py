@@ -1,33 +1,63 @@
-"""FollowVersions and FetchSnapshot: how versions leave the hub.
+"""FollowVersions and FetchSnapshot: how versions leave a hub or a relay.
 
-A message is made only when the one before was taken (the interceptor cuts a reader that takes nothing for long), so a
-slow reader costs one message. Deltas come from the payload files, a few newest ones from memory.
+Where the versions come from is behind :class:`Source`. A message is made only when the one before was taken (the
+interceptor cuts a reader that takes nothing for long), so a slow reader costs one message and one number: its position.
+At each turn it is given the next step, or told to fetch the newest version whole where that is less to read.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Protocol
 
-from share_core.errors import RebaseError, RequestError, SpaceMismatchError, UnavailableError, VersionError
-from share_core.types import SpaceSpec
+from share_core.errors import RequestError, SpaceMismatchError, UnavailableError, VersionError
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig
-from share_server.hub.access import Caller, Gate
-from share_server.hub.feed import Feed, snapshot_bytes
-from share_server.hub.history import History
+from share_server.hub.access import Caller
 from share_server.hub.options import CHUNK_BYTES
-from share_server.hub.traffic import Traffic
-from share_server.store.records import VersionRow
-from share_server.store.store import Store
-from share_server.store.versions import chain_bytes, read_version
 
-_KEPT_DELTA_BYTES = 64 * 2**20
+SMALL_CHAIN_BYTES = 2**20
+"""Steps of up to this size together are always sent as such: only their reader can look at every version."""
 
-_SMALL_CHAIN_BYTES = 2**20
-"""A chain of deltas up to this size is always sent as such: only its reader can look at every version."""
+
+class Source(Protocol):
+    """Where versions come from."""
+
+    subscribers: int
+    """Open FollowVersions streams."""
+
+    @property
+    def space_id(self) -> str:
+        """The space that the versions belong to."""
+
+    @property
+    def version(self) -> int:
+        """The newest version."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether the process is about to stop."""
+
+    async def wait_after(self, version: int, timeout_s: float) -> None:
+        """Return when a version after ``version`` is there, when the process stops, or after ``timeout_s``."""
+
+    async def whole_is_better(self, position: int) -> bool:
+        """Return whether the steps after ``position`` are gone, or more bytes than a whole version."""
+
+    async def step(self, version: int) -> tuple[hub_pb2.DeltaHeader, bytes]:
+        """Return header (with its manifest, without data) and payload of the step to ``version``.
+
+        Raises:
+            RebaseError: it is no longer kept.
+        """
+
+    async def whole(self, version: int) -> tuple[hub_pb2.SnapshotHeader, bytes]:
+        """Return header (with its manifests) and payload of one whole version; 0 for the newest.
+
+        Raises:
+            VersionError, RebaseError: there is no such version here.
+        """
 
 
 class Streams:
@@ -35,23 +65,25 @@ class Streams:
 
     def __init__(
         self,
-        store: Store,
-        spec: SpaceSpec,
+        source: Source,
         limits: LimitConfig,
-        feed: Feed,
-        history: History,
-        gate: Gate,
-        traffic: Traffic,
+        recheck: Callable[[Caller], None],
+        sent: Callable[[str, str, int], None],
     ) -> None:
-        self._store = store
-        self._spec = spec
+        """Serve ``source``.
+
+        Args:
+            source: the versions.
+            limits: streams per organisation, how often rights are checked.
+            recheck: raises when the rights of a caller with an open stream have ended.
+            sent: told (member, "delta" or "snapshot", payload bytes) of everything that was taken.
+        """
+        self._source = source
         self._limits = limits
-        self._feed = feed
-        self._history = history
-        self._gate = gate
-        self._traffic = traffic
-        self._deltas: OrderedDict[int, bytes] = OrderedDict()
-        self._open: Counter[str] = Counter()  # streams by organisation: none may take the calls of all others
+        self._recheck = recheck
+        self._sent = sent
+        self._following: Counter[str] = Counter()  # by organisation: none may take the calls of all others
+        self._fetching: Counter[str] = Counter()
 
     async def follow(
         self, caller: Caller, request: hub_pb2.FollowVersionsRequest
@@ -59,42 +91,38 @@ class Streams:
         """Send every version after the caller's, then wait for more, until somebody ends it.
 
         Raises:
-            SpaceMismatchError, VersionError: the caller follows something this hub never had.
-            UnavailableError: the hub stops.
+            SpaceMismatchError, VersionError: the caller follows something that was never published here.
+            UnavailableError: the process stops.
             CertificateError, AccessError: the caller's rights ended meanwhile.
         """
+        source, position = self._source, request.since_version
         self._check_space(request.space_id)
-        position = request.since_version
         if position < 0:
             raise RequestError(f"since_version must not be negative, got {position}")
-        if position > self._feed.version:
+        if position > source.version:
             raise VersionError(
-                f"version {position} is not known here: the newest is {self._feed.version}; fetch a snapshot"
+                f"version {position} is not known here: the newest is {source.version}; fetch a snapshot"
             )
-        most = max(1, self._limits.concurrent_calls // 8)
-        if self._open[caller.organisation] >= most:
-            raise UnavailableError(f"{caller.organisation} follows with {most} streams, which is the most: close some")
-        self._open[caller.organisation] += 1
-        self._feed.subscribers += 1
+        self._take(self._following, caller, "follows")
+        source.subscribers += 1
         try:
             while True:
-                self._gate.recheck(caller)
-                if self._feed.closing:
+                self._recheck(caller)
+                if source.closing:
                     raise UnavailableError("the hub is stopping: connect again in a moment")
-                if position == self._feed.version:
-                    await self._feed.wait_after(position, self._limits.recheck_s)
+                if position >= source.version:
+                    await source.wait_after(position, self._limits.recheck_s)
                     continue
-                newest = self._feed.version
-                if await self._snapshot_is_better(position, newest):
-                    required = hub_pb2.SnapshotRequired(newest_version=newest)
+                if await source.whole_is_better(position):
+                    required = hub_pb2.SnapshotRequired(newest_version=source.version)
                     yield hub_pb2.FollowVersionsResponse(snapshot_required=required)
                     return
-                async for message in self._send_delta(caller, position + 1):
+                async for message in self._send_step(caller, position + 1):
                     yield message
                 position += 1
         finally:
-            self._feed.subscribers -= 1
-            self._open[caller.organisation] -= 1
+            source.subscribers -= 1
+            self._following[caller.organisation] -= 1
 
     async def fetch(
         self, caller: Caller, request: hub_pb2.FetchSnapshotRequest
@@ -107,56 +135,38 @@ class Streams:
         self._check_space(request.space_id)
         if request.version < 0:
             raise RequestError(f"version must not be negative, got {request.version}")
-        version = request.version or self._feed.version
-        payload = await self._history.snapshot(version)
-        header = hub_pb2.SnapshotHeader(
-            version=version, payload_size=len(payload), payload_sha256=await self._digest(payload)
-        )
-        yield hub_pb2.FetchSnapshotResponse(header=header)
-        for chunk in _chunks(payload):
-            yield hub_pb2.FetchSnapshotResponse(chunk=chunk)
-            self._traffic.count_snapshot(caller.member, len(chunk))
+        self._take(self._fetching, caller, "fetches")
+        try:
+            header, payload = await self._source.whole(request.version)
+            yield hub_pb2.FetchSnapshotResponse(header=header)
+            for chunk in _chunks(payload):
+                yield hub_pb2.FetchSnapshotResponse(chunk=chunk)
+                self._sent(caller.member, "snapshot", len(chunk))
+        finally:
+            self._fetching[caller.organisation] -= 1
+
+    def _take(self, open_streams: Counter[str], caller: Caller, what: str) -> None:
+        """Count a stream; an eighth of all calls is the most that one organisation may hold."""
+        most = max(1, self._limits.concurrent_calls // 8)
+        if open_streams[caller.organisation] >= most:
+            raise UnavailableError(f"{caller.organisation} {what} with {most} streams, which is the most: close some")
+        open_streams[caller.organisation] += 1
 
     def _check_space(self, space_id: str) -> None:
-        if space_id != self._spec.space_id:
-            raise SpaceMismatchError(
-                f"this hub owns space {self._spec.space_id} ({self._spec.backbone}), not {space_id[:80]!r}"
-            )
+        if space_id != self._source.space_id:
+            raise SpaceMismatchError(f"versions of space {self._source.space_id} are here, not of {space_id[:80]!r}")
 
-    async def _snapshot_is_better(self, position: int, newest: int) -> bool:
-        """Return whether the deltas to the newest version are gone, or larger together than the version itself."""
-        try:
-            size = await self._store.do(lambda journal: chain_bytes(journal, position, newest))
-        except RebaseError:
-            return True
-        return size > max(_SMALL_CHAIN_BYTES, snapshot_bytes(self._feed.state.space))
-
-    async def _send_delta(self, caller: Caller, version: int) -> AsyncGenerator[hub_pb2.FollowVersionsResponse, None]:
-        row, payload = await self._delta(version)
-        header = hub_pb2.DeltaHeader(
-            from_version=version - 1,
-            version=version,
-            newest_version=self._feed.version,
-            payload_size=row.delta_size,
-            payload_sha256=row.delta_sha256,
-        )
+    async def _send_step(self, caller: Caller, version: int) -> AsyncGenerator[hub_pb2.FollowVersionsResponse, None]:
+        kept, payload = await self._source.step(version)
+        header = hub_pb2.DeltaHeader()
+        header.CopyFrom(kept)
+        header.newest_version = self._source.version
+        header.data = payload[:CHUNK_BYTES]
         yield hub_pb2.FollowVersionsResponse(delta=header)
-        for chunk in _chunks(payload):
+        self._sent(caller.member, "delta", len(header.data))
+        for chunk in _chunks(payload[CHUNK_BYTES:]):
             yield hub_pb2.FollowVersionsResponse(chunk=chunk)
-            self._traffic.count_delta(caller.member, len(chunk))
-
-    async def _delta(self, version: int) -> tuple[VersionRow, bytes]:
-        row = await self._store.do(lambda journal: read_version(journal, version))
-        if version not in self._deltas:
-            self._deltas[version] = await self._store.io(lambda: self._store.blobs.read(row.delta_sha256))
-        payload = self._deltas[version]
-        self._deltas.move_to_end(version)
-        while len(self._deltas) > 1 and sum(map(len, self._deltas.values())) > _KEPT_DELTA_BYTES:
-            self._deltas.popitem(last=False)
-        return row, payload
-
-    async def _digest(self, payload: bytes) -> str:
-        return await asyncio.to_thread(lambda: hashlib.sha256(payload).hexdigest())
+            self._sent(caller.member, "delta", len(chunk))
 
 
 def _chunks(payload: bytes) -> Iterator[bytes]:

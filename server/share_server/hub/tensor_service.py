@@ -16,15 +16,13 @@ from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.hub import convert
 from share_server.hub.access import CALLER, Caller
 from share_server.hub.clock import now_ms
-from share_server.hub.feed import Feed, bases_bytes, coefficients
-from share_server.hub.intake import Intake
-from share_server.hub.merging import MergeLoop
+from share_server.hub.engine import Engine
+from share_server.hub.feed import bases_bytes, coefficients
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.store.members import list_members
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
-from share_server.store.store import Store
 from share_server.store.updates import count_states, find_update, list_updates
 from share_server.store.versions import count_compactions, list_tasks
 
@@ -39,29 +37,27 @@ class HubService(hub_pb2_grpc.HubServicer):
     """See ``hub.proto`` for what each method promises."""
 
     def __init__(
-        self,
-        store: Store,
-        spec: SpaceSpec,
-        feed: Feed,
-        intake: Intake,
-        loop: MergeLoop,
-        streams: Streams,
-        traffic: Traffic,
+        self, spec: SpaceSpec, engine: Engine, streams: Streams, traffic: Traffic, signer_certificate: bytes
     ) -> None:
-        self._store = store
+        self._store = engine.store
         self._spec = spec
-        self._feed = feed
-        self._intake = intake
-        self._loop = loop
+        self._feed = engine.feed
+        self._published = engine.published
+        self._intake = engine.intake
+        self._loop = engine.loop
         self._streams = streams
         self._traffic = traffic
+        self._signer_certificate = signer_certificate
         self._started_ms = now_ms()
 
     async def DescribeSpace(
         self, request: hub_pb2.DescribeSpaceRequest, context: Context
     ) -> hub_pb2.DescribeSpaceResponse:
         """Sites, limits, newest version."""
-        return convert.describe(self._spec, self._feed.version, self._intake.max_payload_bytes)
+        answer = convert.describe(self._spec, self._feed.version, self._intake.max_payload_bytes)
+        answer.signer_certificate_pem = self._signer_certificate
+        answer.oldest_base_version = self._feed.oldest
+        return answer
 
     async def Submit(
         self, request_iterator: AsyncIterator[hub_pb2.SubmitRequest], context: Context
@@ -82,9 +78,10 @@ class HubService(hub_pb2_grpc.HubServicer):
         return hub_pb2.GetUpdateResponse(update=convert.update_record(row))
 
     async def GetUpload(self, request: hub_pb2.GetUploadRequest, context: Context) -> hub_pb2.GetUploadResponse:
-        """How much of an unfinished upload is durable."""
-        check_update_id(request.update_id)
-        return hub_pb2.GetUploadResponse()
+        """How much of an unfinished upload is durable, or the receipt of a finished one."""
+        offset, row = await self._intake.progress(CALLER.get(), check_update_id(request.update_id))
+        receipt = None if row is None else convert.receipt(row, duplicate=True)
+        return hub_pb2.GetUploadResponse(offset=offset, receipt=receipt)
 
     async def ListUpdates(self, request: hub_pb2.ListUpdatesRequest, context: Context) -> hub_pb2.ListUpdatesResponse:
         """The updates of the caller's organisation in ingest order; operators see all."""
@@ -150,7 +147,7 @@ class HubService(hub_pb2_grpc.HubServicer):
             refused=states[UpdateState.REFUSED],
             k_left_max=max((basis.k_out for basis in space.bases.values()), default=0),
             k_right_max=max((basis.k_in for basis in space.bases.values()), default=0),
-            subscribers=self._feed.subscribers,
+            subscribers=self._published.subscribers,
             traffic=[convert.traffic(row) for row in members if organisation in (None, row.member.split("/", 1)[0])],
             started_unix_ms=self._started_ms,
             subspace_bytes=bases_bytes(space),

@@ -23,13 +23,10 @@ class Traffic:
         self._deltas: dict[str, int] = {}
         self._snapshots: dict[str, int] = {}
 
-    def count_delta(self, member: str, size: int) -> None:
-        """Count delta payload bytes sent to ``member``."""
-        self._deltas[member] = self._deltas.get(member, 0) + size
-
-    def count_snapshot(self, member: str, size: int) -> None:
-        """Count snapshot payload bytes sent to ``member``."""
-        self._snapshots[member] = self._snapshots.get(member, 0) + size
+    def count(self, member: str, kind: str, size: int) -> None:
+        """Count payload bytes of a ``delta`` or ``snapshot`` sent to ``member``."""
+        counts = self._deltas if kind == "delta" else self._snapshots
+        counts[member] = counts.get(member, 0) + size
 
     async def flush(self) -> None:
         """Write what was counted since the last call."""

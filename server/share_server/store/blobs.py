@@ -1,8 +1,9 @@
 """Content-addressed files: the durable half of every payload.
 
-Layout: ``blobs/ab/<sha256>`` where ``ab`` are the first two digits; ``staging/<random>`` while being written.
+Layout: ``blobs/ab/<sha256>`` where ``ab`` are the first two digits; ``staging/t-<random>`` while being written by the
+hub itself, ``staging/u-<key>`` while being received: an upload whose connection broke stays there and can be continued.
 
-A blob is durable when :meth:`Staged.commit` has returned, because of this order and nothing else::
+A blob is durable when :meth:`BlobStore.adopt` has returned, because of this order and nothing else::
 
     write staging file -> fsync(file) -> rename to its SHA-256 name -> fsync(directory)
 
@@ -17,26 +18,39 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from share_core.durable import flush_directory
 from share_core.errors import StorageError, UnavailableError
 
+_READ_BYTES = 2**20
+
 
 class Staged:
-    """A payload being received: write it, then :meth:`commit` or :meth:`discard` it, from any thread."""
+    """A payload being received: write it, then commit, suspend or discard it, from any thread."""
 
-    def __init__(self, store: BlobStore, path: Path) -> None:
+    def __init__(self, store: BlobStore, path: Path, resume: bool = False) -> None:
+        """Create ``path``, or with ``resume`` continue what an earlier connection left there."""
         self._store = store
         self._path = path
         self._hash = hashlib.sha256()
         self._open = True
         self._turn = threading.Lock()  # a caller that went away discards while a thread may still be writing
+        start = 0 if resume else os.O_CREAT | os.O_TRUNC
         with storage("creating a staging file"):
-            self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._file = os.open(path, start | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.size = 0
+        if resume:
+            with storage("reading a staged payload"):
+                self._take_up()
+
+    def _take_up(self) -> None:
+        while part := os.read(self._file, _READ_BYTES):
+            self._hash.update(part)
+            self.size += len(part)
 
     @property
     def sha256(self) -> str:
@@ -64,22 +78,41 @@ class Staged:
             self._require_open()
             return os.pread(self._file, self.size, 0)
 
+    def sync(self) -> None:
+        """Flush the bytes to the disk; the payload has no name yet under which it would be found.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with self._turn, storage("making a payload durable"):
+            self._require_open()
+            sync_file(self._file)
+
     def commit(self) -> str:
         """Make the payload durable under its digest and return the digest.
 
         Raises:
             StorageError: the disk refused; the payload is not durable.
         """
-        digest = self.sha256
-        target = self._store.path(digest)
-        with self._turn, storage("making a payload durable"):
+        self.sync()
+        self._store.adopt([self])
+        return self.sha256
+
+    def rename(self, target: Path) -> None:
+        """Give the flushed payload its name; durable once the directory of ``target`` is flushed."""
+        with self._turn:
             self._require_open()
+            self._close()
+            os.rename(self._path, target)  # noqa: PTH104 - the order of these calls is checked by a test
+
+    def suspend(self) -> int:
+        """Keep what was received for another connection to continue; return how many bytes that are, now durable."""
+        with self._turn, storage("keeping an unfinished upload"):
+            if not self._open:
+                return 0
             sync_file(self._file)
             self._close()
-            make_durable_directory(target.parent)
-            os.rename(self._path, target)  # noqa: PTH104 - the order of these calls is checked by a test
-            flush_directory(target.parent)
-        return digest
+        return self.size
 
     def discard(self) -> None:
         """Throw the payload away; nothing happens after a commit."""
@@ -100,23 +133,92 @@ class Staged:
 class BlobStore:
     """All payloads of one hub."""
 
-    def __init__(self, root: Path) -> None:
-        """Open the store under ``root``, creating it if needed, and remove what an earlier life left in staging."""
+    def __init__(self, root: Path, keep_uploads_s: float = 0.0) -> None:
+        """Open the store under ``root``, creating it if needed.
+
+        What an earlier life left in staging is removed, except uploads touched in the last ``keep_uploads_s`` seconds.
+        """
         self._blobs = root / "blobs"
         self._staging = root / "staging"
         with storage("opening the payload store"):
             for folder in (self._blobs, self._staging):
                 make_durable_directory(folder)
-            for rest in self._staging.iterdir():
+            for rest in self._staging.glob("t-*"):
                 rest.unlink()
+        self.forget_uploads(keep_uploads_s)
 
     def path(self, digest: str) -> Path:
         """Return where the payload with this hexadecimal SHA-256 lies."""
         return self._blobs / digest[:2] / digest
 
-    def stage(self) -> Staged:
-        """Begin a new payload."""
-        return Staged(self, self._staging / secrets.token_hex(16))
+    def stage(self, key: str = "") -> Staged:
+        """Begin a new payload; with a ``key`` (a file name) it can be resumed later, and replaces an older one."""
+        return Staged(self, self._staging / (f"u-{key}" if key else f"t-{secrets.token_hex(16)}"))
+
+    def resume(self, key: str) -> Staged:
+        """Continue the upload ``key`` where it was suspended; a fresh one where nothing is kept."""
+        path = self._staging / f"u-{key}"
+        return Staged(self, path, resume=path.exists())
+
+    def kept_bytes(self, key: str) -> int:
+        """Return how many bytes of the upload ``key`` are kept; 0 for none."""
+        try:
+            return (self._staging / f"u-{key}").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def uploads(self, owner: str) -> list[tuple[str, int, float]]:
+        """Return (key, bytes, when touched) of every unfinished upload whose key begins with ``owner``."""
+        found = []
+        with storage("looking at unfinished uploads"):
+            for path in self._staging.glob(f"u-{owner}*"):
+                info = path.stat()
+                found.append((path.name[2:], info.st_size, info.st_mtime))
+        return found
+
+    def forget_uploads(self, older_than_s: float, keys: Iterable[str] = ()) -> None:
+        """Remove unfinished uploads that nobody touched for ``older_than_s`` seconds, and those named."""
+        named = {f"u-{key}" for key in keys}
+        with storage("removing unfinished uploads"):
+            for path in self._staging.glob("u-*"):
+                if path.name in named or time.time() - path.stat().st_mtime >= older_than_s:
+                    path.unlink(missing_ok=True)
+
+    def adopt(self, group: Sequence[Staged]) -> None:
+        """Give flushed payloads the names under which they are found; all durable when this returns.
+
+        Raises:
+            StorageError: the disk refused; none of them counts as durable.
+        """
+        with storage("making a payload durable"):
+            targets = [self.path(staged.sha256) for staged in group]
+            folders = sorted({target.parent for target in targets})
+            for folder in folders:
+                make_durable_directory(folder)
+            for staged, target in zip(group, targets, strict=True):
+                staged.rename(target)
+            for folder in folders:
+                flush_directory(folder)
+
+    def remove(self, digests: Iterable[str]) -> int:
+        """Remove payloads that no row needs any more; return how many bytes that freed."""
+        freed = 0
+        with storage("removing collected payloads"):
+            for digest in digests:
+                path = self.path(digest)
+                if path.exists():
+                    freed += path.stat().st_size
+                    path.unlink()
+        return freed
+
+    def unreferenced(self, referenced: Container[str], older_than_s: float) -> list[str]:
+        """Return payloads that no row needs and that are older than ``older_than_s``: left behind by a crash."""
+        with storage("looking for left over payloads"):
+            return [
+                path.name
+                for path in self._blobs.glob("*/*")
+                if path.name not in referenced and time.time() - path.stat().st_mtime > older_than_s
+            ]
 
     def put(self, payload: bytes) -> str:
         """Make ``payload`` durable and return its hexadecimal SHA-256."""

@@ -2,7 +2,8 @@
 
 The connection takes the file exclusively (``locking_mode=EXCLUSIVE`` before WAL), so that no second
 connection exists anywhere, and commits with ``synchronous=FULL``: when :meth:`Journal.transaction` has ended,
-its rows survive a power cut.
+its rows survive a power cut, and the anchor says so. Before the file is opened every page is compared with its sum, and
+after it the count of transactions with the anchor: see :mod:`share_server.store.pages` and ``anchor``.
 
 Chain: every promise (an accepted or refused update, a version, an enrolment) is an entry
 ``hash = SHA-256("fedshare journal 1" || previous || len(kind) || kind || len(body) || body)`` with eight-byte
@@ -21,15 +22,20 @@ from typing import Any
 
 from share_core.durable import flush_directory
 from share_core.errors import ConfigError, StorageError
+from share_server.store.anchor import Anchor, Mark
 from share_server.store.blobs import storage
-from share_server.store.schema import APPLICATION_ID, SCHEMA, SCHEMA_VERSION
+from share_server.store.pages import PAGE, PageSums, remove_unused
+from share_server.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 
 _DOMAIN = b"fedshare journal 1"
 _GENESIS = bytes(32)
+_CHECKPOINT_BYTES = 4 * 2**20
 _PRAGMAS = (
+    f"page_size={PAGE}",
     "locking_mode=EXCLUSIVE",  # before WAL: then no shared-memory file, and no second connection
     "journal_mode=WAL",
     "synchronous=FULL",
+    "wal_autocheckpoint=0",  # Journal.checkpoint does it, with the page sums
     "foreign_keys=ON",
     "trusted_schema=OFF",
     "cell_size_check=ON",
@@ -47,13 +53,31 @@ class Journal:
             ConfigError: it belongs to another space or another version of this program.
         """
         self._last = (0, _GENESIS)
-        with _database("opening the journal"):
-            self._db = sqlite3.connect(path, isolation_level=None)
+        self._count = 0
+        self._anchor = Anchor(path.with_name("anchor"))
+        self._sums = PageSums(path)
+        try:
+            self._prove_pages(path)
+            with _database("opening the journal"):
+                self._db = sqlite3.connect(path, isolation_level=None)
+        except BaseException:
+            self._anchor.close()
+            raise
         try:
             self._open(path, space_id)
         except BaseException:
             self._db.close()
+            self._anchor.close()
             raise
+
+    def _prove_pages(self, path: Path) -> None:
+        """Compare the file's pages with their sums; a journal that has promised nothing is begun again instead."""
+        if self._anchor.mark.count == 0 and not _is_older_store(path):
+            remove_unused(path)
+            return
+        self._sums.load()
+        if self._anchor.mark.count:
+            self._sums.check()
 
     def _open(self, path: Path, space_id: str) -> None:
         with _database("opening the journal"):
@@ -71,9 +95,23 @@ class Journal:
             flush_directory(path.parent)
         self._check(space_id)
         self._last = self._read_last()
+        self._compare_with_anchor()
+        self.checkpoint()
+
+    def _compare_with_anchor(self) -> None:
+        """Refuse a journal that has lost something that was promised."""
+        mark = self._anchor.mark
+        with _database("comparing the journal with its anchor"):
+            self._count = int(self._scalar("SELECT value FROM meta WHERE name = 'transactions'"))
+            found = self._scalar(f"SELECT hash FROM entries WHERE seq = {mark.entries}") if mark.entries else _GENESIS
+        if self._count < mark.count or found != mark.hash:
+            raise StorageError(
+                f"the journal has {self._count} transactions and {self._last[0]} entries, but {mark.count} and "
+                f"{mark.entries} were promised: its end is lost or changed; restore the store from a backup"
+            )
 
     def _create(self, space_id: str) -> None:
-        with self.transaction():
+        with self._unanchored():
             for statement in SCHEMA.split(";"):
                 if statement.strip():
                     self._db.execute(statement)
@@ -82,12 +120,20 @@ class Journal:
             self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _check(self, space_id: str) -> None:
-        found = (self._scalar("PRAGMA application_id"), self._scalar("PRAGMA user_version"))
-        if found != (APPLICATION_ID, SCHEMA_VERSION):
+        application, version = self._scalar("PRAGMA application_id"), self._scalar("PRAGMA user_version")
+        if application != APPLICATION_ID:
+            raise ConfigError(f"store/journal.db belongs to application {application:#x}: it is no fedshare journal")
+        if version > SCHEMA_VERSION:
             raise ConfigError(
-                f"the journal has format {found[1]} of application {found[0]:#x}, expected format {SCHEMA_VERSION} of "
-                f"{APPLICATION_ID:#x}: use the release of fedshare that wrote it"
+                f"the store has format {version} and this release of fedshare writes format {SCHEMA_VERSION}: "
+                "use the newer release that wrote it; nothing was changed"
             )
+        if version < SCHEMA_VERSION:
+            with self._unanchored():
+                for step in range(version, SCHEMA_VERSION):
+                    for statement in MIGRATIONS[step]:
+                        self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         owner = self._scalar("SELECT value FROM meta WHERE name = 'space_id'")
         if owner != space_id:
             raise ConfigError(f"the store belongs to space {owner}, but space.toml describes {space_id}")
@@ -95,13 +141,45 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Run one transaction; it is durable when the block has ended and undone when the block raises."""
+        with self._unanchored():
+            yield
+            self._count += 1
+            self.change("UPDATE meta SET value = ? WHERE name = 'transactions'", (str(self._count),))
+        self._anchor.write(Mark(self._count, *self._last))
+        if self._sums.log_bytes > _CHECKPOINT_BYTES:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file, page sums included, and empty it."""
+        with _database("copying the journal's log"):
+            busy, frames, copied = self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if busy or copied != frames:
+            raise StorageError(f"the journal's log could not be copied: {copied} of {frames} pages")
+        self._sums.take_over(frames)
+        with _database("emptying the journal's log"):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def copy_to(self, path: Path) -> None:
+        """Write a consistent copy of the journal, with its anchor and page sums, beside ``path``; all durable."""
+        with _database("copying the journal"):
+            target = sqlite3.connect(path)
+            try:
+                self._db.backup(target)
+            finally:
+                target.close()
+        copied = Journal(path, self._scalar("SELECT value FROM meta WHERE name = 'space_id'"))
+        copied.close()
+
+    @contextmanager
+    def _unanchored(self) -> Iterator[None]:
+        """Run one transaction that the anchor does not count."""
         with _database("beginning a transaction"):
             self._db.execute("BEGIN IMMEDIATE")
-        last = self._last
+        last, count = self._last, self._count
         try:
             yield
         except BaseException:
-            self._last = last
+            self._last, self._count = last, count
             if self._db.in_transaction:
                 with _database("undoing a transaction"):
                     self._db.execute("ROLLBACK")
@@ -157,8 +235,17 @@ class Journal:
 
     def close(self) -> None:
         """Close the file; the write-ahead log is folded in."""
-        with _database("closing the journal"):
-            self._db.close()
+        try:
+            self.checkpoint()
+        finally:
+            with _database("closing the journal"):
+                self._db.close()
+            self._anchor.close()
+
+    def abandon(self) -> None:
+        """Close the file after a failure, touching nothing that is not needed for it."""
+        self._anchor.close()
+        self._db.close()
 
     def _read_last(self) -> tuple[int, bytes]:
         row = self.row("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
@@ -178,6 +265,15 @@ def entry_hash(previous: bytes, kind: str, body: str) -> bytes:
     """Return the hash of an entry that follows ``previous``; the formula stands in the module's docstring."""
     parts = b"".join(len(text.encode()).to_bytes(8, "big") + text.encode() for text in (kind, body))
     return hashlib.sha256(_DOMAIN + previous + parts).digest()
+
+
+def _is_older_store(path: Path) -> bool:
+    """Return whether a journal of format 1, which had no anchor, lies here."""
+    if not path.exists():
+        return False
+    with storage("reading the journal"), path.open("rb") as file:
+        header = file.read(100)
+    return header.startswith(b"SQLite format 3\0") and header[60:64] == b"\0\0\0\1"
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from share_core.identity import SignedManifest
 from share_core.ledger import TaskLedger
 
 
@@ -18,6 +19,31 @@ class UpdateState(Enum):
     """Part of a committed version."""
     REFUSED = "REFUSED"
     """Durable, but it could not be merged."""
+    QUARANTINED = "QUARANTINED"
+    """Durable, set aside until the operator decides."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who beside the owner's organisation may contribute to a task."""
+
+    open: bool = False
+    """Everybody."""
+    organisations: tuple[str, ...] = ()
+    """These."""
+
+    def allows(self, organisation: str) -> bool:
+        """Return whether ``organisation`` may contribute."""
+        return self.open or organisation in self.organisations
+
+    @property
+    def shared(self) -> bool:
+        """Whether anybody beside the owner may contribute."""
+        return self.open or bool(self.organisations)
+
+
+PRIVATE = Sharing()
+"""A task of one organisation."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,15 @@ class NewUpdate:
     """Lease it was trained under, or empty."""
     rows: int
     """Declared training rows, or 0."""
+    sharing: Sharing = PRIVATE
+    """Who may contribute to the task that it creates."""
+    schema_sha256: str = ""
+    """Digest of the task's label schema; empty if it is not told."""
+
+    @property
+    def organisation(self) -> str:
+        """The organisation that answers for it."""
+        return self.member.split("/", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,10 @@ class UpdateRow:
     """When it became durable, milliseconds since 1970."""
     relative_error: float
     """Error that its merge left on it."""
+    original_sha256: str | None = None
+    """Its ambient factors, where the bases it was expressed in are no longer kept."""
+    original_size: int = 0
+    """Bytes of that payload, or 0."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +119,10 @@ class VersionRow:
 
     version: int
     """Number, from 1."""
-    update_id: str
-    """The update it merged."""
+    updates: tuple[str, ...]
+    """Ids of the updates it merged, in ingest order; none for a version that was rebuilt."""
     delta_sha256: str
-    """Payload of the step from the version before."""
+    """Payload of the step from the version before; empty for a version that is only published whole."""
     delta_size: int
     """Bytes of that payload."""
     snapshot_sha256: str | None
@@ -94,6 +133,12 @@ class VersionRow:
     """Whether the step rotated any basis."""
     sizes: Mapping[str, tuple[int, int]]
     """(k_out, k_in) of every site in this version."""
+    policy: str
+    """The merge policy in force, as JSON: what a replay needs. Empty for versions of format 1."""
+    manifest: SignedManifest
+    """What the hub says of it; empty bytes for versions of format 1."""
+    collected: bool = False
+    """Whether its payloads were removed by the retention policy."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +149,10 @@ class TaskRow:
     """``organisation/name``."""
     owner: str
     """Member that created it."""
+    sharing: Sharing
+    """Who beside the owner's organisation may contribute."""
+    schema_sha256: str
+    """Digest of its label schema, or empty."""
     created_version: int
     """First version that holds it; 0 while its first update waits."""
     updated_version: int
@@ -181,14 +230,24 @@ class TrafficRow:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """One update in a merge."""
+
+    update_id: str
+    """The update."""
+    task_id: str
+    """Its task."""
+    relative_error: float
+    """Error that the merge left on it."""
+
+
+@dataclass(frozen=True)
 class VersionCommit:
     """Everything one merge changes, to be written in one transaction."""
 
     row: VersionRow
     """The new version; its payloads are durable already."""
-    task_id: str
-    """The task it merged."""
-    relative_error: float
-    """Error left on the merged update."""
+    merged: Sequence[Merging]
+    """The updates it merged, in ingest order."""
     ledgers: Mapping[str, TaskLedger]
     """Ledgers that this merge changed, by task id."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from share_core.errors import StorageError
+from share_core.identity.manifest import GENESIS, VERSION, parse_manifest
 from share_core.merge import HubState
 from share_core.space import advance, empty_space
 from share_core.types import Space, SpaceSpec
@@ -59,7 +60,7 @@ def plan_replay(journal: Journal, version: int) -> ReplayPlan:
     start = nearest_snapshot(journal, version)
     first = start.version if start else 0
     deltas = list_versions(journal, first, version)
-    if [row.version for row in deltas] != list(range(first + 1, version + 1)):
+    if [row.version for row in deltas if not row.collected] != list(range(first + 1, version + 1)):
         raise StorageError(f"versions between {first} and {version} are missing: the store is damaged")
     return ReplayPlan(version, start, tuple(deltas))
 
@@ -79,8 +80,8 @@ def replay(blobs: BlobStore, spec: SpaceSpec, plan: ReplayPlan) -> Space:
 def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
     """Verify the whole store and return the newest committed state.
 
-    Checked, in order: the hash chain; that every update and version says what its chained entry says; that
-    the versions are 1 to head without a gap; that every payload they refer to is there and has its digest.
+    Checked, in order: the hash chain; that every update and version says what its chained entry says; that the versions
+    are 1 to head without a gap and their manifests link; that every payload they need is there and has its digest.
     Updates that were accepted and not merged need nothing: the merge loop takes them in ingest order.
 
     Raises:
@@ -95,14 +96,27 @@ def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
     _check_entries(entries, updates, versions)
     if [row.version for row in versions] != list(range(1, head + 1)):
         raise StorageError(f"the journal's head is {head} but its versions do not lead there without a gap")
-    for update in updates:
-        blobs.verify(update.new.sha256, update.new.size)
-    for version in versions:
-        blobs.verify(version.delta_sha256, version.delta_size)
-        if version.snapshot_sha256 is not None:
-            blobs.verify(version.snapshot_sha256, version.snapshot_size)
+    for digest, size in needed_payloads(updates, versions).items():
+        blobs.verify(digest, size)
     space = replay(blobs, spec, plan_replay(journal, head))
     return HubState(space=space, ledger=read_ledger(journal))
+
+
+def needed_payloads(updates: list[UpdateRow], versions: list[VersionRow]) -> dict[str, int]:
+    """Return the size of every payload that these rows need, by digest."""
+    sizes: dict[str, int] = {}
+    for update in updates:
+        sizes[update.new.sha256] = update.new.size
+        if update.original_sha256 is not None:
+            sizes[update.original_sha256] = update.original_size
+    for version in versions:
+        if version.collected:
+            continue
+        if version.delta_sha256:
+            sizes[version.delta_sha256] = version.delta_size
+        if version.snapshot_sha256 is not None:
+            sizes[version.snapshot_sha256] = version.snapshot_size
+    return sizes
 
 
 def sizes_of(space: Space) -> dict[str, tuple[int, int]]:
@@ -129,7 +143,7 @@ def _check_entries(
             chained[kind][body["version" if kind == "version" else "update_id"]] = (body, digest)
     if len(chained["update"]) != len(updates) or len(chained["version"]) != len(versions):
         raise StorageError("the journal's rows and its hash chain differ in number: the store is damaged")
-    merged = {row.update_id: row.version for row in versions}
+    merged = {name: row.version for row in versions for name in row.updates}
     for update in updates:
         name = update.new.update_id
         body, digest = chained["update"].get(name, ({}, ""))
@@ -143,3 +157,17 @@ def _check_entries(
         body, _ = chained["version"].get(version.version, ({}, ""))
         if body != version_entry(version):
             raise StorageError(f"version {version.version} does not say what was chained: the store is damaged")
+    _check_manifests(versions)
+
+
+def _check_manifests(versions: list[VersionRow]) -> None:
+    """Compare every version with its manifest, and every manifest with the one before it."""
+    previous = GENESIS
+    for version in versions:
+        if not version.manifest.body:
+            continue
+        says = parse_manifest(version.manifest.body)
+        expected = (VERSION, version.version, previous, version.delta_sha256, version.delta_size)
+        if (says.kind, says.version, says.previous, says.payload_sha256, says.payload_size) != expected:
+            raise StorageError(f"the manifest of version {version.version} is of something else: the store is damaged")
+        previous = version.manifest.sha256

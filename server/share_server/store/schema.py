@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
-"""Written as ``user_version``. A store with another number is refused, never guessed at."""
+SCHEMA_VERSION = 2
+"""Written as ``user_version``. An older store is brought forward by :data:`MIGRATIONS`, a newer one is refused."""
 
 APPLICATION_ID = 0x66736872
 """Marks the file as a fedshare journal (``fshr``)."""
 
-SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+_META = "INSERT INTO meta VALUES ('transactions', '0');"
 
-CREATE TABLE entries (
-  seq INTEGER PRIMARY KEY,
-  kind TEXT NOT NULL,
-  body TEXT NOT NULL,
-  previous BLOB NOT NULL CHECK (length(previous) = 32),
-  hash BLOB NOT NULL CHECK (length(hash) = 32)
-) STRICT;
-
-CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL) STRICT;
-INSERT INTO head VALUES (1, 0);
-
+_UPDATES = """
 CREATE TABLE updates (
   update_id TEXT PRIMARY KEY,
   ingest_seq INTEGER NOT NULL UNIQUE,
@@ -29,7 +18,7 @@ CREATE TABLE updates (
   member TEXT NOT NULL,
   organisation TEXT NOT NULL,
   task_id TEXT NOT NULL REFERENCES tasks (task_id),
-  state TEXT NOT NULL CHECK (state IN ('ACCEPTED', 'MERGED', 'REFUSED')),
+  state TEXT NOT NULL CHECK (state IN ('ACCEPTED', 'MERGED', 'REFUSED', 'QUARANTINED')),
   reason TEXT NOT NULL DEFAULT '',
   base_version INTEGER NOT NULL CHECK (base_version >= 0),
   version INTEGER NOT NULL DEFAULT 0 CHECK ((state = 'MERGED') = (version > 0)),
@@ -42,32 +31,60 @@ CREATE TABLE updates (
   lease_id TEXT NOT NULL,
   rows INTEGER NOT NULL,
   received_ms INTEGER NOT NULL,
-  relative_error REAL NOT NULL DEFAULT 0
+  relative_error REAL NOT NULL DEFAULT 0,
+  original_sha256 TEXT,
+  original_size INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+"""
+
+_UPDATE_INDEXES = """
 CREATE INDEX updates_waiting ON updates (ingest_seq) WHERE state = 'ACCEPTED';
-
 CREATE INDEX updates_of_task ON updates (task_id, version);
+CREATE INDEX updates_of_version ON updates (version) WHERE version > 0;
+"""
 
+_VERSIONS = """
 CREATE TABLE versions (
   version INTEGER PRIMARY KEY CHECK (version > 0),
   entry_seq INTEGER NOT NULL UNIQUE REFERENCES entries (seq),
-  update_id TEXT NOT NULL UNIQUE REFERENCES updates (update_id),
   delta_sha256 TEXT NOT NULL,
   delta_size INTEGER NOT NULL,
   snapshot_sha256 TEXT,
   snapshot_size INTEGER NOT NULL DEFAULT 0,
   compacts INTEGER NOT NULL CHECK (compacts IN (0, 1)),
   sizes TEXT NOT NULL,
+  policy TEXT NOT NULL,
+  manifest BLOB NOT NULL,
+  signature BLOB NOT NULL,
+  collected INTEGER NOT NULL DEFAULT 0 CHECK (collected IN (0, 1)),
   committed_ms INTEGER NOT NULL
 ) STRICT;
+"""
 
+SCHEMA = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+{_META}
+
+CREATE TABLE entries (
+  seq INTEGER PRIMARY KEY,
+  kind TEXT NOT NULL,
+  body TEXT NOT NULL,
+  previous BLOB NOT NULL CHECK (length(previous) = 32),
+  hash BLOB NOT NULL CHECK (length(hash) = 32)
+) STRICT;
+
+CREATE TABLE head (id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL) STRICT;
+INSERT INTO head VALUES (1, 0);
+{_UPDATES}{_UPDATE_INDEXES}{_VERSIONS}
 CREATE TABLE tasks (
   task_id TEXT PRIMARY KEY,
   owner TEXT NOT NULL,
   created_version INTEGER NOT NULL DEFAULT 0,
   updated_version INTEGER NOT NULL DEFAULT 0,
   updates INTEGER NOT NULL DEFAULT 0,
-  ledger TEXT NOT NULL DEFAULT ''
+  ledger TEXT NOT NULL DEFAULT '',
+  sharing TEXT NOT NULL DEFAULT '',
+  schema_sha256 TEXT NOT NULL DEFAULT ''
 ) STRICT;
 
 CREATE TABLE evaluations (
@@ -107,3 +124,27 @@ CREATE TABLE traffic (
   down_snapshots INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 """
+
+MIGRATIONS = {
+    1: f"""
+{_META}
+ALTER TABLE tasks ADD COLUMN sharing TEXT NOT NULL DEFAULT '';
+ALTER TABLE tasks ADD COLUMN schema_sha256 TEXT NOT NULL DEFAULT '';
+ALTER TABLE updates RENAME TO updates_1;
+ALTER TABLE versions RENAME TO versions_1;
+DROP INDEX updates_waiting;
+DROP INDEX updates_of_task;
+{_UPDATES}{_VERSIONS}
+INSERT INTO updates
+  SELECT update_id, ingest_seq, entry_seq, member, organisation, task_id, state, reason, base_version, version, sha256,
+    size, coefficients, directions, heads, envelope, lease_id, rows, received_ms, relative_error, NULL, 0
+  FROM updates_1;
+INSERT INTO versions
+  SELECT version, entry_seq, delta_sha256, delta_size, snapshot_sha256, snapshot_size, compacts, sizes, '', x'', x'', 0,
+    committed_ms
+  FROM versions_1;
+DROP TABLE versions_1;
+DROP TABLE updates_1;
+{_UPDATE_INDEXES}"""
+}
+"""Statements that bring a store of each older format to the next one, run in one transaction."""

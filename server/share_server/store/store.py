@@ -2,8 +2,11 @@
 
 Order rule, the reason why an acknowledgement can be trusted::
 
-    payload durable -> row durable -> ACK                 (an update)
-    payload durable -> version row durable -> publish     (a version)
+    payload durable -> row durable -> anchor durable -> ACK                 (an update)
+    payload durable -> version row durable -> anchor durable -> publish     (a version)
+
+Updates that are ready at the same time share the costly steps: their files are flushed side by side, then one group at
+a time is renamed, its directories flushed and its rows committed together.
 
 Failure rule: the first StorageError ends everything. The store remembers it, every later call raises it again
 without touching the disk, :attr:`Store.failed` is set, and the process reports NOT_SERVING and exits. What is
@@ -15,19 +18,38 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from share_core.errors import ConfigError, StorageError
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
-from share_server.store.blobs import BlobStore, make_durable_directory, storage
+from share_server.store.blobs import BlobStore, Staged, make_durable_directory, storage
 from share_server.store.journal import Journal
+from share_server.store.records import NewUpdate, UpdateRow
 from share_server.store.recovery import recover
+from share_server.store.updates import accept_updates
 
 T = TypeVar("T")
+
+_GROUP = 64
+"""Most updates that share one commit."""
+
+_FLUSHES = 8
+"""Files flushed side by side; the file system joins their journal commits."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An update whose payload is flushed and that waits for its group."""
+
+    staged: Staged
+    new: NewUpdate
+    now_ms: int
+    answer: asyncio.Future[tuple[UpdateRow, bool]]
 
 
 class Store:
@@ -38,14 +60,19 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._journal_thread = ThreadPoolExecutor(1, "journal")
         self._file_threads = ThreadPoolExecutor(4, "payloads")
+        self._flush_threads = ThreadPoolExecutor(_FLUSHES, "flushes")
+        self._ready: list[_Ready] = []
+        self._committer: asyncio.Task[None] | None = None
         self._failure: StorageError | None = None
         self.failed = asyncio.Event()
         """Set when the storage has failed: stop acknowledging and exit."""
         self._lock = lock_directory(root)
 
     @classmethod
-    async def open(cls, root: Path, spec: SpaceSpec) -> tuple[Store, HubState]:
+    async def open(cls, root: Path, spec: SpaceSpec, keep_uploads_s: float = 0.0) -> tuple[Store, HubState]:
         """Lock the directory, verify everything in it and return (the store, the newest committed state).
+
+        Unfinished uploads younger than ``keep_uploads_s`` seconds can be continued.
 
         Raises:
             ConfigError: another hub runs on this directory, or the store belongs to another space.
@@ -53,7 +80,7 @@ class Store:
         """
         store = cls(root)
         try:
-            store.blobs = await store.io(lambda: BlobStore(root))
+            store.blobs = await store.io(lambda: BlobStore(root, keep_uploads_s))
             await store.io(lambda: _require_journal(root, store.blobs))
             store._journal = await store._on_journal(lambda: Journal(root / "journal.db", spec.space_id))
             state = await store.do(lambda journal: recover(journal, store.blobs, spec))
@@ -82,14 +109,51 @@ class Store:
         """
         return await self._loop.run_in_executor(self._file_threads, self._guarded, work)
 
+    async def accept(self, staged: Staged, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
+        """Make one received update durable; return (its row, whether it was there before). Then it may be acknowledged.
+
+        Raises:
+            StorageError: the disk refused: it may not be acknowledged.
+            UpdateConflictError, UnknownTaskError: it is refused.
+        """
+        await self._loop.run_in_executor(self._flush_threads, self._guarded, staged.sync)
+        ready = _Ready(staged, new, now_ms, self._loop.create_future())
+        self._ready.append(ready)
+        if self._committer is None or self._committer.done():
+            self._committer = asyncio.create_task(self._commit_ready(), name="group commit")
+        return await ready.answer
+
+    async def _commit_ready(self) -> None:
+        """Commit whatever is ready, group after group, until nothing is."""
+        while self._ready:
+            group, self._ready = self._ready[:_GROUP], self._ready[_GROUP:]
+            try:
+                answers = await self._commit_group(group)
+            except Exception as error:
+                answers = [error] * len(group)
+            for ready, answer in zip(group, answers, strict=True):
+                if ready.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    ready.answer.set_exception(answer)
+                else:
+                    ready.answer.set_result(answer)
+
+    async def _commit_group(self, group: list[_Ready]) -> Sequence[tuple[UpdateRow, bool] | Exception]:
+        # The same payload may be in the group twice; its second file is renamed over the first, which is harmless.
+        await self.io(lambda: self.blobs.adopt([ready.staged for ready in group]))
+        news, now_ms = [ready.new for ready in group], max(ready.now_ms for ready in group)
+        return await self.do(lambda journal: accept_updates(journal, news, now_ms))
+
     async def close(self) -> None:
         """Finish what was begun, close the journal and free the directory; also after a failure."""
-        closing = self._loop.run_in_executor(self._journal_thread, self._journal.close)
+        if self._committer is not None:
+            await asyncio.gather(self._committer, return_exceptions=True)
         if self._failure is None:
-            await closing
+            await self._loop.run_in_executor(self._journal_thread, self._journal.close)
         else:
-            # Nothing more can be promised; what a close leaves behind is read back by the next start.
-            await asyncio.gather(closing, return_exceptions=True)
+            # Nothing more can be promised; what lies on the disk now is read back by the next start.
+            await self._loop.run_in_executor(self._journal_thread, self._journal.abandon)
         self._release()
 
     async def _on_journal(self, work: Callable[[], T]) -> T:
@@ -109,6 +173,7 @@ class Store:
     def _release(self) -> None:
         self._journal_thread.shutdown(wait=True)
         self._file_threads.shutdown(wait=True)
+        self._flush_threads.shutdown(wait=True)
         os.close(self._lock)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from share_core.errors import StorageError, UnknownTaskError, UpdateConflictError
-from share_server.store.journal import Journal
-from share_server.store.records import NewUpdate, UpdateRow, UpdateState
+from share_core.errors import FedshareError, StorageError, UnknownTaskError, UpdateConflictError
+from share_server.store.journal import Journal, canonical
+from share_server.store.records import NewUpdate, Sharing, UpdateRow, UpdateState
 
 _SELECT = "SELECT u.*, e.hash AS entry_hash FROM updates u JOIN entries e ON e.seq = u.entry_seq"
 
@@ -27,22 +28,34 @@ def list_updates(journal: Journal, after_seq: int, limit: int, organisation: str
     return [_update(row) for row in rows]
 
 
-def next_accepted(journal: Journal) -> UpdateRow | None:
-    """Return the first update in ingest order that waits for its merge, or None."""
-    row = journal.row(f"{_SELECT} WHERE u.state = 'ACCEPTED' ORDER BY u.ingest_seq LIMIT 1")
-    return None if row is None else _update(row)
+def list_accepted(journal: Journal, most: int) -> list[UpdateRow]:
+    """Return up to ``most`` updates that wait for their merge, in ingest order."""
+    rows = journal.rows(f"{_SELECT} WHERE u.state = 'ACCEPTED' ORDER BY u.ingest_seq LIMIT ?", (most,))
+    return [_update(row) for row in rows]
 
 
-def newest_merged(journal: Journal, task_id: str) -> UpdateRow:
-    """Return the update that a task's current content came from.
+def oldest_waiting_base(journal: Journal) -> int | None:
+    """Return the oldest version that a waiting update with coefficients is based on, or None."""
+    row = journal.row(
+        "SELECT min(base_version) FROM updates WHERE state IN ('ACCEPTED', 'QUARANTINED') AND base_version > 0"
+    )
+    return None if row is None else row[0]
+
+
+def newest_merged(journal: Journal, task_id: str, upto: int) -> list[UpdateRow]:
+    """Return the updates that a task's content in version ``upto`` came from: the newest of each organisation.
 
     Raises:
         StorageError: the task has none: the journal is damaged.
     """
-    row = journal.row(f"{_SELECT} WHERE u.task_id = ? AND u.version > 0 ORDER BY u.version DESC LIMIT 1", (task_id,))
-    if row is None:
+    rows = journal.rows(
+        f"{_SELECT} WHERE u.ingest_seq IN (SELECT max(ingest_seq) FROM updates WHERE task_id = ? AND version BETWEEN 1 "
+        "AND ? GROUP BY organisation) ORDER BY u.organisation",
+        (task_id, upto),
+    )
+    if not rows:
         raise StorageError(f"task {task_id} has no merged update: the journal is damaged")
-    return _update(row)
+    return [_update(row) for row in rows]
 
 
 def count_states(journal: Journal) -> dict[UpdateState, int]:
@@ -65,45 +78,75 @@ def same_update(known: UpdateRow, *, update_id: str, member: str, task_id: str, 
     )
 
 
-def accept_update(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
-    """Write one update whose payload is durable; return (its row, whether it was there before).
+Accepted = tuple[UpdateRow, bool] | FedshareError
+"""What became of one update of a group: (its row, whether it was there before), or why it is refused."""
 
-    The row is durable when this returns; only then may it be acknowledged.
 
-    Raises:
-        UpdateConflictError: the id is taken by other content.
-        UnknownTaskError: the task does not exist and ``create`` is not set.
+def accept_updates(journal: Journal, group: Sequence[NewUpdate], now_ms: int) -> list[Accepted]:
+    """Write updates whose payloads are durable, all in one transaction; return what became of each.
+
+    The rows are durable when this returns; only then may they be acknowledged. A refusal (UpdateConflictError: the id
+    is taken by other content; UnknownTaskError: the task does not exist and ``create`` is not set) concerns that update
+    alone.
     """
+    answers: list[Accepted] = []
     with journal.transaction():
-        known = find_update(journal, new.update_id)
-        if known is not None and same_update(
-            known,
-            update_id=new.update_id,
-            member=new.member,
-            task_id=new.task_id,
-            sha256=new.sha256,
-            size=new.size,
-        ):
-            return known, True
-        if journal.row("SELECT 1 FROM tasks WHERE task_id = ?", (new.task_id,)) is None:
-            if not new.create:
-                raise UnknownTaskError(f"there is no task {new.task_id!r}: set create to make it with this update")
-            journal.change("INSERT INTO tasks (task_id, owner) VALUES (?, ?)", (new.task_id, new.member))
-        last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
-        ingest_seq = (last[0] if last else 0) + 1
-        entry_seq, _ = journal.append_entry("update", update_entry(new, ingest_seq, now_ms))
-        values = {
-            **asdict(new),
-            "ingest_seq": ingest_seq,
-            "entry_seq": entry_seq,
-            "organisation": new.member.split("/", 1)[0],
-            "state": UpdateState.ACCEPTED.value,
-            "received_ms": now_ms,
-        }
-        del values["create"]
-        columns = ", ".join(values)
-        marks = ", ".join("?" * len(values))
-        journal.change(f"INSERT INTO updates ({columns}) VALUES ({marks})", list(values.values()))
+        for new in group:
+            try:
+                answers.append(_accept(journal, new, now_ms))
+            except StorageError:
+                raise
+            except FedshareError as error:
+                answers.append(error)
+    return answers
+
+
+def accept_update(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
+    """Write one update: :func:`accept_updates` with one, its refusal raised."""
+    (answer,) = accept_updates(journal, [new], now_ms)
+    if isinstance(answer, FedshareError):
+        raise answer
+    return answer
+
+
+def _accept(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
+    known = find_update(journal, new.update_id)
+    if known is not None and same_update(
+        known,
+        update_id=new.update_id,
+        member=new.member,
+        task_id=new.task_id,
+        sha256=new.sha256,
+        size=new.size,
+    ):
+        return known, True
+    if journal.row("SELECT 1 FROM tasks WHERE task_id = ?", (new.task_id,)) is None:
+        if not new.create:
+            raise UnknownTaskError(f"there is no task {new.task_id!r}: set create to make it with this update")
+        journal.change(
+            "INSERT INTO tasks (task_id, owner, sharing, schema_sha256) VALUES (?, ?, ?, ?)",
+            (new.task_id, new.member, sharing_to_text(new.sharing), new.schema_sha256),
+        )
+        if new.sharing.shared:
+            terms = {"open": new.sharing.open, "organisations": sorted(new.sharing.organisations)}
+            body = {"task_id": new.task_id, "owner": new.member, "schema_sha256": new.schema_sha256, **terms}
+            journal.append_entry("shared", body)
+    last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
+    ingest_seq = (last[0] if last else 0) + 1
+    entry_seq, _ = journal.append_entry("update", update_entry(new, ingest_seq, now_ms))
+    values = {
+        **asdict(new),
+        "ingest_seq": ingest_seq,
+        "entry_seq": entry_seq,
+        "organisation": new.organisation,
+        "state": UpdateState.ACCEPTED.value,
+        "received_ms": now_ms,
+    }
+    for name in ("create", "sharing", "schema_sha256"):
+        del values[name]
+    columns = ", ".join(values)
+    marks = ", ".join("?" * len(values))
+    journal.change(f"INSERT INTO updates ({columns}) VALUES ({marks})", list(values.values()))
     stored = find_update(journal, new.update_id)
     if stored is None:
         raise StorageError(f"update {new.update_id} was committed and is not there: the journal is damaged")
@@ -120,6 +163,32 @@ def refuse_update(journal: Journal, update_id: str, reason: str) -> None:
         )
         if changed != 1:
             raise StorageError(f"update {update_id} was to be refused but does not wait: the journal is damaged")
+
+
+def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> None:
+    """Record the ambient factors of an update whose base version is about to be collected."""
+    journal.append_entry("original", {"update_id": update_id, "sha256": sha256})
+    changed = journal.change(
+        "UPDATE updates SET original_sha256 = ?, original_size = ? WHERE update_id = ? AND original_sha256 IS NULL",
+        (sha256, size, update_id),
+    )
+    if changed != 1:
+        raise StorageError(f"update {update_id} has its original already: the journal is damaged")
+
+
+def list_bound_to(journal: Journal, before: int, most: int) -> list[UpdateRow]:
+    """Return up to ``most`` updates that can only be read with the bases of a version in 1 to ``before`` - 1."""
+    rows = journal.rows(
+        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL AND u.state <> 'REFUSED' "
+        "ORDER BY u.ingest_seq LIMIT ?",
+        (before - 1, most),
+    )
+    return [_update(row) for row in rows]
+
+
+def sharing_to_text(sharing: Sharing) -> str:
+    """Return a task's sharing as stored; empty for a private task."""
+    return canonical({"open": sharing.open, "organisations": sorted(sharing.organisations)}) if sharing.shared else ""
 
 
 def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str | int]:
@@ -161,4 +230,6 @@ def _update(row: sqlite3.Row) -> UpdateRow:
         version=row["version"],
         received_ms=row["received_ms"],
         relative_error=row["relative_error"],
+        original_sha256=row["original_sha256"],
+        original_size=row["original_size"],
     )

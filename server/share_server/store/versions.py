@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from typing import Any
 
 from share_core.errors import RebaseError, StorageError, VersionError
+from share_core.identity import SignedManifest
 from share_core.ledger import TaskLedger, ledger_from_json, ledger_to_json
 from share_server.store.journal import Journal
-from share_server.store.records import TaskRow, VersionCommit, VersionRow
+from share_server.store.records import PRIVATE, Merging, Sharing, TaskRow, VersionCommit, VersionRow
 
 
 def head_version(journal: Journal) -> int:
@@ -28,17 +30,31 @@ def read_version(journal: Journal, version: int) -> VersionRow:
     """
     row = journal.row("SELECT * FROM versions WHERE version = ?", (version,))
     if row is not None:
-        return _version(row)
+        if row["collected"]:
+            raise _no_longer_kept(version, head_version(journal))
+        return _version(journal, row)
     newest = head_version(journal)
     if not 0 < version <= newest:
         raise VersionError(f"this hub has no version {version}: its newest is {newest}")
-    raise RebaseError(f"version {version} is no longer kept: fetch version {newest} and train from there")
+    raise _no_longer_kept(version, newest)
+
+
+def read_manifest(journal: Journal, version: int) -> SignedManifest | None:
+    """Return what the hub said of a version; None before the first, and for versions of format 1."""
+    row = journal.row("SELECT manifest, signature FROM versions WHERE version = ? AND manifest <> x''", (version,))
+    return None if row is None else SignedManifest(row[0], row[1])
+
+
+def oldest_version(journal: Journal) -> int:
+    """Return the oldest version whose bases are kept; 0 while everything is."""
+    row = journal.row("SELECT max(version) FROM versions WHERE collected = 1")
+    return 0 if row is None or row[0] is None else int(row[0]) + 1
 
 
 def list_versions(journal: Journal, after: int, upto: int) -> list[VersionRow]:
-    """Return the versions ``after < version <= upto`` that are kept, in order."""
+    """Return the versions ``after < version <= upto``, in order, collected ones included."""
     rows = journal.rows("SELECT * FROM versions WHERE version > ? AND version <= ? ORDER BY version", (after, upto))
-    return [_version(row) for row in rows]
+    return [_version(journal, row) for row in rows]
 
 
 def chain_bytes(journal: Journal, after: int, upto: int) -> int:
@@ -48,7 +64,9 @@ def chain_bytes(journal: Journal, after: int, upto: int) -> int:
         RebaseError: one of them is no longer kept.
     """
     row = journal.row(
-        "SELECT count(*), coalesce(sum(delta_size), 0) FROM versions WHERE version > ? AND version <= ?", (after, upto)
+        "SELECT count(*), coalesce(sum(delta_size), 0) FROM versions "
+        "WHERE version > ? AND version <= ? AND collected = 0 AND delta_sha256 <> ''",
+        (after, upto),
     )
     if row is None or row[0] != upto - after:
         raise RebaseError(f"the deltas after version {after} are no longer kept: fetch version {upto}")
@@ -58,10 +76,11 @@ def chain_bytes(journal: Journal, after: int, upto: int) -> int:
 def nearest_snapshot(journal: Journal, version: int) -> VersionRow | None:
     """Return the newest version up to ``version`` whose snapshot is kept; None means: start from version 0."""
     row = journal.row(
-        "SELECT * FROM versions WHERE version <= ? AND snapshot_sha256 IS NOT NULL ORDER BY version DESC LIMIT 1",
+        "SELECT * FROM versions WHERE version <= ? AND snapshot_sha256 IS NOT NULL AND collected = 0 "
+        "ORDER BY version DESC LIMIT 1",
         (version,),
     )
-    return None if row is None else _version(row)
+    return None if row is None else _version(journal, row)
 
 
 def epoch_end(journal: Journal, version: int) -> int:
@@ -78,7 +97,7 @@ def count_compactions(journal: Journal) -> int:
 
 
 def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None:
-    """Write a merge: head, version, update, task and ledgers in one transaction.
+    """Write a merge: head, version, updates, tasks and ledgers in one transaction.
 
     Raises:
         StorageError: the disk refused, or the journal does not stand where the merge began.
@@ -91,36 +110,24 @@ def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None
         )
         entry_seq, _ = journal.append_entry("version", version_entry(row))
         journal.change(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
             (
                 row.version,
                 entry_seq,
-                row.update_id,
                 row.delta_sha256,
                 row.delta_size,
                 row.snapshot_sha256,
                 row.snapshot_size,
                 int(row.compacts),
                 json.dumps(row.sizes, sort_keys=True),
+                row.policy,
+                row.manifest.body,
+                row.manifest.signature,
                 now_ms,
             ),
         )
-        _exactly_one(
-            journal.change(
-                "UPDATE updates SET state = 'MERGED', version = ?, relative_error = ? "
-                "WHERE update_id = ? AND state = 'ACCEPTED'",
-                (row.version, commit.relative_error, row.update_id),
-            ),
-            f"update {row.update_id} does not wait for its merge",
-        )
-        _exactly_one(
-            journal.change(
-                "UPDATE tasks SET updates = updates + 1, updated_version = ?, "
-                "created_version = CASE created_version WHEN 0 THEN ? ELSE created_version END WHERE task_id = ?",
-                (row.version, row.version, commit.task_id),
-            ),
-            f"task {commit.task_id} does not exist",
-        )
+        for one in commit.merged:
+            _record_merging(journal, row.version, one)
         for task_id, ledger in commit.ledgers.items():
             text = ledger_to_json({task_id: ledger})
             _exactly_one(
@@ -129,13 +136,57 @@ def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None
             )
 
 
-def version_entry(row: VersionRow) -> dict[str, str | int | None]:
+def _record_merging(journal: Journal, version: int, one: Merging) -> None:
+    _exactly_one(
+        journal.change(
+            "UPDATE updates SET state = 'MERGED', version = ?, relative_error = ? "
+            "WHERE update_id = ? AND state = 'ACCEPTED'",
+            (version, one.relative_error, one.update_id),
+        ),
+        f"update {one.update_id} does not wait for its merge",
+    )
+    _exactly_one(
+        journal.change(
+            "UPDATE tasks SET updates = updates + 1, updated_version = ?, "
+            "created_version = CASE created_version WHEN 0 THEN ? ELSE created_version END WHERE task_id = ?",
+            (version, version, one.task_id),
+        ),
+        f"task {one.task_id} does not exist",
+    )
+
+
+def mark_collected(journal: Journal, before: int) -> int:
+    """Say that the payloads of every version below ``before`` may go; return how many versions that concerns.
+
+    Committed before a file is removed: a file that is still there afterwards is only left over.
+    """
+    with journal.transaction():
+        changed = journal.change("UPDATE versions SET collected = 1 WHERE version < ? AND collected = 0", (before,))
+        journal.append_entry("collected", {"before": before})
+    return changed
+
+
+def referenced_blobs(journal: Journal) -> set[str]:
+    """Return the digest of every payload that some row still needs."""
+    rows = journal.rows(
+        "SELECT sha256 FROM updates UNION SELECT original_sha256 FROM updates WHERE original_sha256 IS NOT NULL "
+        "UNION SELECT delta_sha256 FROM versions WHERE collected = 0 "
+        "UNION SELECT snapshot_sha256 FROM versions WHERE collected = 0 AND snapshot_sha256 IS NOT NULL"
+    )
+    return {row[0] for row in rows}
+
+
+def version_entry(row: VersionRow) -> dict[str, Any]:
     """Return what the hash chain says of a version."""
+    if not row.policy:  # written by format 1: one update per version, no manifest
+        names: dict[str, Any] = {"update_id": row.updates[0]}
+    else:
+        names = {"updates": list(row.updates), "policy": json.loads(row.policy), "manifest_sha256": row.manifest.sha256}
     return {
         "version": row.version,
-        "update_id": row.update_id,
         "delta_sha256": row.delta_sha256,
         "snapshot_sha256": row.snapshot_sha256,
+        **names,
     }
 
 
@@ -163,24 +214,41 @@ def _exactly_one(changed: int, otherwise: str) -> None:
         raise StorageError(f"the journal does not stand where the merge began: {otherwise}")
 
 
-def _version(row: sqlite3.Row) -> VersionRow:
+def _no_longer_kept(version: int, newest: int) -> RebaseError:
+    return RebaseError(f"version {version} is no longer kept: fetch version {newest} and train from there")
+
+
+def _version(journal: Journal, row: sqlite3.Row) -> VersionRow:
+    merged = journal.rows("SELECT update_id FROM updates WHERE version = ? ORDER BY ingest_seq", (row["version"],))
     sizes = {site: (pair[0], pair[1]) for site, pair in json.loads(row["sizes"]).items()}
     return VersionRow(
         version=row["version"],
-        update_id=row["update_id"],
+        updates=tuple(one[0] for one in merged),
         delta_sha256=row["delta_sha256"],
         delta_size=row["delta_size"],
         snapshot_sha256=row["snapshot_sha256"],
         snapshot_size=row["snapshot_size"],
         compacts=bool(row["compacts"]),
         sizes=sizes,
+        policy=row["policy"],
+        manifest=SignedManifest(row["manifest"], row["signature"]),
+        collected=bool(row["collected"]),
     )
+
+
+def _sharing(text: str) -> Sharing:
+    if not text:
+        return PRIVATE
+    values = json.loads(text)
+    return Sharing(values["open"], tuple(values["organisations"]))
 
 
 def _task(row: sqlite3.Row) -> TaskRow:
     return TaskRow(
         task_id=row["task_id"],
         owner=row["owner"],
+        sharing=_sharing(row["sharing"]),
+        schema_sha256=row["schema_sha256"],
         created_version=row["created_version"],
         updated_version=row["updated_version"],
         updates=row["updates"],

@@ -1,0 +1,146 @@
+"""What updates and tasks say, in ambient factors, whichever version they were expressed in.
+
+Everything is read from what is durable, so that a replay of the journal reads the same. The content of a private task
+is its newest update. The content of a shared task is a mixture of the newest update of every organisation, or, where
+it is moved by steps, what the version before held plus the step: see :mod:`share_core.mixing` for the rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+
+from share_core.mixing import Contribution, contributor_weights, mix_adapters
+from share_core.space import task_adapter, update_adapter
+from share_core.types import Adapter, Space, SpaceSpec
+from share_core.wire import decode_adapter, decode_update
+from share_server.hub.history import History
+from share_server.hub.policy import StepPolicy
+from share_server.store.records import UpdateRow
+from share_server.store.store import Store
+from share_server.store.updates import newest_merged
+from share_server.store.versions import find_task
+
+
+class Contents:
+    """Read access to what was submitted."""
+
+    def __init__(self, store: Store, spec: SpaceSpec, history: History) -> None:
+        self._store = store
+        self._spec = spec
+        self._history = history
+
+    async def of_update(self, row: UpdateRow) -> Adapter:
+        """Return what one update says.
+
+        Raises:
+            RebaseError: its base version is no longer kept; PayloadError: it does not fit its base version.
+        """
+        if row.original_sha256 is not None:
+            digest = row.original_sha256
+            return await self._store.io(lambda: decode_adapter(self._store.blobs.read(digest), self._spec))
+        payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
+        bases = await self._history.bases(row.new.base_version)
+        return await self._store.io(lambda: update_adapter(decode_update(payload, self._spec), bases))
+
+    async def of_task(self, task_id: str, version: int, policy: StepPolicy) -> Adapter | None:
+        """Return what the content of a task in ``version`` should be; None where only the version itself knows it."""
+        rows = await self._store.do(lambda journal: newest_merged(journal, task_id, version))
+        if len(rows) == 1 and not await self.is_shared(task_id):
+            return await self.of_update(rows[0])
+        if policy.mixing != "mean":
+            return None
+        merged_in = max(row.version for row in rows)
+        return await self._mean(rows, merged_in - 1, policy)
+
+    async def is_shared(self, task_id: str) -> bool:
+        """Return whether several organisations may contribute to a task."""
+        task = await self._store.do(lambda journal: find_task(journal, task_id))
+        return task is not None and task.sharing.shared
+
+    async def next_of_task(
+        self, task_id: str, space: Space, fresh: Sequence[tuple[UpdateRow, Adapter]], policy: StepPolicy
+    ) -> Adapter:
+        """Return what a task becomes when ``fresh`` updates of it (in ingest order) are merged into ``space``."""
+        if not await self.is_shared(task_id):
+            return fresh[-1][1]
+        if policy.mixing == "mean":
+            newest = {row.new.organisation: (row, adapter) for row, adapter in fresh}
+            older: list[UpdateRow] = []
+            if task_id in space.cores:
+                older = await self._store.do(lambda journal: newest_merged(journal, task_id, space.version))
+            rows = [row for row in older if row.new.organisation not in newest]
+            return await self._mean([*rows, *(row for row, _ in newest.values())], space.version, policy)
+        if task_id not in space.cores:
+            fresh, current = fresh[1:], fresh[0][1]
+        else:
+            current = task_adapter(space, task_id)
+        if policy.mixing == "fedasync":
+            for row, adapter in fresh:
+                a = policy.alpha * policy.rule.weight(space.version - row.new.base_version)
+                current = mix_adapters([(1 - a, current), (a, adapter)], self._spec.rank_limit)
+            return current
+        return await self._buffered(task_id, current, fresh, space.version, policy)
+
+    async def _buffered(
+        self,
+        task_id: str,
+        current: Adapter,
+        fresh: Sequence[tuple[UpdateRow, Adapter]],
+        version: int,
+        policy: StepPolicy,
+    ) -> Adapter:
+        """FedBuff: ``current + alpha / K sum_i s_i (update_i - what the task was in its base version)``."""
+        parts: list[tuple[float, Adapter]] = [(1.0, current)]
+        for row, adapter in fresh:
+            scale = policy.alpha * policy.rule.weight(version - row.new.base_version) / len(fresh)
+            base = await self._history.space(row.new.base_version)
+            parts.append((scale, adapter))
+            if task_id in base.cores:
+                parts.append((-scale, task_adapter(base, task_id)))
+        return mix_adapters(parts, self._spec.rank_limit)
+
+    async def _mean(self, rows: Sequence[UpdateRow], version: int, policy: StepPolicy) -> Adapter:
+        rows = sorted(rows, key=lambda row: row.ingest_seq)
+        said = [
+            Contribution(row.new.organisation, {}, max(0, version - row.new.base_version), row.new.rows) for row in rows
+        ]
+        weights = contributor_weights(said, policy.rule, policy.rows_cap)
+        parts = [(weight, await self.of_update(row)) for weight, row in zip(weights, rows, strict=True)]
+        return mix_adapters(parts, self._spec.rank_limit) if len(parts) > 1 else parts[0][1]
+
+
+class Originals(Mapping[str, Adapter]):
+    """Contents by task id as the mathematics wants them; use it from any thread but the event loop's own.
+
+    A merge asks for one only if a compaction pushed that task's error bound past the budget, so nothing is read before
+    it is asked for. The merge runs on its own thread and asks from there; the event loop fetches.
+    """
+
+    def __init__(self, contents: Contents, tasks: frozenset[str], version: int, policy: StepPolicy) -> None:
+        self._contents = contents
+        self._tasks = tasks
+        self._version = version
+        self._policy = policy
+        self._loop = asyncio.get_running_loop()
+
+    def __getitem__(self, task_id: str) -> Adapter:
+        """Return what the content of ``task_id`` should be."""
+        if task_id not in self._tasks:
+            raise KeyError(task_id)
+        work = self._contents.of_task(task_id, self._version, self._policy)
+        found = asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        assert found is not None  # tasks without an original are left out where this is made
+        return found
+
+    def __contains__(self, task_id: object) -> bool:
+        """Return whether the task has an original; reads nothing."""
+        return task_id in self._tasks
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the task ids."""
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        """Return the number of tasks."""
+        return len(self._tasks)

@@ -1,0 +1,136 @@
+"""One step: from a version and some updates to the bytes of the next version.
+
+The merge loop makes versions with it and a replay of the journal makes them again: with the same build, one thread and
+the recorded policy the bytes are equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from share_core.errors import FedshareError, StorageError
+from share_core.merge import HubState, Merged, merge_all
+from share_core.space import advance
+from share_core.types import Adapter, SpaceSpec
+from share_core.wire import decode_delta, decode_snapshot, encode_delta, encode_snapshot
+from share_server.hub.contents import Contents, Originals
+from share_server.hub.policy import StepPolicy
+from share_server.store.records import Merging, UpdateRow
+
+
+@dataclass(frozen=True)
+class Step:
+    """A version that is not stored yet."""
+
+    state: HubState
+    """The next state, made from the bytes below: what is stored is the authority, not what was computed."""
+    delta: bytes
+    """The step as published."""
+    snapshot: bytes | None
+    """The whole version, where it must be kept."""
+    compacts: bool
+    """Whether it rotates a basis."""
+    merged: tuple[Merging, ...]
+    """The updates in it, in ingest order."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of a batch."""
+
+    step: Step | None
+    """The version, if at least one update could be merged."""
+    refused: Mapping[str, FedshareError]
+    """Updates that cannot be read in their base version, by id."""
+
+
+class Stepper:
+    """Makes versions. Close it when done."""
+
+    def __init__(self, contents: Contents, spec: SpaceSpec) -> None:
+        self._contents = contents
+        self._spec = spec
+        self._thread = ThreadPoolExecutor(1, "merge")
+
+    async def step(self, state: HubState, rows: Sequence[UpdateRow], policy: StepPolicy, snapshot_every: int) -> Tried:
+        """Merge ``rows``, given in ingest order, into ``state``.
+
+        Of many large updates only the first ones are taken, so that a version stays of bounded size; the others wait.
+        """
+        refused: dict[str, FedshareError] = {}
+        said: list[tuple[UpdateRow, Adapter]] = []
+        for row in rows:
+            try:
+                said.append((row, await self._contents.of_update(row)))
+            except StorageError:
+                raise
+            except FedshareError as error:
+                refused[row.new.update_id] = error
+        said = _bounded(said, 4 * policy.k_max)
+        if not said:
+            return Tried(None, refused)
+        groups: dict[str, list[tuple[UpdateRow, Adapter]]] = {}
+        for row, adapter in said:
+            groups.setdefault(row.new.task_id, []).append((row, adapter))
+        adapters = {
+            task: await self._contents.next_of_task(task, state.space, fresh, policy) for task, fresh in groups.items()
+        }
+        originals = await self._originals(state, adapters, policy)
+        loop = asyncio.get_running_loop()
+        taken = [row for row, _ in said]
+        step = await loop.run_in_executor(
+            self._thread, self._compute, state, taken, adapters, policy, originals, snapshot_every
+        )
+        return Tried(step, refused)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True)
+
+    async def _originals(self, state: HubState, adapters: Mapping[str, Adapter], policy: StepPolicy) -> Originals:
+        others = [task for task in state.space.cores if task not in adapters]
+        if policy.mixing != "mean":
+            others = [task for task in others if not await self._contents.is_shared(task)]
+        return Originals(self._contents, frozenset(others), state.space.version, policy)
+
+    def _compute(
+        self,
+        state: HubState,
+        rows: Sequence[UpdateRow],
+        adapters: Mapping[str, Adapter],
+        policy: StepPolicy,
+        originals: Mapping[str, Adapter],
+        snapshot_every: int,
+    ) -> Step:
+        """Merge and encode; runs on the merge thread."""
+        merged = merge_all(state, adapters, policy.merge, originals)
+        delta = encode_delta(merged.delta)
+        space = advance(state.space, decode_delta(delta, self._spec))
+        snapshot = None
+        if merged.delta.compacts or space.version % snapshot_every == 0:
+            snapshot = encode_snapshot(space)
+            space = decode_snapshot(snapshot, self._spec)
+        return Step(
+            state=HubState(space=space, ledger=merged.state.ledger),
+            delta=delta,
+            snapshot=snapshot,
+            compacts=merged.delta.compacts,
+            merged=_mergings(rows, merged),
+        )
+
+
+def _bounded(said: list[tuple[UpdateRow, Adapter]], most: int) -> list[tuple[UpdateRow, Adapter]]:
+    """Return the first updates whose ranks add up to at most ``most``, at least one."""
+    total = 0
+    for count, (_, adapter) in enumerate(said):
+        total += max((factors.rank for factors in adapter.values()), default=0)
+        if total > most and count:
+            return said[:count]
+    return said
+
+
+def _mergings(rows: Sequence[UpdateRow], merged: Merged) -> tuple[Merging, ...]:
+    return tuple(Merging(row.new.update_id, row.new.task_id, merged.relative_errors[row.new.task_id]) for row in rows)
