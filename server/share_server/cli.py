@@ -14,6 +14,7 @@ from share_core.command_line import plain_errors, run_command
 from share_core.errors import ConfigError
 from share_server.config import DEFAULT_PORT
 from share_server.layout import Layout
+from share_server.relay.cli import relay
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -171,6 +172,9 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
         typer.echo(_to_json(answer))
     else:
         tables.show(tables.task_table(answer))
+
+
+app.command()(relay)
 
 
 def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:
