@@ -166,7 +166,7 @@ class ManifestChain:
         try:
             return signed, self._verifier.read(signed)
         except ManifestError as error:
-            raise ManifestError(f"{what}: {error}") from error
+            raise ManifestError(f"{what}: {error}; {_ASK}") from error
 
     def _same(self, version: int, sha256: str) -> None:
         """A version that was verified before must be the same one."""

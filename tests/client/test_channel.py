@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -67,12 +67,12 @@ def test_this_grpc_words_them_so() -> None:
     release, arrived = threading.Event(), threading.Event()
 
     class Handler(grpc.GenericRpcHandler):
-        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def service(self, details: grpc.HandlerCallDetails) -> Any:
             def answer(request: bytes, context: Any) -> bytes:
-                if details.method == "/test/wait":  # type: ignore[attr-defined]
+                if details.method == "/test/wait":
                     arrived.set()
                     release.wait(30)
-                return b"x" * 5_000_000 if details.method == "/test/large" else b""  # type: ignore[attr-defined]
+                return b"x" * 5_000_000 if details.method == "/test/large" else b""
 
             return grpc.unary_unary_rpc_method_handler(answer)
 
@@ -85,10 +85,10 @@ def test_this_grpc_words_them_so() -> None:
 
             def failed(method: str, request: bytes) -> type[FedshareError]:
                 with pytest.raises(grpc.RpcError) as raised:
-                    channel.unary_unary(method)(request, timeout=30)
+                    cast(Any, channel).unary_unary(method)(request, timeout=30)
                 return type(error_from_rpc(raised.value, "testing"))
 
-            waiting = channel.unary_unary("/test/wait").future(b"", timeout=30)
+            waiting = cast(Any, channel).unary_unary("/test/wait").future(b"", timeout=30)
             assert arrived.wait(30)
             assert failed("/test/shed", b"") is OverloadError
             release.set()
