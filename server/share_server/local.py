@@ -140,6 +140,17 @@ class LocalHub:
         """Return the server's own ``operator`` or ``fleet`` certificate."""
         return Holder(self.layout.key(name).read_bytes(), self.layout.certificate(name).read_bytes())
 
+    @property
+    def pid(self) -> int:
+        """Process id of the running hub.
+
+        Raises:
+            UnavailableError: it is not running.
+        """
+        if self._process is None or self._process.pid is None:
+            raise UnavailableError("the hub is not running")
+        return self._process.pid
+
     def invite(self, member: str, role: str = "trainer", hours: float = 1.0) -> str:
         """Return a join token for ``organisation/name``."""
         organisation, _, name = member.partition("/")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from share_core.command_line import INTERRUPTED
 from share_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(
     no_args_is_help=True, help="Benchmarks: a peer or the machine's limit beside ours, in the same run."
 )
+Directory = Annotated[
+    Path | None,
+    typer.Option(help="Disk that is measured: the hub's store lies in here. Default: a temporary directory."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]
 
 
@@ -76,6 +84,66 @@ def bench_endurance(
     _finish(report, as_json, _plain_table)
 
 
+@bench_app.command("hub")
+def bench_hub(
+    clients: Annotated[int, typer.Option(min=1, help="Connections; each always has one update on its way.")] = 200,
+    payload_mib: Annotated[float, typer.Option(help="Size of every update in MiB.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Counted time of the main phase.")] = 60.0,
+    overload: Annotated[int, typer.Option(min=0, help="Times as many submitters afterwards; 0: no such phase.")] = 10,
+    overload_seconds: Annotated[float, typer.Option(min=1, help="Counted time of the overload phase.")] = 30.0,
+    organisations: Annotated[int, typer.Option(min=1, help="The clients belong to so many.")] = 10,
+    processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 2,
+    limit_seconds: Annotated[float, typer.Option(min=1, help="Each measurement of the machine's limits.")] = 10.0,
+    directory: Directory = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also Flower's own path; kill both servers.")] = False,
+    peer_nodes: Annotated[int, typer.Option(min=1, help="SuperNodes of the peer: about 4 processes each.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """How many durable updates a real hub takes per second, against the least that one costs on this machine.
+
+    The limit is the slower of two, measured before and after with the hub stopped still: files of the same size made
+    durable at the same concurrency, and the same bytes sent to a bare gRPC server over TLS that only counts them.
+    fraction_of_limit is the figure to read. Then ten times as many clients: the hub must refuse most of them quickly
+    and still take nearly as many updates, in flat memory. Every receipt is looked up in the journal at the end
+    (promises). It writes about as much as it receives: some ten GiB with the defaults. A quick look: --clients 16
+    --seconds 5 --overload-seconds 5 --limit-seconds 2.
+    """
+    from share_simulations.bench.hub import HubOptions, run_hub
+
+    options = HubOptions(
+        clients=clients,
+        payload_mib=payload_mib,
+        seconds=seconds,
+        overload=overload,
+        overload_seconds=overload_seconds,
+        organisations=organisations,
+        processes=processes,
+        limit_seconds=limit_seconds,
+        directory=directory,
+        peers=peers,
+        peer_nodes=peer_nodes,
+    )
+    _finish(_interruptible(lambda: run_hub(options, _note)), as_json, _flat_table)
+
+
+def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
+    # The children are forked while gRPC's threads run; they exec at once and use none of its state.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return work()
+    except KeyboardInterrupt:  # typer itself would answer with exit code 1
+        typer.echo("share-sim: interrupted; every process of the benchmark was stopped", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(",") if part.strip())
@@ -106,6 +174,16 @@ def _plain_table(report: dict[str, Any]) -> Table:
     for key, value in report.items():
         if not isinstance(value, dict):
             table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _flat_table(report: dict[str, Any]) -> Table:
+    """Return every figure, one level of nested ones included."""
+    table = _plain_table(report)
+    for key, value in report.items():
+        if isinstance(value, dict):
+            for name, figure in value.items():
+                table.add_row(f"{key}: {name}", f"{figure:.4g}" if isinstance(figure, float) else str(figure))
     return table
 
 
