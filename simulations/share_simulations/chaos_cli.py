@@ -43,6 +43,43 @@ def syscalls(
     _finish(run_syscalls(SyscallOptions(points, seed, mutants, folder)), as_json)
 
 
+@chaos_app.command()
+def disk(
+    points: Annotated[int, typer.Option(min=1, help="Failures in all.")] = 3_000,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Let each system call that changes a file fail once: EIO, ENOSPC, EDQUOT and short writes.
+
+    After the failure nothing may be acknowledged whose row was not durable before, the hub must end with exit code 1,
+    and the next start on a healthy disk must keep every promise. About 0.2 s per point. Quick look: --points 200.
+    """
+    from share_simulations.chaos.disk import DiskOptions, run_disk
+
+    _finish(run_disk(DiskOptions(points, seed, mutants, folder)), as_json)
+
+
+@chaos_app.command()
+def power(
+    cuts: Annotated[int, typer.Option(min=1, help="Power cuts in all.")] = 1_000,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Cut the power of a hub at random moments, on a modelled disk that keeps only what was flushed.
+
+    One life of a hub is traced with the bytes of all its writes. For each cut a disk is built from it: flushed data and
+    names are there; of the rest nothing, everything, or a random part survives, torn at 512-byte sectors and out of
+    order. The hub must come back on it with everything it had acknowledged. About 0.1 s per cut.
+    """
+    from share_simulations.chaos.power import PowerOptions, run_power
+
+    _finish(run_power(PowerOptions(cuts, seed, mutants, folder)), as_json)
+
+
 def _finish(report: dict[str, Any], as_json: bool) -> None:
     """Print the report; exit code 1 if a promise was broken or a planted bug survived."""
     from rich.console import Console

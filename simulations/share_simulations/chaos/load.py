@@ -53,11 +53,19 @@ ROOMY = LimitConfig(concurrent_calls=4096, concurrent_uploads=2048)
 """Limits that a campaign does not run into."""
 
 
-def toy_space(k_max: int = 12, sizes: tuple[tuple[int, int], ...] = ((24, 16), (16, 16))) -> SpaceSpec:
-    """Return a space of small sites, ``sizes`` being (d_out, d_in) of each."""
+TOY_SITES = ((24, 16), (16, 16))
+"""(d_out, d_in) of sites that merge in a millisecond."""
+
+
+def toy_weights(sizes: tuple[tuple[int, int], ...] = TOY_SITES) -> dict[str, torch.Tensor]:
+    """Return the frozen weights of a toy backbone with sites of these sizes, always the same."""
     draw = torch.Generator().manual_seed(7)
-    weights = {f"s{number}": torch.randn(size, generator=draw) for number, size in enumerate(sizes)}
-    return describe_space("toy", weights, k_max=k_max, rank_limit=8)
+    return {f"s{number}": torch.randn(size, generator=draw) for number, size in enumerate(sizes)}
+
+
+def toy_space(k_max: int = 12, sizes: tuple[tuple[int, int], ...] = TOY_SITES) -> SpaceSpec:
+    """Return the space of that backbone."""
+    return describe_space("toy", toy_weights(sizes), k_max=k_max, rank_limit=8)
 
 
 def toy_update(spec: SpaceSpec, space: Space, seed: int, rank: int = 2, head: int = 0) -> Update:

@@ -127,37 +127,44 @@ def _publish_before_commit(say: Say) -> None:
     _hook(after=after)
 
 
-def _skip_flush(directories: bool) -> None:
+def _skip_flush(skip: Callable[[int], bool]) -> None:
+    """Let flushes of the chosen descriptors do nothing."""
     for name in ("fsync", "fdatasync"):
         honest = getattr(os, name)
 
         def lying(file: int, honest: Callable[[int], None] = honest) -> None:
-            if stat.S_ISDIR(os.fstat(file).st_mode) != directories:
+            if not skip(file):
                 honest(file)
 
         setattr(os, name, lying)
 
 
-def _no_synchronous(_: Say) -> None:
+def _is_directory(file: int) -> bool:
+    return stat.S_ISDIR(os.fstat(file).st_mode)
+
+
+def _is_parent(file: int) -> bool:
+    """Return whether this is a directory of directories: a flush of it keeps the names of new ones."""
+    return _is_directory(file) and any(entry.is_dir() for entry in os.scandir(file))
+
+
+def _no_file_flush(_: Say) -> None:
+    _skip_flush(lambda file: not _is_directory(file))
+
+
+def _no_name_flush(_: Say) -> None:
+    _skip_flush(_is_directory)
+
+
+def _no_parent_flush(_: Say) -> None:
+    _skip_flush(_is_parent)
+
+
+def _journal_flushes(mode: str) -> None:
     def rewrite(statement: str) -> str:
-        return "PRAGMA synchronous=OFF" if statement.lower().startswith("pragma synchronous") else statement
+        return f"PRAGMA synchronous={mode}" if statement.lower().startswith("pragma synchronous") else statement
 
     _hook(rewrite=rewrite)
-
-
-def _name_before_bytes(_: Say) -> None:
-    """Rename first and flush the file afterwards, as its last writer would never notice."""
-    flush, waiting = os.fsync, threading.local()
-
-    def later(file: int) -> None:
-        if stat.S_ISDIR(os.fstat(file).st_mode):
-            flush(file)
-            for kept in vars(waiting).pop("files", []):
-                os.close(kept)
-        else:
-            waiting.files = [*getattr(waiting, "files", []), os.dup(file)]
-
-    os.fsync = later
 
 
 def _flush_again(_: Say) -> None:
@@ -210,10 +217,11 @@ MUTANTS = (
     Mutant("row-before-payload", "a row is committed before its payload has its name", "syscalls", _row_before_payload),
     Mutant("merge-in-two", "a merge is two transactions instead of one", "syscalls", _merge_in_two),
     Mutant("publish-first", "a version is published before it is committed", "syscalls", _publish_before_commit),
-    Mutant("no-file-flush", "payloads are not flushed to the disk", "power", lambda _: _skip_flush(False)),
-    Mutant("no-directory-flush", "names are not flushed to the disk", "power", lambda _: _skip_flush(True)),
-    Mutant("no-journal-flush", "SQLite runs with synchronous=OFF", "power", _no_synchronous),
-    Mutant("name-before-bytes", "a payload gets its name before it is flushed", "power", _name_before_bytes),
+    Mutant("no-file-flush", "payloads are not flushed to the disk", "power", _no_file_flush),
+    Mutant("no-name-flush", "names are not flushed to the disk", "power", _no_name_flush),
+    Mutant("no-parent-flush", "names of new directories are not flushed", "power", _no_parent_flush),
+    Mutant("journal-off", "SQLite runs with synchronous=OFF", "power", lambda _: _journal_flushes("OFF")),
+    Mutant("journal-normal", "SQLite runs with synchronous=NORMAL", "power", lambda _: _journal_flushes("NORMAL")),
     Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again),
     Mutant("disk-full-ignored", "a write that found no room counts as done", "disk", _disk_full_ignored),
     Mutant("failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay),

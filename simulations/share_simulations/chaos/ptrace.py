@@ -84,6 +84,7 @@ _CALLS: dict[int, tuple[str, _Shape]] = {
     277: ("sync_file_range", _Shape.FD),
     285: ("fallocate", _Shape.FD),
     296: ("pwritev", _Shape.FD),
+    306: ("syncfs", _Shape.FD),
     316: ("renameat2", _Shape.TWO_AT),
     326: ("copy_file_range", _Shape.FD),
     # These two stop only when they create or truncate.

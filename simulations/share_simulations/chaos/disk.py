@@ -1,0 +1,191 @@
+"""A disk that refuses: every file-changing call of a hub's life fails, once or for good, in every way that fits it.
+
+What must hold: no update is acknowledged after the failure unless its row was durable before it; the hub notices, says
+so and ends; and the next start on a healthy disk keeps every promise.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from share_simulations.chaos.checks import Finding
+from share_simulations.chaos.lab import Lab, Start, Witness, open_lab, seeds
+from share_simulations.chaos.mutants import Mutant, mutants_of
+from share_simulations.chaos.ptrace import GO, Call, Ending, Verdict
+from share_simulations.chaos.report import Caught, Meter, Tally, assemble
+from share_simulations.chaos.scenario import Plan, Promised
+from share_simulations.chaos.syscalls import place
+
+_MUTANT_POINTS = 400
+_SHORT = "short"
+"""A write takes only a part, which is no failure: the hub must write the rest."""
+_FULL = "full"
+"""This call and all later ones that need room fail with ENOSPC."""
+_UPDATE_ID = re.compile(rb"[0-9a-f]{32}")
+_WRITES = frozenset({"write", "pwrite64"})
+_FLUSHES = frozenset({"fsync", "fdatasync"})
+_NEEDS_ROOM = _WRITES | {"openat", "mkdir", "rename", "fallocate", "ftruncate"}
+
+
+@dataclass(frozen=True)
+class DiskOptions:
+    """One campaign."""
+
+    points: int = 3_000
+    """Failures in all."""
+    seed: int = 0
+    """Of the workloads."""
+    mutants: bool = False
+    """Also show that the planted bugs are caught."""
+    folder: Path | None = None
+    """Where the stores lie; default: memory."""
+
+
+class FailAt(Witness):
+    """Lets the n-th file-changing call fail, and remembers what was durable at that moment."""
+
+    def __init__(self, promised: Promised, number: int, fault: str) -> None:
+        super().__init__(promised)
+        self._number, self._fault = number, fault
+        self._calls = 0
+        self._durable: set[bytes] = set()
+        self.failed: Call | None = None
+        self.at_failure: Promised | None = None
+        """What had been promised when the call failed."""
+
+    def entered(self, call: Call) -> Verdict:
+        """Fail the chosen call; before it, follow which rows the journal has flushed."""
+        self._calls += 1
+        if self.failed is not None:
+            full = self._fault == _FULL and call.name in _NEEDS_ROOM
+            return Verdict(error=errno.ENOSPC) if full else GO
+        if self._calls == self._number:
+            self.failed, self.at_failure = call, self.promised.copy()
+            if self._fault == _SHORT:
+                return Verdict(short=max(1, call.size // 2)) if call.name in _WRITES and call.size > 1 else GO
+            return Verdict(error=errno.ENOSPC if self._fault == _FULL else int(getattr(errno, self._fault)))
+        if call.name in _FLUSHES and call.path.endswith("journal.db-wal"):
+            # This flush is not the one that fails, so what it flushes may be acknowledged, whatever fails later.
+            self._durable |= set(_UPDATE_ID.findall(Path(call.path).read_bytes()))
+        return GO
+
+    def late(self) -> list[str]:
+        """Return the updates that were acknowledged after the failure and whose rows were not flushed before it."""
+        if self.at_failure is None or self._fault == _SHORT:
+            return []
+        after = self.promised.acks.keys() - self.at_failure.acks.keys()
+        return sorted(name for name in after if name.encode() not in self._durable)
+
+
+def run_disk(options: DiskOptions) -> dict[str, Any]:
+    """Run the campaign and return its report.
+
+    Raises:
+        ConfigError: this machine cannot trace, or the hub does not even work without a fault.
+    """
+    began = time.monotonic()
+    tally, faults, places = Tally(), Counter[str](), Counter[str]()
+    acks = noticed = 0
+    with open_lab(options.folder) as lab:
+        with Meter("disk failures", options.points) as meter:
+            for start, plan, number, fault in experiments(lab, options.seed, options.points):
+                handler, ending, findings = fail(lab, start, plan, number, fault)
+                if handler.failed is None:
+                    continue  # this life was shorter than the one that was counted
+                tally.add(findings, f"start {start.name}, call {number}, {fault} at {place(handler.failed)}")
+                faults[fault] += 1
+                places[place(handler.failed)] += 1
+                acks += len(handler.promised.acks) - len(start.promised.acks)
+                noticed += ending.code == 1
+                meter.step(f"{acks} acknowledged, {tally.broken} broken")
+                if sum(faults.values()) >= options.points:
+                    break
+        caught = [hunt(lab, mutant, options.seed) for mutant in mutants_of("disk")] if options.mutants else []
+    figures = {
+        "points": sum(faults.values()),
+        "acks": acks,
+        "noticed": noticed,
+        "faults": dict(faults.most_common()),
+        "places": dict(places.most_common()),
+    }
+    return assemble("disk", options.seed, figures, tally, caught, began)
+
+
+def experiments(lab: Lab, seed: int, points: int) -> Iterator[tuple[Start, Plan, int, str]]:
+    """Yield (start, plan, call number, fault) for ever: every start in turn, one at a time and all at once in turn."""
+    share = max(1, -(-points // (2 * len(lab.starts))))
+    for workload in seeds(seed):
+        for orderly in (False, True):
+            for start in lab.starts:
+                plan = lab.plan(start, workload, orderly=orderly)
+                trial = _Recorder(start.promised.copy())
+                lab.put_back(start)
+                lab.run(plan, trial)
+                chosen = [(at, fault) for at, call in enumerate(trial.calls, 1) for fault in faults_of(call)]
+                if len(chosen) > share:
+                    chosen = random.Random(workload).sample(chosen, share)
+                for number, fault in chosen:
+                    yield start, plan, number, fault
+
+
+class _Recorder(Witness):
+    def __init__(self, promised: Promised) -> None:
+        super().__init__(promised)
+        self.calls: list[Call] = []
+
+    def entered(self, call: Call) -> Verdict:
+        self.calls.append(call)
+        return GO
+
+
+def faults_of(call: Call) -> tuple[str, ...]:
+    """Return the ways in which a call can fail."""
+    return (
+        "EIO",
+        *(("ENOSPC", _FULL) if call.name in _NEEDS_ROOM else ()),
+        *(("EDQUOT", _SHORT) if call.name in _WRITES else ()),
+    )
+
+
+def fail(
+    lab: Lab, start: Start, plan: Plan, number: int, fault: str, mutant: Mutant | None = None
+) -> tuple[FailAt, Ending, list[Finding]]:
+    """Let one call of one hub fail and check what came of it."""
+    lab.put_back(start)
+    handler = FailAt(start.promised.copy(), number, fault)
+    ending = lab.run(plan, handler, mutant)
+    findings = lab.recover(plan, handler.promised)
+    call = handler.failed
+    if call is None or handler.at_failure is None:
+        return handler, ending, findings
+    findings += [Finding("late", f"update {name} was acknowledged after the storage had failed") for name in handler.late()]
+    if ending.code not in (0, 1):
+        findings.append(Finding("hung", f"the hub ended with {ending}"))
+    elif ending.code == 0 and not (fault == _SHORT or handler.at_failure.closing):
+        findings.append(Finding("unnoticed", f"the hub went on after {fault} at {place(call)}"))
+    return handler, ending, findings
+
+
+def hunt(lab: Lab, mutant: Mutant, seed: int) -> Caught:
+    """Let calls of a hub with a planted bug fail until a promise is broken."""
+    tried = 0
+    with Meter(f"planted bug {mutant.name}", _MUTANT_POINTS) as meter:
+        for start, plan, number, fault in experiments(lab, seed, _MUTANT_POINTS):
+            handler, _, findings = fail(lab, start, plan, number, fault, mutant)
+            tried += 1
+            meter.step()
+            if findings and handler.failed is not None:
+                return Caught(mutant.name, mutant.what, tried, findings[0].text)
+            if tried >= _MUTANT_POINTS:
+                break
+    return Caught(mutant.name, mutant.what, 0, "")
+
+
