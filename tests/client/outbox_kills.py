@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,22 @@ from share_client import outbox as module
 from share_client.outbox import Entry, Outbox, Training
 from share_core.errors import FedshareError
 
-PAYLOAD, HEAD = b"p" * 5000, b"h" * 300
+PAYLOAD, HEAD, ADAPTER = b"p" * 5000, b"h" * 300, b"a" * 700
+SECOND = b"q" * 4000
 TRAINING = Training("task", "hash", base_version=0, loss=0.1, steps=1, seconds=1.0, rows=5)
 
 
 def life(box: Outbox, say: Callable[[str], None], end: str) -> None:
-    """Put an update in, acknowledge it, and take it to one of its two ends."""
-    entry = box.put(PAYLOAD, HEAD, TRAINING, space_id="s", task_id="org/task", create=True)
+    """Put an update in, acknowledge it, and take it to one of its ends."""
+    entry = box.put(PAYLOAD, HEAD, TRAINING, space_id="s", task_id="org/task", create=True, adapter=ADAPTER)
     say(f"put {entry.update_id}")
     entry = box.acknowledge(entry, {"ingest_seq": 1})
     say("acknowledged")
     if end == "remove":
         box.remove(entry)
         say("removed")
+    elif end == "rebase":
+        say(f"rebased {box.rebase(entry, SECOND, 9, False).update_id}")
     else:
         box.refuse(entry, "AccessError", "no")
         say("refused")
@@ -74,7 +78,7 @@ def violations(directory: Path, said: list[str], end: str) -> list[str]:
     """Return what a client would find wrong after the crash."""
     try:
         box = Outbox(directory)
-        waiting = box.entries()
+        waiting = [entry for entry in box.entries() if box.replacement(entry) is None]
         refused = [entry for entry, _ in module.list_outbox(directory)[1]]
         found = waiting + refused
         for entry in found:
@@ -84,6 +88,12 @@ def violations(directory: Path, said: list[str], end: str) -> list[str]:
     wrong = []
     put = next((line.split()[1] for line in said if line.startswith("put ")), None)
     over = "removed" in said or (end == "remove" and "acknowledged" in said)
+    if put is not None and end == "rebase":
+        new = next((line.split()[1] for line in said if line.startswith("rebased ")), None)
+        allowed = [[new]] if new is not None else [[put], [module._next_id(put)]]
+        if [entry.update_id for entry in found] not in allowed:
+            wrong.append(f"lost or there twice: said {said}, found {found}")
+        return wrong
     if put is not None and not over and [entry.update_id for entry in found] != [put]:
         wrong.append(f"lost: said {said}, found {found}")
     if put is not None and "acknowledged" in said and any(not entry.acknowledged for entry in found):
@@ -96,9 +106,11 @@ def violations(directory: Path, said: list[str], end: str) -> list[str]:
 
 
 def check(entry: Entry) -> None:
-    assert entry.read_payload() == PAYLOAD
+    payload = SECOND if entry.training.rebases else PAYLOAD
+    assert entry.read_payload() == payload
     assert entry.read_head() == HEAD
-    assert entry.submission.payload_sha256 == hashlib.sha256(PAYLOAD).hexdigest()
+    assert entry.read_adapter() == ADAPTER
+    assert entry.submission.payload_sha256 == hashlib.sha256(payload).hexdigest()
 
 
 def plant(bug: str) -> None:
@@ -116,13 +128,36 @@ def plant(bug: str) -> None:
         broken.write_flushed = forgetful
     elif bug == "refused are deleted":
         broken.Outbox.refuse = lambda box, entry, error, reason: broken.remove_tree(entry.directory)
+    elif bug == "the old one goes first":
+        rebase = broken.Outbox.rebase
+
+        def hasty(box: Any, entry: Any, *arguments: Any) -> Any:
+            head, adapter = entry.read_head(), entry.read_adapter()
+            remove = box.remove
+            remove(entry)
+            broken.Entry.read_head, broken.Entry.read_adapter = lambda entry: head, lambda entry: adapter
+            box.remove = lambda entry: None
+            return rebase(box, entry, *arguments)
+
+        broken.Outbox.rebase = hasty
+    elif bug == "a new id that the old one does not tell":
+        known: dict[str, str] = {}
+        broken._next_id = lambda update_id: known.setdefault(update_id, uuid.uuid4().hex)
 
 
-BUGS = ("", "no temporary directory", "no head", "refused are deleted")
+BUGS = (
+    "",
+    "no temporary directory",
+    "no head",
+    "refused are deleted",
+    "the old one goes first",
+    "a new id that the old one does not tell",
+)
+ENDS = ("remove", "refuse", "rebase")
 
 
 def campaign(root: Path, bug: str) -> dict[str, Any]:
-    """Kill at every step of both ends, in a process of its own because of the planted bug."""
+    """Kill at every step of every end, in a process of its own because of the planted bug."""
     answer = root / "answer.json"
     root.mkdir()
     child = os.fork()
@@ -130,10 +165,12 @@ def campaign(root: Path, bug: str) -> dict[str, Any]:
         plant(bug)
         wrong: list[str] = []
         points = 0
-        for end in ("remove", "refuse"):
+        for end in ENDS:
+            if bug and wrong:
+                break  # caught: that is all there is to show
             for kill_at in range(steps_of(root / f"count-{end}", end) + 1):
                 if bug and wrong:
-                    break  # caught: that is all there is to show
+                    break
                 directory = root / f"{end}-{kill_at}"
                 said = run_killed(directory, kill_at, end)
                 wrong += [f"{end} at step {kill_at}: {text}" for text in violations(directory, said, end)]
