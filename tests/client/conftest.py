@@ -100,6 +100,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory, spec: SpaceSpec) -> Iterator[H
 
 
 @pytest.fixture
+def own_hub_class() -> type[Hub]:
+    """The class of the hubs of this area, for a test that configures one."""
+    return Hub
+
+
+@pytest.fixture
 def own_hub(tmp_path: Path, spec: SpaceSpec) -> Iterator[Hub]:
     """A hub for one test, which may kill it."""
     hub = Hub(tmp_path / "server", spec)
