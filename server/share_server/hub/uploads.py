@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from share_core.errors import OverloadError, UnavailableError
 from share_server.config import RetentionConfig
@@ -40,6 +41,7 @@ class Uploads:
         self._store = store
         self._config = config
         self._active: dict[str, Upload] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def settled(self, caller: Caller, update_id: str) -> None:
         """Wait until no connection is committing this very update."""
@@ -55,6 +57,11 @@ class Uploads:
             OverloadError: the organisation has left too much unfinished.
         """
         key = _key(caller, update_id)
+        # One after the other: two that open the staging file at once would truncate what the other one writes.
+        async with self._turns.setdefault(key, asyncio.Lock()):
+            return await self._begin(caller, key, update_id, offset, size)
+
+    async def _begin(self, caller: Caller, key: str, update_id: str, offset: int, size: int) -> Upload:
         await self._take_over(key)
         if offset:
             staged = await self._store.io(lambda: self._store.blobs.resume(key))
@@ -66,7 +73,6 @@ class Uploads:
         else:
             await self._make_room(caller, size)
             staged = await self._store.io(lambda: self._store.blobs.stage(key))
-        await self._take_over(key)  # somebody may have begun while this one waited for a thread
         upload = self._active[key] = Upload(key, staged)
         return upload
 

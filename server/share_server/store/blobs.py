@@ -20,7 +20,7 @@ import secrets
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from share_core.durable import flush_directory
@@ -172,8 +172,9 @@ class BlobStore:
         found = []
         with storage("looking at unfinished uploads"):
             for path in self._staging.glob(f"u-{owner}*"):
-                info = path.stat()
-                found.append((path.name[2:], info.st_size, info.st_mtime))
+                with suppress(FileNotFoundError):  # committed or given up since it was listed
+                    info = path.stat()
+                    found.append((path.name[2:], info.st_size, info.st_mtime))
         return found
 
     def forget_uploads(self, older_than_s: float, keys: Iterable[str] = ()) -> None:
@@ -181,8 +182,9 @@ class BlobStore:
         named = {f"u-{key}" for key in keys}
         with storage("removing unfinished uploads"):
             for path in self._staging.glob("u-*"):
-                if path.name in named or time.time() - path.stat().st_mtime >= older_than_s:
-                    path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # committed or given up since it was listed
+                    if path.name in named or time.time() - path.stat().st_mtime >= older_than_s:
+                        path.unlink(missing_ok=True)
 
     def adopt(self, group: Sequence[Staged]) -> None:
         """Give flushed payloads the names under which they are found; all durable when this returns.
