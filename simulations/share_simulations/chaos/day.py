@@ -19,16 +19,15 @@ from typing import Any
 
 from grpc import aio
 
-from share_core.durable import write_atomic
 from share_core.errors import ConfigError
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
-from share_server.config import RetentionConfig, config_to_toml
+from share_server.config import RetentionConfig
 from share_server.local import LocalHub
 from share_simulations.chaos.day_client import ClientPlan
 from share_simulations.chaos.day_crew import Crew
 from share_simulations.chaos.day_report import Diary, Sample, day_report
 from share_simulations.chaos.endcheck import Book, Verdict, check_promises
-from share_simulations.chaos.load import ROOMY, Victim, follow, open_channel, toy_space
+from share_simulations.chaos.load import ROOMY, Victim, configure, follow, open_channel, toy_space
 from share_simulations.chaos.planted import write_hub
 from share_simulations.chaos.proxy import CALM, Conditions, Proxy
 from share_simulations.chaos.show import Meter
@@ -104,8 +103,7 @@ def run_day(options: DayOptions, out: Path | None = None) -> dict[str, Any]:
 def _server(options: DayOptions, folder: Path) -> LocalHub:
     script = None if options.planted is None else write_hub(options.planted, folder)
     server = LocalHub(folder / "server", toy_space(), ROOMY, script=script)
-    server.config = replace(server.config, retention=options.retention)
-    write_atomic(server.layout.config, config_to_toml(server.config).encode())
+    configure(server, retention=options.retention)
     return server
 
 

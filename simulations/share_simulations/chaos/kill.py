@@ -20,13 +20,18 @@ from typing import Any
 import numpy as np
 
 from share_core.errors import ConfigError, UnavailableError
+from share_server.config import RetentionConfig
 from share_server.local import LocalHub
 from share_simulations.chaos.endcheck import Book, Verdict, check_promises
-from share_simulations.chaos.load import ROOMY, Crowd, Swarm, Victim, follow, toy_space
-from share_simulations.chaos.planted import KILL_BUGS, write_hub
+from share_simulations.chaos.load import ROOMY, Crowd, Swarm, Victim, configure, follow, toy_space
+from share_simulations.chaos.planted import BUGS, write_hub
 from share_simulations.chaos.show import Meter
+from share_simulations.chaos.verify import verify_directory
 
 _PAUSE_S = 0.1
+_SOON = RetentionConfig(horizon_versions=200, snapshot_every=32)
+"""Old versions are collected many times in a round, so that kills hit the collection too."""
+
 _IN_RECOVERY = 0.1
 """Share of the kills that hit a hub that is starting."""
 
@@ -45,6 +50,8 @@ class KillOptions:
     """Who sends."""
     seed: int = 0
     """Seed of the payloads and of the moments."""
+    replay: bool = False
+    """Whether every version is made again at the end of a round, in one thread."""
     mutants: bool = False
     """Whether the planted bugs are tried as well."""
     directory: Path | None = None
@@ -61,6 +68,7 @@ class _Round:
     retries: int = 0
     loaded_s: float = 0.0
     verdict: Verdict | None = None
+    verified: bool | None = None
     problems: list[str] = field(default_factory=list)
     book: Book = field(default_factory=Book)
 
@@ -73,10 +81,11 @@ def run_kill(options: KillOptions) -> dict[str, Any]:
     """
     if min(options.acks, options.per_round) < 1 or options.kills < 0:
         raise ConfigError("expected at least one acknowledgement, in all and per round, and no negative kills")
+    began = time.monotonic()
     with Meter("chaos kill") as meter:
         rounds = [_run(plan, meter, None) for plan in _plans(options)]
-        caught = {bug: _catch(options, bug, meter) for bug in KILL_BUGS} if options.mutants else {}
-    return _report(options, rounds, caught)
+        caught = {bug: _catch(options, bug, meter) for bug in BUGS} if options.mutants else {}
+    return _report(options, rounds, caught, began)
 
 
 def _plans(options: KillOptions) -> list[KillOptions]:
@@ -106,7 +115,12 @@ def _run(plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
     with tempfile.TemporaryDirectory(prefix="fedshare-kill-", dir=plan.directory) as folder:
         script = None if bug is None else write_hub(bug, Path(folder))
         server = LocalHub(Path(folder) / "server", toy_space(), ROOMY, script=script)
+        configure(server, retention=_SOON)
         result = asyncio.run(_round(server, plan, meter, bug))
+        if not result.problems:
+            verified = verify_directory(server.layout.root, replay=plan.replay)
+            result.verified = verified.sound
+            result.problems += [] if verified.sound is not False else [f"share-server verify: {verified.text}"]
     if bug is None:
         rate = result.acks / max(result.loaded_s, 1e-9)
         meter.note(
@@ -198,32 +212,38 @@ def _check(server: LocalHub, book: Book, patience_s: float) -> Verdict:
         return check_promises(hub, book, patience_s)
 
 
-def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[str]]) -> dict[str, Any]:
+def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[str]], began: float) -> dict[str, Any]:
     recoveries = [seconds for one in rounds for seconds in one.recoveries[1:]]
     verdicts = [one.verdict for one in rounds if one.verdict is not None]
     problems = [f"round {number + 1}: {text}" for number, one in enumerate(rounds) for text in one.problems]
     acks, loaded = sum(one.acks for one in rounds), sum(one.loaded_s for one in rounds)
+    surviving = [bug for bug, signs in caught.items() if not signs]
     return {
+        "campaign": "kill",
+        "seed": options.seed,
         "acks": acks,
         "kills": sum(one.kills for one in rounds),
         "rounds": len(rounds),
         "lost": sum(verdict.lost for verdict in verdicts),
         "double": sum(verdict.double for verdict in verdicts),
-        "duplicates_answered": sum(one.book.duplicates for one in rounds),
+        "answered_duplicates": sum(one.book.duplicates for one in rounds),
+        "updates": sum(verdict.updates for verdict in verdicts),
         "versions": sum(verdict.versions for verdict in verdicts),
         "versions_followed": sum(len(one.book.versions) for one in rounds),
         "refused": sum(verdict.refused for verdict in verdicts),
         "retries": sum(one.retries for one in rounds),
+        "verified_rounds": sum(one.verified is True for one in rounds),
         "acks_per_s": round(acks / loaded, 1) if loaded else 0.0,
         "recovery_p50_s": _quantile(recoveries, 50),
         "recovery_p99_s": _quantile(recoveries, 99),
         "mutants": len(caught),
-        "mutants_caught": sum(bool(problems) for problems in caught.values()),
-        "mutants_by_name": {bug: problems[:1] for bug, problems in caught.items()},
+        "mutants_caught": len(caught) - len(surviving),
+        "mutants_by_name": {bug: signs[:1] for bug, signs in caught.items()},
+        "surviving": surviving,
         "problems": problems[:20],
-        "broken_promises": len(problems),
         "crowd": asdict(options.crowd),
-        "seed": options.seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "ok": not problems and not surviving,
     }
 
 

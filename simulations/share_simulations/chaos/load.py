@@ -14,7 +14,7 @@ import signal
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 
 import grpc
@@ -22,13 +22,14 @@ import torch
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from share_core.durable import write_atomic
 from share_core.errors import ERROR_KEY, UnavailableError
 from share_core.fingerprint import describe_space
 from share_core.space import empty_space
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import decode_snapshot, encode_update
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
-from share_server.config import LimitConfig
+from share_server.config import LimitConfig, MergeConfig, RetentionConfig, config_to_toml
 from share_server.local import Holder, LocalHub, submit_header, submit_messages
 from share_simulations.chaos.endcheck import Book
 
@@ -66,6 +67,12 @@ def toy_weights(sizes: tuple[tuple[int, int], ...] = TOY_SITES) -> dict[str, tor
 def toy_space(k_max: int = 12, sizes: tuple[tuple[int, int], ...] = TOY_SITES) -> SpaceSpec:
     """Return the space of that backbone."""
     return describe_space("toy", toy_weights(sizes), k_max=k_max, rank_limit=8)
+
+
+def configure(server: LocalHub, **changes: RetentionConfig | MergeConfig) -> None:
+    """Change parts of the configuration of a hub that does not run."""
+    server.config = replace(server.config, **changes)  # type: ignore[arg-type]
+    write_atomic(server.layout.config, config_to_toml(server.config).encode())
 
 
 def toy_update(spec: SpaceSpec, space: Space, seed: int, rank: int = 2, head: int = 0) -> Update:

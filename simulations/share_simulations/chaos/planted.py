@@ -9,17 +9,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from share_proto.v1 import hub_pb2
-from share_server.hub import convert
+from share_server.hub import convert, merging
 from share_server.hub.access import CALLER
 from share_server.hub.intake import Intake
 from share_server.hub.tensor_service import HubService
+from share_server.store import updates, versions
+from share_server.store.anchor import Mark
+from share_server.store.journal import Journal
+from share_server.store.records import Merging, UpdateRow
+from share_server.store.store import Store
+from share_server.store.updates import accept_updates, find_update
 
 _LATER_S = 0.4
+_TRANSACTIONS = 40
 _tasks: set[asyncio.Task[Any]] = set()
 
 
@@ -105,12 +113,74 @@ def _two_receipts() -> None:
     _patch(convert, "receipt", receipt)
 
 
-KILL_BUGS = ("ack_before_row", "no_dedupe", "two_receipts")
-"""Bugs that random kills under load must show."""
+def _row_before_payload() -> None:
+    """Rows are committed before their payloads have their names."""
+
+    async def commit_group(self: Store, group: Any) -> Any:
+        news, now_ms = [ready.new for ready in group], max(ready.now_ms for ready in group)
+        answers = await self.do(lambda journal: accept_updates(journal, news, now_ms))
+        await asyncio.sleep(_LATER_S)
+        await self.io(lambda: self.blobs.adopt([ready.staged for ready in group]))
+        return answers
+
+    _patch(Store, "_commit_group", commit_group)
+
+
+def _lazy_commit() -> None:
+    """Several transactions share one commit, and nobody waits for it: what is read back meanwhile looks durable."""
+    pending = 0
+
+    @contextmanager
+    def transaction(self: Any) -> Iterator[None]:
+        nonlocal pending
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        yield
+        self._count += 1
+        self.change("UPDATE meta SET value = ? WHERE name = 'transactions'", (str(self._count),))
+        pending += 1
+        if pending >= _TRANSACTIONS or self.row("SELECT 1 FROM updates") is None:
+            self._db.execute("COMMIT")
+            self._anchor.write(Mark(self._count, *self._last))
+            pending = 0
+
+    _patch(Journal, "transaction", transaction)
+
+
+def _merged_twice() -> None:
+    """A merged update is found waiting once more, and the merge does not look at its state."""
+    honest, again = updates.list_accepted, set[str]()
+
+    def list_accepted(journal: Journal, most: int) -> list[UpdateRow]:
+        rows = honest(journal, most)
+        newest = journal.row("SELECT update_id FROM updates WHERE state = 'MERGED' ORDER BY ingest_seq DESC LIMIT 1")
+        if not rows or newest is None or newest[0] in again:
+            return rows
+        again.add(newest[0])
+        merged = find_update(journal, newest[0])
+        return rows if merged is None else [merged, *rows]
+
+    def record(journal: Journal, version: int, one: Merging) -> None:
+        journal.change(
+            "UPDATE updates SET state = 'MERGED', version = ?, relative_error = ? WHERE update_id = ?",
+            (version, one.relative_error, one.update_id),
+        )
+        journal.change(
+            "UPDATE tasks SET updates = updates + 1, updated_version = ?, "
+            "created_version = CASE created_version WHEN 0 THEN ? ELSE created_version END WHERE task_id = ?",
+            (version, version, one.task_id),
+        )
+
+    _patch(merging, "list_accepted", list_accepted)
+    _patch(versions, "_record_merging", record)
+
 
 BUGS: Mapping[str, Callable[[], None]] = {
     "ack_before_row": _ack_before_row,
+    "row_before_payload": _row_before_payload,
+    "lazy_commit": _lazy_commit,
     "no_dedupe": _no_dedupe,
     "two_receipts": _two_receipts,
+    "merged_twice": _merged_twice,
 }
-"""Planted bugs by name."""
+"""Planted bugs by name; random kills under load must show every one of them."""
