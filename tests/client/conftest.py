@@ -60,6 +60,21 @@ def fake() -> ModuleType:
     return load_beside("fake_trainer")
 
 
+@pytest.fixture
+def line() -> Iterator[Callable[..., Any]]:
+    """Open TCP lines to listeners; all are closed after the test."""
+    made: list[Any] = []
+    module = load_beside("line")
+
+    def open_line(target: str, port: int = 0) -> Any:
+        made.append(module.Line(target, port))
+        return made[-1]
+
+    yield open_line
+    for one in made:
+        one.close()
+
+
 @pytest.fixture(scope="session")
 def spec(fake: ModuleType) -> SpaceSpec:
     return describe_space("fake", fake.site_weights(), k_max=32, tau=0.05)
