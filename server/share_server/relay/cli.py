@@ -38,6 +38,12 @@ def relay(
         str | None,
         typer.Option(metavar="HOST:PORT", help="With a token: follow another relay from the start, not the hub."),
     ] = None,
+    roster_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between two looks at who may be served. A roster four times as old serves nobody.", min=0.1
+        ),
+    ] = 15.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for machines when the relay serves.")
     ] = False,
@@ -48,6 +54,7 @@ def relay(
     from share_server.hub import log
     from share_server.relay.home import RelayHome, only_one
     from share_server.relay.process import serve_relay
+    from share_server.relay.upstream import Pace
 
     with plain_errors("share-server"):
         home = RelayHome(directory.resolve())
@@ -61,7 +68,7 @@ def relay(
                     typer.echo(line)
 
             log.start_logging()
-            code = asyncio.run(serve_relay(home, state, ready))
+            code = asyncio.run(serve_relay(home, state, ready, pace=Pace(roster_seconds, 4 * roster_seconds)))
     raise typer.Exit(code)
 
 

@@ -102,7 +102,7 @@ async def _keep_health(
     health: HealthServicer, upstream: Upstream, replica: Replica, ready: Callable[[int], None]
 ) -> None:
     """Report SERVING exactly while callers would be served."""
-    serving = None
+    serving = False
     told = False
     while True:
         if upstream.fresh != serving:
