@@ -16,7 +16,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from share_core.durable import flush_directory
 from share_core.errors import ConfigError, StorageError
 from share_server.store.anchor import Anchor, Mark
 from share_server.store.blobs import storage
-from share_server.store.pages import PAGE, PageSums, remove_unused
+from share_server.store.pages import PAGE, PageSums, remove_unused, stored_format
 from share_server.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 
 _DOMAIN = b"fedshare journal 1"
@@ -52,6 +52,7 @@ class Journal:
             StorageError: the file is damaged or the disk refused.
             ConfigError: it belongs to another space or another version of this program.
         """
+        refuse_newer(path)
         self._last = (0, _GENESIS)
         self._count = 0
         self._anchor = Anchor(path.with_name("anchor"))
@@ -72,12 +73,11 @@ class Journal:
 
     def _prove_pages(self, path: Path) -> None:
         """Compare the file's pages with their sums; a journal that has promised nothing is begun again instead."""
-        if self._anchor.mark.count == 0 and not _is_older_store(path):
-            remove_unused(path)
-            return
-        self._sums.load()
         if self._anchor.mark.count:
+            self._sums.load()
             self._sums.check()
+        elif not _is_whole(path):
+            remove_unused(path)
 
     def _open(self, path: Path, space_id: str) -> None:
         with _database("opening the journal"):
@@ -96,7 +96,19 @@ class Journal:
         self._check(space_id)
         self._last = self._read_last()
         self._compare_with_anchor()
+        if not (fresh or self._anchor.mark.count):
+            self._adopt()
         self.checkpoint()
+
+    def _adopt(self) -> None:
+        """Begin page sums and anchor for a journal that has none yet: one of format 1, brought forward."""
+        if self._count > 1:
+            raise StorageError("the journal's anchor (store/anchor) is gone: restore the store from a backup")
+        with _database("copying the journal's log"):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._sums.recount()
+        with self.transaction():
+            pass
 
     def _compare_with_anchor(self) -> None:
         """Refuse a journal that has lost something that was promised."""
@@ -123,17 +135,9 @@ class Journal:
         application, version = self._scalar("PRAGMA application_id"), self._scalar("PRAGMA user_version")
         if application != APPLICATION_ID:
             raise ConfigError(f"store/journal.db belongs to application {application:#x}: it is no fedshare journal")
-        if version > SCHEMA_VERSION:
-            raise ConfigError(
-                f"the store has format {version} and this release of fedshare writes format {SCHEMA_VERSION}: "
-                "use the newer release that wrote it; nothing was changed"
-            )
         if version < SCHEMA_VERSION:
-            with self._unanchored():
-                for step in range(version, SCHEMA_VERSION):
-                    for statement in MIGRATIONS[step]:
-                        self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            with _database("bringing the journal to the format of this release"), self._unanchored():
+                migrate(self._db, version)
         owner = self._scalar("SELECT value FROM meta WHERE name = 'space_id'")
         if owner != space_id:
             raise ConfigError(f"the store belongs to space {owner}, but space.toml describes {space_id}")
@@ -160,15 +164,25 @@ class Journal:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def copy_to(self, path: Path) -> None:
-        """Write a consistent copy of the journal, with its anchor and page sums, beside ``path``; all durable."""
+        """Write a consistent copy of the journal, with its page sums and anchor, to a new file; all durable.
+
+        Raises:
+            StorageError: it could not be read, or not be written.
+        """
         with _database("copying the journal"):
             target = sqlite3.connect(path)
             try:
                 self._db.backup(target)
             finally:
                 target.close()
-        copied = Journal(path, self._scalar("SELECT value FROM meta WHERE name = 'space_id'"))
-        copied.close()
+        PageSums(path).recount()
+        anchor = Anchor(path.with_name("anchor"))
+        try:
+            anchor.write(Mark(self._count, *self._last))
+        finally:
+            anchor.close()
+        with storage("copying the journal"):
+            flush_directory(path.parent)
 
     @contextmanager
     def _unanchored(self) -> Iterator[None]:
@@ -267,13 +281,47 @@ def entry_hash(previous: bytes, kind: str, body: str) -> bytes:
     return hashlib.sha256(_DOMAIN + previous + parts).digest()
 
 
-def _is_older_store(path: Path) -> bool:
-    """Return whether a journal of format 1, which had no anchor, lies here."""
-    if not path.exists():
+def refuse_newer(path: Path) -> None:
+    """Refuse a journal of a format that this release does not know, before a byte of the store is changed.
+
+    Raises:
+        ConfigError: it is one. StorageError: the disk refused.
+    """
+    if (version := stored_format(path)) > SCHEMA_VERSION:
+        raise ConfigError(
+            f"the store has format {version} and this release of fedshare writes format {SCHEMA_VERSION}: "
+            "use the newer release that wrote it; nothing was changed"
+        )
+
+
+def migrate(database: sqlite3.Connection, version: int) -> None:
+    """Bring a journal of an older format to this release's, inside the transaction that the caller has begun."""
+    for step in range(version, SCHEMA_VERSION):
+        for statement in MIGRATIONS[step].split(";"):
+            if statement.strip():
+                database.execute(statement)
+    database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a journal without a counted promise is kept: made completely, perhaps by format 1, or not ours.
+
+    A creation that a power cut ended half way may leave anything. It is begun again, unless payloads show that promises
+    were made: then the journal is damaged, and opening it says so. The file's header alone does not tell what it holds,
+    since all of it may still be in the log.
+    """
+    if not path.exists() or path.stat().st_size == 0:
         return False
     with storage("reading the journal"), path.open("rb") as file:
-        header = file.read(100)
-    return header.startswith(b"SQLite format 3\0") and header[60:64] == b"\0\0\0\1"
+        magic = file.read(16)
+    if magic not in (b"SQLite format 3\0", bytes(16)) or any(path.parent.glob("blobs/*/*")):
+        return True
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            made = database.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'entries'").fetchone()[0]
+            return bool(made) and database.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+    except sqlite3.Error:
+        return False
 
 
 @contextmanager

@@ -30,6 +30,7 @@ PAGE = 4096
 _MAGIC = b"fedshare sums 1\n"
 _WAL_HEADER = 32
 _FRAME_HEADER = 24
+_FORMAT = slice(60, 64)  # of page 1: where SQLite keeps ``user_version``
 
 
 class PageSums:
@@ -80,6 +81,14 @@ class PageSums:
                 f"the journal ends after {number} of {len(self._sums)} pages: restore the store from a backup"
             )
 
+    def recount(self) -> None:
+        """Write the sums of the whole file, whose log must be empty; durable when this returns."""
+        with storage("writing the journal's page sums"), self._database.open("rb") as file:
+            self._sums = array("I")
+            while page := file.read(PAGE):
+                self._sums.append(zlib.crc32(page))
+            self._write()
+
     def take_over(self, frames: int) -> None:
         """Write the sums of the pages in the first ``frames`` frames of the log; durable when this returns."""
         with storage("writing the journal's page sums"):
@@ -87,8 +96,11 @@ class PageSums:
                 while len(self._sums) < number:
                     self._sums.append(0)
                 self._sums[number - 1] = zlib.crc32(page)
-            body = _MAGIC + self._sums.tobytes()
-            write_atomic(self._path, body + hashlib.sha256(body).digest())
+            self._write()
+
+    def _write(self) -> None:
+        body = _MAGIC + self._sums.tobytes()
+        write_atomic(self._path, body + hashlib.sha256(body).digest())
 
     @property
     def log_bytes(self) -> int:
@@ -100,16 +112,36 @@ class PageSums:
 
     def _frames(self, most: int | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield (page number, page) of the log's frames, oldest first, at most ``most``."""
-        if not self._log.exists():
-            return
-        with self._log.open("rb") as file:
-            header = file.read(_WAL_HEADER)
-            done = 0
-            while done != most and len(frame := file.read(_FRAME_HEADER + PAGE)) == _FRAME_HEADER + PAGE:
-                if frame[8:16] != header[16:24]:  # the salts: what follows is of an earlier life of the file
-                    return
-                yield int.from_bytes(frame[:4], "big"), frame[_FRAME_HEADER:]
-                done += 1
+        yield from _log_frames(self._log, most)
+
+
+def stored_format(database: Path) -> int:
+    """Return the format number of a journal, reading the file and its log only; 0 where there is no journal.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    log = database.with_name(database.name + "-wal")
+    with storage("reading the journal's format"):
+        if not database.exists():
+            return 0
+        with database.open("rb") as file:
+            pages = [file.read(PAGE)]
+        pages += [page for number, page in _log_frames(log, None) if number == 1]
+    return int.from_bytes(pages[-1][_FORMAT], "big") if pages[-1].startswith(b"SQLite format 3\0") else 0
+
+
+def _log_frames(log: Path, most: int | None) -> Iterator[tuple[int, bytes]]:
+    if not log.exists():
+        return
+    with log.open("rb") as file:
+        header = file.read(_WAL_HEADER)
+        done = 0
+        while done != most and len(frame := file.read(_FRAME_HEADER + PAGE)) == _FRAME_HEADER + PAGE:
+            if frame[8:16] != header[16:24]:  # the salts: what follows is of an earlier life of the file
+                return
+            yield int.from_bytes(frame[:4], "big"), frame[_FRAME_HEADER:]
+            done += 1
 
 
 def remove_unused(database: Path) -> None:

@@ -28,7 +28,7 @@ from share_core.errors import ConfigError, StorageError
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
 from share_server.store.blobs import BlobStore, Staged, make_durable_directory, storage
-from share_server.store.journal import Journal
+from share_server.store.journal import Journal, refuse_newer
 from share_server.store.records import NewUpdate, UpdateRow
 from share_server.store.recovery import recover
 from share_server.store.updates import accept_updates
@@ -75,9 +75,11 @@ class Store:
         Unfinished uploads younger than ``keep_uploads_s`` seconds can be continued.
 
         Raises:
-            ConfigError: another hub runs on this directory, or the store belongs to another space.
+            ConfigError: another hub runs on this directory, the store belongs to another space, or a newer
+                release wrote it: then nothing was changed.
             StorageError: the store is damaged or the disk refused.
         """
+        refuse_newer(root / "journal.db")
         store = cls(root)
         try:
             store.blobs = await store.io(lambda: BlobStore(root, keep_uploads_s))
