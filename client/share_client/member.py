@@ -20,14 +20,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from share_client.durable import to_json
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError
-from share_core.identity import certificate_fingerprint, not_after, public_key_pem, public_key_pem_of_certificate
+from share_core.identity import not_after, public_key_pem, public_key_pem_of_certificate
 
 _T = TypeVar("_T")
 
@@ -198,7 +199,8 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         ) from error
     own = _usable(layout.key, lambda: public_key_pem(credentials.key))
     certified = _usable(layout.certificate, lambda: public_key_pem_of_certificate(credentials.certificate))
-    _usable(layout.authority, lambda: certificate_fingerprint(credentials.authority))
+    _usable(layout.authority, lambda: _check_issued(credentials.authority, credentials.authority))
+    _usable(layout.certificate, lambda: _check_issued(credentials.certificate, credentials.authority))
     if own != certified:
         raise CertificateError(
             f"{layout.key} is not the key that {layout.certificate} was issued for: restore the one that belongs to "
@@ -241,6 +243,15 @@ def _usable(path: Path, read: Callable[[], _T]) -> _T:
         raise CertificateError(
             f"{path} is damaged ({error}): restore the file from a backup, or enrol again with a new token"
         ) from error
+
+
+def _check_issued(certificate: bytes, authority: bytes) -> None:
+    """Check that an authority has signed a certificate as it is; its own one as well."""
+    try:
+        issued, issuer = x509.load_pem_x509_certificate(certificate), x509.load_pem_x509_certificate(authority)
+        issued.verify_directly_issued_by(issuer)
+    except InvalidSignature as error:
+        raise CertificateError("its signature is not the authority's") from error
 
 
 def _ssh_public_key(private: bytes) -> bytes:

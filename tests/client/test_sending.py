@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from share_client.records import MOST_RETRAININGS, Records
 from share_client.sending import Sender
 from share_client.session_log import SessionLog, sentence
 from share_client.uploading import Submission
-from share_core.errors import FedshareError, IdentityError, RebaseError, error_classes
+from share_core.errors import FedshareError, IdentityError, OverloadError, RebaseError, error_classes
 from share_proto.v1 import hub_pb2
 
 TRAINING = Training("task", "hash", base_version=0, loss=0.1, steps=1, seconds=1.0, rows=5)
@@ -45,6 +46,7 @@ class Link:
         self.state = state
         self.reason = ""
         self.known = True
+        self.asked = 0
         self.sent: list[str] = []
 
     def submit_until_answered(
@@ -56,6 +58,7 @@ class Link:
         return SimpleNamespace(ingest_seq=1, entry_hash="ab", duplicate=False)
 
     def get_update(self, update_id: str) -> Any:
+        self.asked += 1
         if not self.known:
             raise error_classes()["UnknownUpdateError"]("no such update")
         return SimpleNamespace(
@@ -135,6 +138,32 @@ def test_refused_at_the_merge(bench: Any) -> None:
     tried.sender.pass_once()
     assert not tried.wants()
     assert tried.records.get("task").refused_reason == "REFUSED: TensorShapeError: odd"
+
+
+def test_an_update_that_waits_for_the_operator_holds_nothing_up(bench: Any) -> None:
+    link = Link(state=hub_pb2.UPDATE_STATE_QUARANTINED)
+    link.reason = "far from all others"
+    tried = bench(link)
+    tried.put()
+    for _ in range(3):
+        state = tried.sender.pass_once(version=4)
+        assert (state.unsettled, state.certain, state.set_aside) == (0, True, {"task"})
+    assert link.asked == 1, "asked again only after a while, or when a version arrives that may hold it"
+    assert (tried.root / "session.jsonl").read_text().count('"set_aside"') == 1
+    tried.sender.pass_once(version=5)
+    assert link.asked == 2
+    link.state = hub_pb2.UPDATE_STATE_MERGED
+    state = tried.sender.pass_once(version=6)
+    assert (state.unsettled, state.set_aside) == (0, frozenset())
+    assert not tried.wants()
+
+
+def test_a_busy_hub_is_left_alone_as_long_as_it_says(bench: Any) -> None:
+    tried = bench(Link(OverloadError("busy", 50_000)))
+    tried.put()
+    before = time.monotonic()
+    assert not tried.sender.pass_once().certain
+    assert tried.sender._not_before >= before + 50
 
 
 def test_a_merge_is_recorded_once_and_then_the_entry_goes(bench: Any) -> None:
