@@ -21,6 +21,10 @@ Folder = Annotated[
     Path | None,
     typer.Option("--dir", help="Folder for the stores under test. Default: memory, if this machine offers it."),
 ]
+Disk = Annotated[
+    Path | None,
+    typer.Option("--dir", help="Folder for the server directories. Default: the system's place for temporary files."),
+]
 
 
 @chaos_app.command()
@@ -78,6 +82,99 @@ def power(
     from share_simulations.chaos.power import PowerOptions, run_power
 
     _finish(run_power(PowerOptions(cuts, seed, mutants, folder)), as_json)
+
+
+@chaos_app.command()
+def bitflip(
+    flips: Annotated[int, typer.Option(min=1, help="Flipped bits in all.")] = 10_000,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Flip one bit of a store on disk, again and again: each start must refuse it before it serves.
+
+    Three stores are damaged: one closed in good order and two left by a kill, so that there is a write-ahead log too.
+    Kinds of files take turns: update, original, delta, snapshot, journal, log, page sums, anchor. A flip that opens is a
+    miss, unless all content is provably as it was ("unneeded"). About 0.05 s per flip.
+    """
+    from share_simulations.chaos.bitflip import BitflipOptions, run_bitflip
+
+    _finish(run_bitflip(BitflipOptions(flips, seed, mutants, folder)), as_json)
+
+
+@chaos_app.command()
+def kill(
+    acks: Annotated[int, typer.Option(min=1, help="Acknowledgements in all.")] = 100_000,
+    kills: Annotated[int, typer.Option(min=0, help="SIGKILLs in all.")] = 300,
+    per_round: Annotated[int, typer.Option(min=1, help="Acknowledgements per server directory.")] = 10_000,
+    clients: Annotated[int, typer.Option(min=4, help="Clients that send at the same time, in 4 connections.")] = 200,
+    twice: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the updates that are sent twice at once.")
+    ] = 0.05,
+    replay: Annotated[bool, typer.Option("--replay", help="Also make every version again after each round.")] = False,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Disk = None,
+    as_json: Json = False,
+) -> None:
+    """Kill a real hub (SIGKILL) at random moments while 200 clients send, and start it again each time.
+
+    Clients keep the manners of an outbox: the same id and bytes until acknowledged. A tenth of the kills hits a hub in its
+    recovery. Rounds have a server directory of their own, because a start verifies everything in it. After
+    each round: every acknowledged update is in the journal with its bytes and its number, every update merged once,
+    no published version is lost or another one. Quick look: --acks 2000 --kills 12 --per-round 1000 --mutants.
+    """
+    from share_simulations.chaos.kill import KillOptions, run_kill
+    from share_simulations.chaos.load import Crowd
+
+    crowd = Crowd(clients=clients, twice=twice)
+    _finish(run_kill(KillOptions(acks, kills, per_round, crowd, seed, replay, mutants, folder)), as_json)
+
+
+@chaos_app.command()
+def network(
+    seconds: Annotated[float, typer.Option(min=1, help="How long new updates are begun.")] = 120.0,
+    clients: Annotated[int, typer.Option(min=1, help="Members that upload several MiB at a time.")] = 4,
+    followers: Annotated[int, typer.Option(min=1, help="Members that follow versions.")] = 3,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Disk = None,
+    as_json: Json = False,
+) -> None:
+    """Put a bad network between real clients and a real hub: latency, resets, blackholes, slices, half-open ends.
+
+    Every update must arrive, none twice, with at most 1.1 bytes sent for each byte of payload although connections are
+    reset in the middle of uploads; every follower must end with the bytes of one that has a good line. TLS is not
+    touched. Quick look: --seconds 15. With --mutants a client that starts again at zero, a hub without deduplication, a
+    deaf follower, and a network that changes bits.
+    """
+    from share_simulations.chaos.network import NetworkOptions, run_network
+
+    options = NetworkOptions(seconds, clients, followers, seed=seed, mutants=mutants, directory=folder)
+    _finish(run_network(options), as_json)
+
+
+@chaos_app.command()
+def day(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long the 24 hours last.")] = 10.0,
+    clients: Annotated[int, typer.Option(min=2, help="Client processes.")] = 12,
+    hub_kills: Annotated[int, typer.Option(min=0, help="SIGKILLs of the hub, spread over the day.")] = 24,
+    seed: Seed = 0,
+    folder: Disk = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for day.png and day.json.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Live through a day in ten minutes: clients join, leave, are killed, go stale and send twice; the hub dies hourly.
+
+    Clients are processes with the real session; only their training is sleep. The network between is a bad one. In the
+    evening every outbox must be empty, every promise kept, and the journal, replayed in one thread, must give the same
+    state. Quick look: --minutes 1 --clients 6 --out day.
+    """
+    from share_simulations.chaos.day import DayOptions, run_day
+
+    options = DayOptions(minutes, clients, hub_kills=hub_kills, seed=seed, directory=folder)
+    _finish(run_day(options, out), as_json)
 
 
 def _finish(report: dict[str, Any], as_json: bool) -> None:

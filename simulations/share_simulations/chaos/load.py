@@ -7,7 +7,9 @@ twice at once, as a client does whose first call hangs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -170,10 +172,13 @@ class Victim:
         return process.exitcode
 
     def log_tail(self) -> str:
-        """Return the last error in the hub's log, or its end."""
+        """Return the reason of the last error in the hub's log, or the end of its last line."""
         lines = self.server.log_file.read_text(errors="replace").strip().splitlines()
-        telling = [line for line in lines[-20:] if "Error" in line or '"error"' in line]
-        return (telling or lines or ["nothing in its log"])[-1][-600:]
+        for line in reversed(lines[-20:]):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                return f"{entry['error']}: {entry['reason']}"[:600]
+        return (lines or ["nothing in its log"])[-1][-600:]
 
     async def _listens(self) -> bool:
         host, _, port = self.server.config.local_hub_address.rpartition(":")

@@ -25,5 +25,6 @@ def verify_directory(root: Path, replay: bool) -> Verified:
     """Verify the server directory ``root``; ``replay`` also makes every version again, in one thread."""
     command = [sys.executable, "-m", "share_server.cli", "verify", str(root), *(["--replay"] if replay else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_S, check=False)
-    said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+    lines = [line.strip(" │") for line in (done.stderr.strip() or done.stdout.strip()).splitlines()]
+    said = next((line for line in reversed(lines) if any(map(str.isalnum, line))), "nothing")
     return Verified(None if done.returncode == _NO_SUCH_COMMAND else done.returncode == 0, said)
