@@ -154,7 +154,7 @@ def _whole(read: Callable[[], object], *paths: Path) -> bool:
     """Return whether the files of one key can be used; what cannot is kept beside, under ``.damaged``."""
     try:
         read()
-    except (OSError, ConfigError, CertificateError):
+    except Exception:  # parsers meet damaged bytes with errors of many kinds
         for path in paths:
             if path.exists():
                 path.replace(path.with_name(f"{path.name}.damaged"))

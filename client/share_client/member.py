@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
@@ -239,7 +239,7 @@ def _usable(path: Path, read: Callable[[], _T]) -> _T:
     """Return what ``read`` makes of a file, or say which file is damaged and what to do."""
     try:
         return read()
-    except (CertificateError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except Exception as error:  # parsers meet damaged bytes with errors of many kinds, also NotImplementedError
         raise CertificateError(
             f"{path} is damaged ({error}): restore the file from a backup, or enrol again with a new token"
         ) from error

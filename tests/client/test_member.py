@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from share_client.enrol import enrol, make_node_key
 from share_client.join import ensure_member
@@ -15,7 +16,7 @@ from share_client.link import HubLink
 from share_client.member import ClientLayout, check_node_key, load_credentials, load_member
 from share_core.durable import write_atomic
 from share_core.errors import CertificateError, ConfigError, FedshareError
-from share_core.identity import new_private_key_pem
+from share_core.identity import certificate_fingerprint, new_private_key_pem, public_key_pem
 
 NOW = datetime.now(UTC)
 
@@ -108,3 +109,30 @@ def test_a_new_token_repairs_it(gone: bool, name: str, hub: Any, tmp_path: Path)
     check_node_key(layout)
     if not gone and name != "cert.pem":
         assert (layout.identity / f"{name}.damaged").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_changes_who_we_are(name: str, offline: Any) -> None:
+    """Every byte of every file, one bit each: told, with the file's name, or without any consequence."""
+    layout: ClientLayout = offline[0]
+    path = layout.identity / name
+    good = path.read_bytes()
+
+    def meaning() -> tuple[object, ...]:
+        credentials = load_credentials(layout, NOW)
+        key = public_key_pem(credentials.key)
+        certificates = [certificate_fingerprint(pem) for pem in (credentials.certificate, credentials.authority)]
+        check_node_key(layout)
+        node = serialization.load_ssh_private_key(layout.node_key.read_bytes(), None).public_key()
+        public = serialization.load_pem_public_key(layout.node_public_key.read_bytes())
+        return key, *certificates, node, public
+
+    before, told = meaning(), 0
+    for position in range(len(good)):
+        path.write_bytes(good[:position] + bytes([good[position] ^ (1 << position % 7)]) + good[position + 1 :])
+        try:
+            assert meaning() == before, f"bit {position % 7} of byte {position} changed who we are, unnoticed"
+        except CertificateError as error:
+            assert str(path) in str(error)
+            told += 1
+    assert told > len(good) * 0.8, "most bytes matter"
