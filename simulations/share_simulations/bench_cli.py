@@ -126,6 +126,47 @@ def bench_hub(
     _finish(_interruptible(lambda: run_hub(options, _note)), as_json, _flat_table)
 
 
+@bench_app.command("broadcast")
+def bench_broadcast(
+    subscribers: Annotated[int, typer.Option(min=1, help="FollowVersions streams in all.")] = 1000,
+    stalled: Annotated[float, typer.Option(help="Share of them that never read after their first message.")] = 0.1,
+    versions: Annotated[int, typer.Option(min=1, help="Versions that are measured.")] = 10,
+    every: Annotated[float, typer.Option(min=0, help="Seconds between two updates.")] = 3.0,
+    delta_kb: Annotated[float, typer.Option(help="Size of a delta in thousand bytes, about.")] = 100.0,
+    streams_per_connection: Annotated[
+        int, typer.Option(min=1, max=100, help="Healthy subscribers that share a TLS connection.")
+    ] = 10,
+    organisations: Annotated[int, typer.Option(min=1, help="The subscribers belong to so many.")] = 20,
+    processes: Annotated[int, typer.Option(min=1, help="Load processes of the healthy subscribers.")] = 2,
+    relays: Annotated[int, typer.Option(min=0, help="Serve the healthy ones through so many relays.")] = 0,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """How soon every subscriber has a new version, and what those cost the hub that stopped reading.
+
+    One writer publishes versions at a real hub. A lag runs from the hub's log line of a version until a subscriber
+    holds it whole, on the same clock. stalled_mib is the hub's growth per stalled reader, an upper bound; stalled_cut
+    counts those that the hub has shut out by the end. hub_sent_per_version is the number of copies of a delta that left
+    the hub: with --relays, one per relay. delta_bytes beside snapshot_bytes shows what following saves. A quick look:
+    --subscribers 40 --versions 5 --every 1.
+    """
+    from share_simulations.bench.broadcast import BroadcastOptions, run_broadcast
+
+    options = BroadcastOptions(
+        subscribers=subscribers,
+        stalled=stalled,
+        versions=versions,
+        every_s=every,
+        delta_kb=delta_kb,
+        streams_per_connection=streams_per_connection,
+        organisations=organisations,
+        processes=processes,
+        relays=relays,
+        directory=directory,
+    )
+    _finish(_interruptible(lambda: run_broadcast(options, _note)), as_json, _flat_table)
+
+
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
     # The children are forked while gRPC's threads run; they exec at once and use none of its state.

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ _FINISH_S = 30.0
 """Longest wait for calls in progress at the end of a phase."""
 _START_S = 2.0
 """From a command to the moment at which all load processes begin."""
-_LARGE = 10**15
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,10 @@ def run_hub(options: HubOptions, progress: Progress = lambda _: None) -> dict[st
     """
     _check(options)
     with scratch(options.directory, "bench-hub") as folder:
-        spec = upload_space(int(options.payload_mib * 2**20), RANK)
+        size = int(options.payload_mib * 2**20)
         progress(f"hub in {folder}")
-        hub = LocalHub(folder / "server", spec, limits=generous_limits(options.clients, options.overload))
+        limits = generous_limits(options.clients, options.overload, size)
+        hub = LocalHub(folder / "server", upload_space(size, RANK), limits=limits)
         with Bench(options, hub, folder, progress) as bench:
             report = bench.run()
         if options.peers:
@@ -92,21 +92,18 @@ def run_hub(options: HubOptions, progress: Progress = lambda _: None) -> dict[st
         return report
 
 
-def generous_limits(clients: int, overload: int) -> LimitConfig:
+def generous_limits(clients: int, overload: int, payload_bytes: int) -> LimitConfig:
     """Return limits under which all clients may send at once, and more are refused by the hub's own rules.
 
-    Quotas, where the configuration has some, are raised out of the way: they are there to stop exactly such clients.
+    Never below what a server has by default.
     """
-    wanted: dict[str, Any] = {
-        "concurrent_uploads": clients + max(2, clients // 10),
-        "concurrent_calls": clients * max(2, overload) + 200,
-        "enrolments_per_minute": 60_000,
-    }
-    known = {field.name: field for field in fields(LimitConfig)}
-    for name in known:
-        if name not in wanted and ("per_minute" in name or "quota" in name or "in_flight" in name):
-            wanted[name] = _LARGE
-    return LimitConfig(**{name: value for name, value in wanted.items() if name in known})
+    usual, at_once = LimitConfig(), clients + max(2, clients // 10)
+    return LimitConfig(
+        concurrent_uploads=max(usual.concurrent_uploads, at_once),
+        inflight_bytes=max(usual.inflight_bytes, at_once * payload_bytes),
+        concurrent_calls=max(usual.concurrent_calls, clients * max(2, overload) + 200),
+        enrolments_per_minute=60_000,
+    )
 
 
 @contextmanager

@@ -200,18 +200,19 @@ def test_options_that_cannot_work_are_refused_before_anything_starts(options: Hu
 
 
 def test_an_interrupt_leaves_no_process_and_no_file(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "share-sim"), "bench", "hub", "--clients", "4", "--directory"]
-    process = subprocess.Popen(
-        [*command, str(tmp_path), "--payload-mib", "0.0625"], stderr=subprocess.PIPE, text=True, process_group=0
-    )
-    assert process.stderr is not None
-    while "limits before" not in (line := process.stderr.readline()):
-        assert line, "the benchmark ended by itself"
-    started = children(process.pid)
-    assert started
-    process.send_signal(signal.SIGINT)
-    said = process.stderr.read()
-    assert process.wait(60) == 130
+    program = str(Path(sys.executable).parent / "share-sim")
+    options = ["--clients", "4", "--payload-mib", "0.0625", "--directory", str(tmp_path)]
+    with subprocess.Popen(
+        [program, "bench", "hub", *options], stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        assert process.stderr is not None
+        while "limits before" not in (line := process.stderr.readline()):
+            assert line, "the benchmark ended by itself"
+        started = children(process.pid)
+        assert started
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(60) == 130
     assert "interrupted" in said
     assert list(tmp_path.iterdir()) == []
     deadline = time.monotonic() + 30
