@@ -11,6 +11,8 @@ removed. Files whose removal was cut short are found at a later collection.
 
 from __future__ import annotations
 
+import asyncio
+
 from share_core.wire import encode_adapter
 from share_server.config import RetentionConfig
 from share_server.hub import log
@@ -41,15 +43,23 @@ class Collector:
         self._feed = feed
         self._contents = contents
         self._config = config
+        self.held = asyncio.Lock()
+        """While somebody holds it, as a backup does, nothing is removed; merges go on."""
 
     async def collect(self) -> int:
         """Remove what may go; return how many versions that concerned."""
         if self._feed.version - self._feed.oldest <= self._config.horizon_versions + self._config.snapshot_every:
             return 0
+        if self.held.locked():
+            return 0  # the next merge asks again
         return await self.collect_now()
 
     async def collect_now(self) -> int:
-        """As :meth:`collect`, without waiting until it is worth it."""
+        """As :meth:`collect`, without waiting until it is worth it, but until nobody holds the files."""
+        async with self.held:
+            return await self._collect()
+
+    async def _collect(self) -> int:
         cut = await self._store.do(lambda journal: _cut(journal, self._feed.version - self._config.horizon_versions))
         if cut is None:
             return 0

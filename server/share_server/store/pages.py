@@ -64,22 +64,25 @@ class PageSums:
         Raises:
             StorageError: a page has changed and the log holds no newer copy of it, or pages are missing.
         """
+        for problem in self.problems():
+            raise StorageError(f"{problem}: restore the store from a backup")
+
+    def problems(self) -> Iterator[str]:
+        """Yield everything that :meth:`check` would refuse."""
         if not self._database.exists():
             if self._sums:
-                raise StorageError("the journal (store/journal.db) is gone: restore the store from a backup")
+                yield "the journal (store/journal.db) is gone"
             return
-        logged = {number for number, _ in self._frames()} if self._log.exists() else set()
+        logged = {number for number, _ in self._frames()}
         with storage("checking the journal's pages"), self._database.open("rb") as file:
             number = 0
             while page := file.read(PAGE):
                 number += 1
                 known = self._sums[number - 1] if number <= len(self._sums) else None
                 if zlib.crc32(page) != known and number not in logged:
-                    raise StorageError(f"page {number} of the journal is damaged: restore the store from a backup")
+                    yield f"page {number} of the journal is damaged"
         if number < len(self._sums):
-            raise StorageError(
-                f"the journal ends after {number} of {len(self._sums)} pages: restore the store from a backup"
-            )
+            yield f"the journal ends after {number} of {len(self._sums)} pages"
 
     def recount(self) -> None:
         """Write the sums of the whole file, whose log must be empty; durable when this returns."""

@@ -8,11 +8,11 @@ replay. The stored bytes are the authority: a running hub continues from what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from share_core.errors import StorageError
+from share_core.errors import ManifestError, StorageError
 from share_core.identity.manifest import GENESIS, VERSION, parse_manifest
 from share_core.merge import HubState
 from share_core.space import advance, empty_space
@@ -92,10 +92,9 @@ def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
     entries = journal.verify_chain()
     head = head_version(journal)
     versions = list_versions(journal, 0, head)
-    updates = _all_updates(journal)
-    _check_entries(entries, updates, versions)
-    if [row.version for row in versions] != list(range(1, head + 1)):
-        raise StorageError(f"the journal's head is {head} but its versions do not lead there without a gap")
+    updates = all_updates(journal)
+    for problem in row_problems(entries, updates, versions, head):
+        raise StorageError(f"{problem}: the store is damaged")
     for digest, size in needed_payloads(updates, versions).items():
         blobs.verify(digest, size)
     space = replay(blobs, spec, plan_replay(journal, head))
@@ -124,50 +123,58 @@ def sizes_of(space: Space) -> dict[str, tuple[int, int]]:
     return {site: (basis.k_out, basis.k_in) for site, basis in space.bases.items()}
 
 
-def _all_updates(journal: Journal) -> list[UpdateRow]:
+def all_updates(journal: Journal) -> list[UpdateRow]:
+    """Return every update in ingest order."""
     found: list[UpdateRow] = []
     while page := list_updates(journal, found[-1].ingest_seq if found else 0, _PAGE):
         found.extend(page)
     return found
 
 
-def _check_entries(
+def row_problems(
     entries: Mapping[int, tuple[str, dict[str, Any], str]],
     updates: list[UpdateRow],
     versions: list[VersionRow],
-) -> None:
-    """Compare the rows with the entries that were chained when they were written."""
+    head: int,
+) -> Iterator[str]:
+    """Compare the rows with the entries that were chained when they were written; yield what does not agree."""
     chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "refused": {}, "version": {}}
     for kind, body, digest in entries.values():
         if kind in chained:
             chained[kind][body["version" if kind == "version" else "update_id"]] = (body, digest)
     if len(chained["update"]) != len(updates) or len(chained["version"]) != len(versions):
-        raise StorageError("the journal's rows and its hash chain differ in number: the store is damaged")
+        yield "the journal's rows and its hash chain differ in number"
     merged = {name: row.version for row in versions for name in row.updates}
     for update in updates:
         name = update.new.update_id
         body, digest = chained["update"].get(name, ({}, ""))
         if body != update_entry(update.new, update.ingest_seq, update.received_ms) or digest != update.entry_hash:
-            raise StorageError(f"update {name} does not say what was chained: the store is damaged")
+            yield f"update {name} does not say what was chained"
         if update.version != merged.get(name, 0) or (update.state is UpdateState.REFUSED) != (
             name in chained["refused"]
         ):
-            raise StorageError(f"update {name} is {update.state.value}, which was not chained: the store is damaged")
+            yield f"update {name} is {update.state.value}, which was not chained"
     for version in versions:
         body, _ = chained["version"].get(version.version, ({}, ""))
         if body != version_entry(version):
-            raise StorageError(f"version {version.version} does not say what was chained: the store is damaged")
-    _check_manifests(versions)
+            yield f"version {version.version} does not say what was chained"
+    yield from _manifest_problems(versions)
+    if [row.version for row in versions] != list(range(1, head + 1)):
+        yield f"the journal's head is {head} but its versions do not lead there without a gap"
 
 
-def _check_manifests(versions: list[VersionRow]) -> None:
+def _manifest_problems(versions: list[VersionRow]) -> Iterator[str]:
     """Compare every version with its manifest, and every manifest with the one before it."""
     previous = GENESIS
     for version in versions:
         if not version.manifest.body:
             continue
-        says = parse_manifest(version.manifest.body)
+        try:
+            says = parse_manifest(version.manifest.body)
+        except ManifestError as error:
+            yield f"version {version.version}: {error}"
+            continue
         expected = (VERSION, version.version, previous, version.delta_sha256, version.delta_size)
         if (says.kind, says.version, says.previous, says.payload_sha256, says.payload_size) != expected:
-            raise StorageError(f"the manifest of version {version.version} is of something else: the store is damaged")
+            yield f"the manifest of version {version.version} is of something else"
         previous = version.manifest.sha256

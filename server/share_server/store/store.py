@@ -95,6 +95,11 @@ class Store:
     """Payload files. Call its methods through :meth:`io`."""
     _journal: Journal
 
+    @property
+    def root(self) -> Path:
+        """The directory of the store."""
+        return self._root
+
     async def do(self, work: Callable[[Journal], T]) -> T:
         """Run ``work`` with the journal on the journal's own thread.
 
