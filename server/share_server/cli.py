@@ -49,6 +49,10 @@ def init(  # the options of one command are its interface
     port: Annotated[
         int, typer.Option(help="First of three ports: hub, enrolment, gateway. 0 picks free ones.", min=0, max=65533)
     ] = DEFAULT_PORT,
+    metrics_port: Annotated[
+        int,
+        typer.Option(help="Port of the Prometheus metrics, on this machine only. 0 turns them off.", min=0, max=65535),
+    ] = 0,
     k_max: Annotated[
         int | None, typer.Option(help="Most basis vectors per site and side; beyond it the space compacts.", min=1)
     ] = None,
@@ -71,11 +75,16 @@ def init(  # the options of one command are its interface
             hub_port=ports[0],
             enrol_port=ports[1],
             gateway_port=ports[2],
+            metrics_port=metrics_port,
         )
+        if metrics_port in ports:
+            raise ConfigError(f"--metrics-port {metrics_port} is one of the server's other ports: choose another one")
         spec = _load_space(space, k_max, tau)
         create_server(Layout(directory), config, spec, datetime.now(UTC))
     typer.echo(f"server directory {directory} for space {spec.backbone} ({len(spec.sites)} sites)")
     typer.echo(f"hub {config.hub_address}, enrolment {config.enrol_address}, gateway {config.gateway_address}")
+    if metrics_port:
+        typer.echo(f"metrics http://127.0.0.1:{metrics_port}/metrics")
     typer.echo(f"next: share-server run {directory}")
 
 

@@ -234,7 +234,7 @@ def read_deltas(stream: Iterable[hub_pb2.FollowVersionsResponse]) -> Iterator[tu
         if part == "snapshot_required":
             return
         if part == "delta":
-            header, payload = message.delta, bytearray()
+            header, payload = message.delta, bytearray(message.delta.data)
         else:
             payload += message.chunk
         if header is not None and len(payload) == header.payload_size:

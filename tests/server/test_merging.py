@@ -5,24 +5,53 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from share_core.errors import StorageError
+from share_core.identity import Identity, make_authority, make_signer
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
 from share_core.wire import payload_bytes
+from share_server.config import MergeConfig, RetentionConfig
 from share_server.hub import merging
+from share_server.hub.collecting import Collector
+from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
 from share_server.hub.merging import MergeLoop
+from share_server.hub.metrics import Metrics
+from share_server.hub.policy import policy_of
+from share_server.hub.stepping import Step, Stepper
 from share_server.store.blobs import BlobStore
-from share_server.store.records import NewUpdate
+from share_server.store.records import NewUpdate, UpdateRow
 from share_server.store.store import Store
 from share_server.store.updates import accept_update
 from share_server.store.versions import commit_version, head_version
+
+NOW = datetime.now(UTC)
+
+
+def _loop(store: Store, spec: SpaceSpec, feed: Feed) -> MergeLoop:
+    contents = Contents(store, spec, History(store, spec, feed))
+    retention = RetentionConfig()
+    _, key = make_signer(*make_authority("test", NOW), Identity("signer", "server", "hub"), NOW, 1)
+    return MergeLoop(
+        store,
+        feed,
+        contents,
+        Stepper(contents, spec),
+        Collector(store, feed, contents, retention),
+        policy_of(spec, MergeConfig()),
+        MergeConfig(),
+        retention,
+        key,
+        Metrics(),
+    )
 
 
 async def _accept(store: Store, payload: bytes) -> None:
@@ -70,14 +99,14 @@ def _order(root: Path, spec: SpaceSpec, payload: bytes, monkeypatch: pytest.Monk
         await _accept(store, payload)
         monkeypatch.setattr(BlobStore, "put", recorded_put)
         monkeypatch.setattr(merging, "commit_version", recorded_commit)
-        feed = Recorded(state)
-        loop = MergeLoop(store, spec, feed, History(store, spec, feed))
+        feed = Recorded(state, spec.space_id)
+        loop = _loop(store, spec, feed)
         if mutant == "publish first":
             honest = loop._commit
 
-            async def hasty(row: object, before: object, computed: merging._Computed) -> None:
-                feed.publish(computed.state)
-                await honest(row, before, computed)  # type: ignore[arg-type]
+            async def hasty(step: Step, batch: Sequence[UpdateRow]) -> None:
+                feed.publish(step.state)
+                await honest(step, batch)
 
             monkeypatch.setattr(loop, "_commit", hasty)
         running = asyncio.create_task(loop.run())
@@ -115,17 +144,18 @@ def test_nobody_sees_a_version_that_could_not_be_committed(
         store, state = await Store.open(tmp_path / "store", toy_spec)
         await _accept(store, make_payload(1))
         monkeypatch.setattr(merging, "commit_version", refuse)
-        feed = Feed(state)
+        feed = Feed(state, toy_spec.space_id)
         with pytest.raises(StorageError, match="the disk refused"):
-            await MergeLoop(store, toy_spec, feed, History(store, toy_spec, feed)).run()
+            await _loop(store, toy_spec, feed).run()
         assert feed.version == 0
         assert store.failed.is_set()
         await store.close()
-        store, state = await Store.open(tmp_path / "store", toy_spec)
+        shutil.copytree(tmp_path / "store", tmp_path / "later")  # what the next process would find
+        store, state = await Store.open(tmp_path / "later", toy_spec)
         assert (state.space.version, await store.do(head_version)) == (0, 0)
         monkeypatch.undo()
-        feed = Feed(state)
-        loop = MergeLoop(store, toy_spec, feed, History(store, toy_spec, feed))
+        feed = Feed(state, toy_spec.space_id)
+        loop = _loop(store, toy_spec, feed)
         running = asyncio.create_task(loop.run())
         while feed.version == 0:
             await asyncio.sleep(0.01)

@@ -41,7 +41,7 @@ def _submit(hub: hub_pb2_grpc.HubStub, spec: SpaceSpec, task: str, payload: byte
 
 def test_a_feed_wakes_everybody_and_remembers_nobody(toy_spec: SpaceSpec) -> None:
     async def run() -> None:
-        feed = Feed(empty_state(toy_spec))
+        feed = Feed(empty_state(toy_spec), toy_spec.space_id)
         woken: list[int] = []
 
         async def wait(number: int) -> None:

@@ -178,6 +178,7 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
         "subscribers": hub.engine.published.subscribers,
         "storage_failed": store.failed.is_set(),
         "open_calls": hub.door.open_calls,
+        "bytes_in_flight": hub.engine.intake.quota.bytes_in_flight,
         "open_connections": await asyncio.to_thread(count_connections, config.hub_port),
         "certificate_expiry_seconds": (hub.pair.expires - datetime.now(UTC)).total_seconds(),
     }
