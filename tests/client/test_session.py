@@ -67,7 +67,10 @@ def test_every_task_is_trained_once_and_evaluated_at_every_version(
         write_tasks(layout, first="data one", second="data two", third="data three")
     with ThreadPoolExecutor(2) as pool:
         counters = list(pool.map(lambda layout: run(layout, fake, linger_s=2.0), clients))
-    assert [(c.submitted, c.merged, c.refused, c.idle, c.version) for c in counters] == [(3, 3, 0, True, 6)] * 2
+    assert [(c.submitted, c.merged, c.refused, c.idle) for c in counters] == [(3, 3, 0, True)] * 2
+    newest = connect(clients[0]).describe().version
+    assert 3 <= newest <= 6, "one version may hold an update of each client"
+    assert [c.version for c in counters] == [newest] * 2
     for layout in clients:
         organisation = load_member(layout).organisation
         link = connect(layout)
@@ -75,7 +78,7 @@ def test_every_task_is_trained_once_and_evaluated_at_every_version(
         found = reported(link, organisation)
         assert len(found) == 3
         for task_id, versions in found.items():
-            assert versions == list(range(updated[task_id], 7))
+            assert versions == list(range(updated[task_id], newest + 1))
         assert len((layout.root / "trained.jsonl").read_text().splitlines()) == 3
         again = run(layout, fake)
         assert (again.submitted, again.evaluated, again.idle) == (0, 0, True)

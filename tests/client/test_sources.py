@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from share_client.chain import ManifestChain
@@ -34,8 +38,10 @@ from share_core.errors import (
     UnavailableError,
     VersionError,
 )
+from share_core.identity import Identity
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
+from share_server.provision import free_ports, invite_member
 
 OPTIONS = SessionOptions(linger_s=0.5, poll_s=0.02, lock_s=5.0)
 
@@ -264,3 +270,94 @@ def test_watch_takes_only_versions_from_the_relay(hub: Any, tmp_path: Path, line
     assert relay.connections == 0
     bad = CliRunner().invoke(app, ["watch", "--dir", str(layout.root), "--follow", "nonsense"])
     assert "HOST:PORT" in bad.output
+
+
+@contextmanager
+def real_relay(hub: Any, root: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run ``share-server relay`` against a hub; give its address and process."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    identity = Identity("relay", "relays", "one")
+    token = invite_member(hub.layout, hub.config, identity, 1.0, datetime.now(UTC), ("127.0.0.1",))
+    command = [sys.executable, "-m", "share_server.cli", "relay", token, "--dir", str(root), "--listen", address]
+    with (root.parent / "relay.log").open("wb") as log:
+        process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=log)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline(), (root.parent / "relay.log").read_text()
+        yield address, process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_session_follows_a_real_relay_and_outlives_it(own_hub: Any, fake: Any, tmp_path: Path) -> None:
+    """Signed versions over the relay; submissions, questions and evaluations at the hub; then the relay is killed."""
+    layout = own_hub.client(tmp_path / "c", "org/main")
+    with real_relay(own_hub, tmp_path / "relay") as (address, process):
+        remember_follow(layout, load_member(layout), address)
+        worker = Worker(layout, fake)
+        try:
+            worker.wait("started")
+            worker.add(first="one", second="two")
+            worker.wait("evaluation", 2)
+            assert worker.lines("source") == [], "the relay was followed all the time"
+            process.kill()
+            worker.wait("source")
+            worker.add(third="three")
+            worker.wait("merged", 3)
+        finally:
+            counters = worker.end()
+    assert (counters.submitted, counters.merged) == (3, 3)
+    (chain,) = layout.cache.glob("*.chain.json")
+    assert json.loads(chain.read_text())["highest"] == counters.version
+
+
+OTHER_KEY = """
+import sys
+from datetime import UTC, datetime
+from share_core.identity import Identity, make_authority, make_signer
+from share_server.hub import __main__, engine
+
+now = datetime.now(UTC)
+_, key = make_signer(*make_authority("other", now), Identity("signer", "server", "hub"), now, 30)
+real = engine.Engine.open.__func__
+
+async def forged(cls, root, spec, config, signing_key, *more, **named):
+    return await real(cls, root, spec, config, key, *more, **named)
+
+engine.Engine.open = classmethod(forged)
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("bug", ["", "no verifier"])
+def test_a_hub_that_signs_with_another_key_is_not_believed(
+    bug: str, own_hub_class: Any, spec: SpaceSpec, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "forger.py"
+    script.write_text(OTHER_KEY)
+    hub = own_hub_class(tmp_path / "server", spec, script=script)
+    hub.start()
+    try:
+        layout = hub.client(tmp_path / "c", "org/main")
+        path = layout.root / "tasks.json"
+        path.write_text(json.dumps({"first": "one"}))
+        if bug:
+            unsigned = lambda description, *rest: ManifestChain(None, description.spec.space_id)  # noqa: E731
+            monkeypatch.setattr("share_client.session.open_chain", unsigned)
+            counters = run_session(layout.root, path, trainer=fake.FakeTrainer(path), options=OPTIONS)
+            assert counters.version == 1, "so the test would fail"
+            return
+        with pytest.raises(ManifestError, match="signature is not the hub's"):
+            run_session(layout.root, path, trainer=fake.FakeTrainer(path), options=replace(OPTIONS, linger_s=60.0))
+        assert not list(layout.cache.glob("*.safetensors")) or fake_version(layout) == 0
+    finally:
+        hub.stop()
+
+
+def fake_version(layout: ClientLayout) -> int:
+    """Return the version in the cache."""
+    (cached,) = layout.cache.glob("*.safetensors")
+    with safe_open(cached, "pt") as file:
+        return int(json.loads(file.metadata()["fedshare"])["version"])
