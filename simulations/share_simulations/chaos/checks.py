@@ -17,15 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from share_core.errors import FedshareError
+from share_core.errors import FedshareError, RebaseError
 from share_server.hub.engine import Engine
 from share_server.store.journal import Journal
 from share_server.store.records import UpdateRow, UpdateState, VersionRow
 from share_server.store.updates import list_updates
 from share_server.store.versions import head_version, list_versions
-from share_simulations.chaos.ptrace import run_child
-from share_simulations.chaos.scenario import Plan, Promised, digest_of, send, settle
+from share_simulations.chaos.ptrace import Ending, run_child
+from share_simulations.chaos.scenario import Plan, Promised, digest_of, resume, settle
 
 _ROWS = 10**9
 _MOST = 40
@@ -43,6 +44,7 @@ KINDS = {
     "unnoticed": "the hub went on after its storage had failed",
     "late": "an acknowledgement was given after the storage had failed",
     "silent": "damaged bytes were opened as if nothing had happened",
+    "unclear": "a damaged store was refused with an error that no operator understands",
 }
 """Every way in which a promise can be broken."""
 
@@ -61,26 +63,34 @@ def recovery(
     plan: Plan, promised: Promised, log: Path | None = None, prepare: Callable[[], None] = lambda: None
 ) -> list[Finding]:
     """Open the store of ``plan`` in a child, let it finish and return every broken promise; ``prepare`` runs first."""
-    read, write = os.pipe()
-    try:
-        ending = run_child(lambda: (prepare(), _report(plan, promised, write))[1], log=log)
-        os.close(write)
-        write = -1
-        with os.fdopen(read, "rb", closefd=False) as pipe:
-            text = pipe.read()
-    finally:
-        os.close(read)
-        if write >= 0:
-            os.close(write)
-    if not text:
+
+    def main() -> list[dict[str, str]]:
+        prepare()
+        return [asdict(finding) for finding in asyncio.run(_recover(plan, promised))[:_MOST]]
+
+    answer, ending = ask(main, log)
+    if answer is None:
         return [Finding("hung", f"the recovering hub ended with {ending} and without a word")]
-    return [Finding(**item) for item in json.loads(text)]
+    return [Finding(**item) for item in answer]
 
 
-def _report(plan: Plan, promised: Promised, pipe: int) -> int:
-    findings = asyncio.run(_recover(plan, promised))[:_MOST]
-    os.write(pipe, json.dumps([asdict(finding) for finding in findings]).encode())
-    return 0
+def ask(main: Callable[[], Any], log: Path | None) -> tuple[Any, Ending]:
+    """Run ``main`` in a child; return (what it returned, through JSON, or None if it died first; how it ended)."""
+    read, write = os.pipe()
+
+    def child() -> int:
+        os.close(read)
+        with os.fdopen(write, "w") as pipe:
+            json.dump(main(), pipe)
+        return 0
+
+    try:
+        ending = run_child(child, log=log)
+    finally:
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            text = pipe.read()
+    return (json.loads(text) if text and ending.code == 0 else None), ending
 
 
 async def _recover(plan: Plan, promised: Promised) -> list[Finding]:
@@ -96,6 +106,8 @@ async def _recover(plan: Plan, promised: Promised) -> list[Finding]:
         found += await _send_again(engine, plan, promised)
         engine.loop.wake()
         await settle(engine)
+        engine.loop.stop()
+        await merging  # it may still be collecting
         rows = await engine.store.do(lambda journal: list_updates(journal, 0, _ROWS))
         head = await engine.store.do(head_version)
         versions = await engine.store.do(lambda journal: list_versions(journal, 0, head))
@@ -122,21 +134,24 @@ async def _unpublished(engine: Engine, promised: Promised) -> list[Finding]:
         return [Finding("unpublished", f"version {version} was published, the hub came back at {engine.feed.version}")]
     if not promised.digest:
         return []
-    space = await engine.history.space(version)
+    try:
+        space = await engine.history.space(version)
+    except RebaseError:
+        return []  # collected since
     if digest_of(space) != promised.digest:
         return [Finding("unpublished", f"version {version} was published with other content")]
     return []
 
 
 async def _send_again(engine: Engine, plan: Plan, promised: Promised) -> list[Finding]:
-    """Be every client that does not know whether its update arrived."""
+    """Be every client that does not know whether its update arrived, and goes on where it broke off."""
     found = []
     for letter in plan.letters:
-        known = await send(engine, plan.spec, letter, lambda _: None)
-        if known is None:
-            found.append(Finding("lost", f"update {letter.update_id} is refused when it is sent again"))
-        elif letter.update_id in promised.acks and not known:
-            found.append(Finding("lost", f"update {letter.update_id} was acknowledged and is new when sent again"))
+        known = await resume(engine, plan.spec, letter)
+        if letter.update_id in promised.acks and known is not True:
+            found.append(Finding("lost", f"update {letter.update_id} was acknowledged; sent again it is not known: {known}"))
+        elif isinstance(known, FedshareError) and not isinstance(known, RebaseError):
+            found.append(Finding("lost", f"update {letter.update_id} is refused when it is sent again: {known}"))
     return found
 
 
@@ -171,8 +186,10 @@ def _counted(rows: list[UpdateRow], merges: list[dict[str, object]], head: int) 
 
 def _dangling(store: Path, rows: list[UpdateRow], versions: list[VersionRow]) -> Iterable[Finding]:
     """Read every payload that a row refers to, without the hub's own code."""
-    digests = [row.new.sha256 for row in rows if not getattr(row, "collected", False)]
+    digests = [digest for row in rows for digest in (row.new.sha256, row.original_sha256) if digest]
     for version in versions:
+        if version.collected:
+            continue
         digests += [digest for digest in (version.delta_sha256, version.snapshot_sha256) if digest]
     for digest in digests:
         path = store / "blobs" / digest[:2] / digest

@@ -16,10 +16,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from share_core.errors import ConfigError, UnavailableError
+from share_core.errors import UnavailableError
 from share_proto.v1 import hub_pb2
+from share_server.hub import collecting
 from share_server.hub.intake import Intake
+from share_server.store import pages
 from share_server.store.blobs import BlobStore
+from share_server.store.journal import Journal
 
 Say = Callable[[str], None]
 
@@ -38,6 +41,8 @@ class Mutant:
     """Breaks this process. It is called in a child, before the hub opens."""
     recovery: bool = False
     """Whether the bug is in recovery, so that the recovering process has it too."""
+    kind: str = ""
+    """Kind of file in which a flipped bit shows it; empty: any."""
 
 
 class _Connection(sqlite3.Connection):
@@ -207,9 +212,41 @@ def _failure_is_a_delay(_: Say) -> None:
 
 
 def _trust_payloads(_: Say) -> None:
-    if not hasattr(BlobStore, "verify"):
-        raise ConfigError("the mutant trust-payloads can no longer be planted: BlobStore.verify is gone")
     BlobStore.verify = lambda *_: None  # type: ignore[method-assign]
+
+
+def _collect_files_first(_: Say) -> None:
+    """Remove the payloads of old versions before the journal says that they may go."""
+    honest, made = collecting.mark_collected, BlobStore.__init__
+    stores: list[BlobStore] = []
+
+    def remembered(self: BlobStore, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        stores.append(self)
+
+    def hasty(journal: Journal, before: int) -> int:
+        stores[-1].remove(collecting._payloads(journal, before))
+        return honest(journal, before)
+
+    BlobStore.__init__ = remembered  # type: ignore[method-assign]
+    collecting.mark_collected = hasty
+
+
+def _sums_not_flushed(_: Say) -> None:
+    pages.write_atomic = lambda path, data: (path.write_bytes(data), None)[1]  # type: ignore[assignment]
+
+
+def _trust_pages(_: Say) -> None:
+    pages.PageSums.check = lambda _: None  # type: ignore[method-assign]
+
+
+def _trust_log(_: Say) -> None:
+    """Take the journal for whole, wherever its log ends."""
+
+    def careless(self: Journal) -> None:
+        self._count = int(self._scalar("SELECT value FROM meta WHERE name = 'transactions'"))
+
+    Journal._compare_with_anchor = careless  # type: ignore[method-assign]
 
 
 MUTANTS = (
@@ -217,15 +254,19 @@ MUTANTS = (
     Mutant("row-before-payload", "a row is committed before its payload has its name", "syscalls", _row_before_payload),
     Mutant("merge-in-two", "a merge is two transactions instead of one", "syscalls", _merge_in_two),
     Mutant("publish-first", "a version is published before it is committed", "syscalls", _publish_before_commit),
+    Mutant("files-first", "payloads are collected before the journal lets them go", "syscalls", _collect_files_first),
     Mutant("no-file-flush", "payloads are not flushed to the disk", "power", _no_file_flush),
     Mutant("no-name-flush", "names are not flushed to the disk", "power", _no_name_flush),
     Mutant("no-parent-flush", "names of new directories are not flushed", "power", _no_parent_flush),
     Mutant("journal-off", "SQLite runs with synchronous=OFF", "power", lambda _: _journal_flushes("OFF")),
     Mutant("journal-normal", "SQLite runs with synchronous=NORMAL", "power", lambda _: _journal_flushes("NORMAL")),
+    Mutant("sums-not-flushed", "the log is emptied before the page sums are durable", "power", _sums_not_flushed),
     Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again),
     Mutant("disk-full-ignored", "a write that found no room counts as done", "disk", _disk_full_ignored),
     Mutant("failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay),
-    Mutant("trust-payloads", "recovery does not read the payloads", "bitflip", _trust_payloads, recovery=True),
+    Mutant("trust-payloads", "recovery does not read the payloads", "bitflip", _trust_payloads, True, "update"),
+    Mutant("trust-pages", "recovery does not compare pages with their sums", "bitflip", _trust_pages, True, "journal"),
+    Mutant("trust-log", "recovery does not ask the anchor where the log ends", "bitflip", _trust_log, True, "log"),
 )
 """Every planted bug."""
 

@@ -8,6 +8,7 @@ subscriber could know. Nothing here listens on a network, so one life costs mill
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from share_core.errors import FedshareError
+from share_core.errors import DigestError, FedshareError, UnavailableError
 from share_core.fingerprint import describe_space
 from share_core.identity import Identity
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
@@ -26,12 +27,14 @@ from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig, MergeConfig, RetentionConfig, ServerConfig
 from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
+from share_server.store import journal
 from share_server.store.records import UpdateState
 from share_server.store.updates import list_updates
 
 _SETTLE_S = 20.0
 _MEMBERS = ("acme/alice", "acme/bob", "north/carol")
 _ROWS = 10**9
+_CHECKPOINT_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def toy_config() -> ServerConfig:
     """Return limits under which a nearly full machine does not disturb an experiment."""
     return ServerConfig(
         limits=LimitConfig(free_space_bytes=2**20, upload_idle_s=10.0, upload_total_s=20.0),
-        retention=RetentionConfig(horizon_versions=4, snapshot_every=4),
+        retention=RetentionConfig(horizon_versions=2, snapshot_every=2),
         merge=MergeConfig(batch=3, refits=2),
     )
 
@@ -156,6 +159,7 @@ def say_to(marker: int) -> Callable[[str], None]:
 
 def live(plan: Plan, say: Callable[[str], None]) -> int:
     """Open the hub, send everything, let it merge and publish, collect, close; return its exit code."""
+    journal._CHECKPOINT_BYTES = _CHECKPOINT_BYTES  # so that a short life has checkpoints in its middle too
     try:
         return asyncio.run(_live(plan, say))
     except FedshareError as error:
@@ -177,7 +181,9 @@ async def _live(plan: Plan, say: Callable[[str], None]) -> int:
             await asyncio.wait({sending}, timeout=5.0)
         else:
             await sending
-            await collect(engine)
+            engine.loop.stop()
+            await merging
+            await engine.collector.collect_now()  # the merge loop, which else does this, has ended
             say("closing")
     finally:
         engine.feed.close()
@@ -205,7 +211,8 @@ async def _send_all(engine: Engine, plan: Plan, say: Callable[[str], None]) -> N
     # The first is sent twice at the same time, and again later: a client that lost its answer does that.
     await _send_together(engine, plan, (*letters[:half], letters[0]), say)
     engine.loop.wake()
-    await _send_together(engine, plan, (*letters[half:], letters[0]), say)
+    together = _send_together(engine, plan, (*letters[half:-1], letters[0]), say)
+    await asyncio.gather(together, send_in_two(engine, plan.spec, letters[-1], say))
     engine.loop.wake()
     await settle(engine)
 
@@ -214,15 +221,40 @@ async def _send_together(engine: Engine, plan: Plan, letters: tuple[Letter, ...]
     await asyncio.gather(*(send(engine, plan.spec, letter, say) for letter in letters))
 
 
-async def send(engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None]) -> bool | None:
-    """Send one update; say it when it is acknowledged. Return whether it was known, or None if it was refused."""
+async def send(
+    engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None], offset: int = 0
+) -> bool | FedshareError:
+    """Send one update from ``offset`` on; say it when it is acknowledged.
+
+    Returns:
+        Whether it was known, or the refusal.
+    """
     try:
-        _, duplicate = await engine.intake.receive(caller_of(letter.member), messages_of(spec, letter))
+        _, duplicate = await engine.intake.receive(caller_of(letter.member), messages_of(spec, letter, offset))
     except FedshareError as error:
-        say(f"refused {letter.update_id} {type(error).__name__}")
-        return None
+        return error
     say(f"ack {letter.update_id} {letter.sha256}")
     return duplicate
+
+
+async def resume(
+    engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None] = lambda _: None
+) -> bool | FedshareError:
+    """Send one update from where an earlier connection left off, or from the start if that cannot be; as :func:`send`."""
+    offset, row = await engine.intake.progress(caller_of(letter.member), letter.update_id)
+    answer = await send(engine, spec, letter, say, 0 if row is not None else min(offset, len(letter.payload) - 1))
+    if isinstance(answer, DigestError | UnavailableError) and offset:
+        answer = await send(engine, spec, letter, say)
+    return answer
+
+
+async def send_in_two(engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None]) -> None:
+    """Lose the connection in the middle of an upload, then go on over another one."""
+    half = messages_of(spec, letter, 0, len(letter.payload) // 2)
+    with contextlib.suppress(FedshareError):
+        await engine.intake.receive(caller_of(letter.member), half)
+    with contextlib.suppress(FedshareError):
+        await resume(engine, spec, letter, say)
 
 
 async def settle(engine: Engine) -> None:
@@ -230,17 +262,10 @@ async def settle(engine: Engine) -> None:
     end = asyncio.get_running_loop().time() + _SETTLE_S
     while asyncio.get_running_loop().time() < end and not engine.store.failed.is_set():
         version = engine.feed.version
-        rows = await engine.store.do(lambda journal: list_updates(journal, 0, _ROWS))
+        rows = await engine.store.do(lambda rows: list_updates(rows, 0, _ROWS))
         if all(row.state is not UpdateState.ACCEPTED for row in rows):
             return
         await engine.feed.wait_after(version, 0.05)
-
-
-async def collect(engine: Engine) -> None:
-    """Collect what policy no longer keeps, where this hub can."""
-    collector = getattr(engine, "collector", None)
-    if collector is not None:
-        await collector.collect()
 
 
 async def _watch(engine: Engine, say: Callable[[str], None]) -> None:
@@ -269,8 +294,10 @@ def caller_of(member: str) -> Caller:
     return Caller(Identity("trainer", organisation, name), b"")
 
 
-async def messages_of(spec: SpaceSpec, letter: Letter) -> AsyncIterator[hub_pb2.SubmitRequest]:
-    """Yield the messages of one Submit: a header and two chunks."""
+async def messages_of(
+    spec: SpaceSpec, letter: Letter, offset: int = 0, end: int | None = None
+) -> AsyncIterator[hub_pb2.SubmitRequest]:
+    """Yield the messages of one Submit: a header and two chunks of ``payload[offset:end]``."""
     yield hub_pb2.SubmitRequest(
         header=hub_pb2.SubmitHeader(
             update_id=letter.update_id,
@@ -279,11 +306,11 @@ async def messages_of(spec: SpaceSpec, letter: Letter) -> AsyncIterator[hub_pb2.
             create=True,
             payload_size=len(letter.payload),
             payload_sha256=letter.sha256,
+            offset=offset,
         )
     )
-    middle = len(letter.payload) // 2
-    for part in (letter.payload[:middle], letter.payload[middle:]):
+    rest = letter.payload[offset:end]
+    middle = len(rest) // 2
+    for part in (rest[:middle], rest[middle:]):
         await asyncio.sleep(0)
         yield hub_pb2.SubmitRequest(chunk=part)
-
-
