@@ -68,9 +68,10 @@ def join(
     with plain_errors("share-client"):
         text = _read_token(token)
         layout = ClientLayout(directory or _default_directory(text))
-        read_tasks(tasks)  # a mistake in the file, or in an address, must not cost a token
+        # A mistake in an address or in the file must not cost a token.
         if follow is not None:
             follow_address(follow)
+        read_tasks(tasks)
         with only_join(layout):
             member = remember_follow(layout, ensure_member(layout, text, datetime.now(UTC), tell), follow)
             work(layout, member, tasks, tell)

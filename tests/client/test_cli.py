@@ -159,3 +159,11 @@ def test_join_ends_when_the_backbone_is_not_the_spaces(
     monkeypatch.setattr(supernode, "wait_for_node", lambda *_: 7)
     with pytest.raises(SpaceMismatchError, match="no site 'x'"):
         join(layout, load_member(layout), tmp_path / "tasks.toml", lambda text: None)
+
+
+def test_a_wrong_relay_address_does_not_cost_the_token(worked: Any) -> None:
+    options = ["join", "--dir", str(worked.root), "--follow", "relay"]
+    answer = RUNNER.invoke(app, options)
+    assert answer.exit_code != 0
+    assert "HOST:PORT" in answer.output
+    assert load_member(worked).follow_address == ""

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
 
 from share_client import feed as module
 from share_client.feed import VersionFeed
 from share_client.link import HubLink
-from share_core.errors import DigestError, FedshareError, HeaderError, UnavailableError, VersionError
+from share_core.errors import DigestError, FedshareError, HeaderError, OverloadError, UnavailableError, VersionError
 from share_core.merge import MergePolicy, empty_state, merge
 from share_core.space import advance, empty_space, update_adapter
 from share_core.types import Delta, Space, SpaceSpec
@@ -212,3 +213,47 @@ def test_closing_ends_the_iteration_and_the_stream(spec: SpaceSpec, spaces: Any)
     assert hub.streams[0].cancelled
     events.close()  # type: ignore[attr-defined]
     assert list(VersionFeed.events(feed)) == []
+
+
+class Busy:
+    """A hub that sheds the first subscription and serves the second."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        self.messages = messages
+        self.calls = 0
+
+    def FollowVersions(self, request: hub_pb2.FollowVersionsRequest, context: Any) -> Iterator[Message]:
+        self.calls += 1
+        if self.calls == 1:
+            context.set_trailing_metadata((("share-error", "OverloadError"), ("grpc-retry-pushback-ms", "4000")))
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many followers")
+        yield from self.messages
+
+
+def test_a_busy_hub_is_given_the_time_it_asks_for(
+    serving: Callable[..., HubLink], waits: list[Any], spec: SpaceSpec, spaces: Any
+) -> None:
+    link = serving(Busy(steps(spaces, 1, 2)))
+    feed = VersionFeed(link, spec, 0)
+    assert [event.version for event in itertools.islice(feed.events(), 2)] == [1, 2]
+    feed.close()
+    assert [(type(wait), wait.retry_after_ms) for wait in waits] == [(OverloadError, 4000)]
+
+
+@pytest.mark.parametrize("inline", [1, 150, 10**6])
+def test_the_first_bytes_may_come_with_the_header(inline: int, spec: SpaceSpec, spaces: Any) -> None:
+    payload = spaces[1][0]
+    header = step(payload, 1, data=payload[:inline])[0]
+    rest = payload[inline:]
+    chunks = [Message(chunk=rest[start : start + 100]) for start in range(0, len(rest), 100)]
+    events, waited = followed(Hub([header, *chunks, *steps(spaces, 2)]), spec, 0, 2)
+    assert [event.version for event in events] == [1, 2]
+    assert waited == []
+
+
+def test_too_many_first_bytes_are_refused(spec: SpaceSpec, spaces: Any) -> None:
+    payload = spaces[1][0]
+    broken = step(payload, 1, data=payload + b"x")[:1]
+    events, waited = followed(Hub(broken, steps(spaces, 1)), spec, 0, 1)
+    assert [event.version for event in events] == [1]
+    assert [type(wait) for wait in waited] == [DigestError]
