@@ -99,7 +99,8 @@ class ManifestChain:
         """Check both manifests of a whole version before its payload is read; return what the next one links to.
 
         Raises:
-            ManifestError: one is missing or forged, they are about something else, or the version is an old one.
+            ManifestError: one is missing or forged, or they are about something else.
+            VersionError: the version is older than one verified before; a relay that lags behind is no liar.
         """
         if self._verifier is None:
             return ""
@@ -116,9 +117,9 @@ class ManifestChain:
             raise ManifestError(f"{what} and its version manifest belong to two histories: do not trust it; {_ASK}")
         with self._lock:
             if header.version < self._highest:
-                raise ManifestError(
-                    f"{what} is older than version {self._highest}, which this client has verified: a relay holds back "
-                    f"versions, or the hub was restored from a backup; {_ASK}"
+                raise VersionError(
+                    f"{what} is older than version {self._highest}, which this client has verified: a relay lags "
+                    f"behind or holds versions back, or the hub was restored from a backup; {_ASK}"
                 )
             self._same(header.version, version.sha256)
         return version.sha256

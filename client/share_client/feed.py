@@ -169,7 +169,8 @@ def fetch_newest(link: HubLink, spec: SpaceSpec, chain: ManifestChain) -> tuple[
     """Fetch the newest version whole; return it and the version it was announced as. The chain goes on from it.
 
     Raises:
-        ManifestError: it is not what the hub has signed, or older than what was verified before.
+        ManifestError: it is not what the hub has signed.
+        VersionError: it is older than what was verified before.
         FedshareError: what the call or the payload raises.
     """
     checked = [""]

@@ -91,9 +91,8 @@ class Sender:
         self._backoff = Backoff(longest=5.0)
         self._not_before = 0.0
         self._version = 0
-        self._set_aside: dict[
-            str, tuple[float, int]
-        ] = {}  # by update id: when to ask again, the version at the last time
+        # By update id: when to ask again, and the newest version at the last question.
+        self._set_aside: dict[str, tuple[float, int]] = {}
         self.submitted = 0
         self.merged = 0
         self.refused = 0
