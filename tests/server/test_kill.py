@@ -143,8 +143,11 @@ def _broken_promises(hub: hub_pb2_grpc.HubStub, acknowledged: dict[str, str]) ->
     problems += [f"{row.update_id} is not merged: {row.reason}" for row in rows if row.version == 0]
     if len(known) != len(rows):
         problems.append("an update stands twice in the journal")
-    if sorted(row.version for row in rows) != list(range(1, status.version + 1)):
-        problems.append(f"{len(rows)} updates made {status.version} versions: something was merged twice or not")
+    if {row.version for row in rows} - {0} != set(range(1, status.version + 1)):
+        problems.append(f"{len(rows)} updates made {status.version} versions: a version is lost or holds nothing")
+    merged = sum(task.updates for task in hub.ListTasks(hub_pb2.ListTasksRequest(), timeout=30).tasks)
+    if merged != len(rows):
+        problems.append(f"{len(rows)} updates were merged {merged} times")
     if [row.ingest_seq for row in rows] != list(range(1, len(rows) + 1)):
         problems.append("the ingest order has gaps")
     return problems

@@ -162,15 +162,15 @@ def test_an_update_that_cannot_be_merged_is_refused_with_its_reason_and_blocks_n
     script.write_text(
         "import sys\n"
         "from share_core.errors import TensorShapeError\n"
-        "from share_server.hub import __main__, merging\n"
-        "honest = merging.merge\n"
-        "def faulty(state, task_id, *rest):\n"
-        "    if task_id == 'acme/shape':\n"
+        "from share_server.hub import __main__, stepping\n"
+        "honest = stepping.merge_all\n"
+        "def faulty(state, adapters, *rest):\n"
+        "    if 'acme/shape' in adapters:\n"
         "        raise TensorShapeError('site a: expected 3, got 4')\n"
-        "    if task_id == 'acme/fault':\n"
+        "    if 'acme/fault' in adapters:\n"
         "        raise ZeroDivisionError('a secret of the server')\n"
-        "    return honest(state, task_id, *rest)\n"
-        "merging.merge = faulty\n"
+        "    return honest(state, adapters, *rest)\n"
+        "stepping.merge_all = faulty\n"
         "sys.exit(__main__.main(sys.argv[1:]))\n"
     )
     server = new_hub(script=script)
