@@ -20,6 +20,7 @@ from share_server.hub.merging import MergeLoop
 from share_server.hub.metrics import Metrics
 from share_server.hub.policy import policy_of
 from share_server.hub.published import Published
+from share_server.hub.signing import sign_unsigned
 from share_server.hub.stepping import Stepper
 from share_server.store.store import Store
 from share_server.store.versions import oldest_version
@@ -70,6 +71,7 @@ class Engine:
         """
         retention = config.retention
         store, state = await Store.open(root, spec, retention.upload_hours * 3600)
+        await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id))
         feed = Feed(state, spec.space_id, await store.do(oldest_version))
         history = History(store, spec, feed)
         contents = Contents(store, spec, history)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from grpc import aio
@@ -20,6 +22,7 @@ from share_server.hub.engine import Engine
 from share_server.hub.feed import bases_bytes, coefficients
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
+from share_server.operations.backup import backup_running
 from share_server.store.members import list_members
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
@@ -45,6 +48,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self._published = engine.published
         self._intake = engine.intake
         self._loop = engine.loop
+        self._collector = engine.collector
         self._streams = streams
         self._traffic = traffic
         self._signer_certificate = signer_certificate
@@ -165,9 +169,10 @@ class HubService(hub_pb2_grpc.HubServicer):
         )
 
     async def Backup(self, request: hub_pb2.BackupRequest, context: Context) -> AsyncIterator[hub_pb2.BackupProgress]:
-        """Copy the store while serving."""
-        raise RequestError("backup is not available")
-        yield hub_pb2.BackupProgress()
+        """Copy the server directory while serving; nothing is collected meanwhile."""
+        async with self._collector.held, aclosing(backup_running(self._store, Path(request.directory))) as steps:
+            async for done, total, version in steps:
+                yield hub_pb2.BackupProgress(done=done, total=total, version=version, finished=done == total)
 
     def _evaluation(self, caller: Caller, one: hub_pb2.Evaluation) -> EvaluationRow:
         organisation, _ = split_task_id(one.task_id)

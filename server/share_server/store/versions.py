@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping
 from typing import Any
 
 from share_core.errors import RebaseError, StorageError, VersionError
@@ -153,6 +154,20 @@ def _record_merging(journal: Journal, version: int, one: Merging) -> None:
         ),
         f"task {one.task_id} does not exist",
     )
+
+
+def record_manifests(journal: Journal, manifests: Mapping[int, SignedManifest]) -> None:
+    """Write the manifests of versions that have none, in one transaction."""
+    with journal.transaction():
+        for version, manifest in manifests.items():
+            _exactly_one(
+                journal.change(
+                    "UPDATE versions SET manifest = ?, signature = ? WHERE version = ? AND manifest = x''",
+                    (manifest.body, manifest.signature, version),
+                ),
+                f"version {version} is signed already",
+            )
+        journal.append_entry("signed", {"versions": {str(v): one.sha256 for v, one in manifests.items()}})
 
 
 def mark_collected(journal: Journal, before: int) -> int:

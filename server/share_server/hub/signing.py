@@ -1,0 +1,62 @@
+"""Manifests of versions: for the next one, and for those that were made before versions were signed."""
+
+from __future__ import annotations
+
+from share_core.identity import Manifest, SignedManifest, sign_manifest
+from share_core.identity.manifest import GENESIS, VERSION
+from share_server.hub.clock import now_ms
+from share_server.store.journal import Journal
+from share_server.store.records import VersionRow
+from share_server.store.versions import head_version, list_versions, read_manifest, record_manifests
+
+_PAGE = 500
+
+
+def sign_version(
+    key: bytes, space_id: str, version: int, delta: tuple[str, int], previous: SignedManifest | None
+) -> SignedManifest:
+    """Return the signed manifest of one version.
+
+    Args:
+        key: Ed25519 private key, PEM.
+        space_id: the space.
+        version: the version.
+        delta: (digest, bytes) of its step; ("", 0) for a version that is only published whole.
+        previous: manifest of the version before; None before version 1.
+    """
+    said = Manifest(
+        kind=VERSION,
+        space_id=space_id,
+        version=version,
+        previous=GENESIS if previous is None else previous.sha256,
+        payload_sha256=delta[0],
+        payload_size=delta[1],
+        issued_ms=now_ms(),
+    )
+    return sign_manifest(key, said)
+
+
+def sign_unsigned(journal: Journal, key: bytes, space_id: str) -> int:
+    """Sign the versions of format 1, which had no manifests; return how many there were.
+
+    Without that no member could follow them. They are signed from version 1 on, as many in a transaction as are read
+    at once, so that a start that is cut short goes on where it was.
+    """
+    signed = 0
+    head = head_version(journal)
+    while rows := _unsigned(journal, head):
+        previous = read_manifest(journal, rows[0].version - 1)
+        made: dict[int, SignedManifest] = {}
+        for row in rows:
+            previous = sign_version(key, space_id, row.version, (row.delta_sha256, row.delta_size), previous)
+            made[row.version] = previous
+        record_manifests(journal, made)
+        signed += len(made)
+    return signed
+
+
+def _unsigned(journal: Journal, head: int) -> list[VersionRow]:
+    row = journal.row("SELECT min(version) FROM versions WHERE manifest = x''")
+    if row is None or row[0] is None:
+        return []
+    return list_versions(journal, row[0] - 1, min(head, row[0] - 1 + _PAGE))

@@ -1,0 +1,155 @@
+"""Making every kept version anew from its updates, and comparing it with what is stored.
+
+With the same build, one thread and the recorded policy the bytes are equal. Another build may round otherwise: then the
+subspaces and the merged tasks must be as near as rounding leaves them, and the replay goes on from the stored version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+
+from share_core.ledger import TaskLedger, measure
+from share_core.linalg import thin_qr
+from share_core.merge import HubState
+from share_core.space import empty_space, task_adapter
+from share_core.types import Space, SpaceSpec
+from share_core.wire import encode_snapshot
+from share_server.hub.contents import Contents
+from share_server.hub.stepping import Stepper
+from share_server.operations.checks import Rows
+from share_server.operations.reading import ReadStore, Told
+from share_server.operations.remaking import remake
+from share_server.operations.report import Report
+from share_server.operations.versions import make_contents, read_step, recorded_policy
+from share_server.store.records import UpdateRow, VersionRow
+
+NEAR = 1e-6
+"""Largest distance of a version that another build made of the same updates."""
+
+_NEVER = 2**62
+
+
+@dataclass
+class _Replay:
+    """What every step of one replay needs."""
+
+    store: ReadStore
+    spec: SpaceSpec
+    contents: Contents
+    stepper: Stepper
+    report: Report
+    updates: dict[str, UpdateRow] = field(default_factory=dict)
+
+
+async def replay_versions(
+    store: ReadStore,
+    spec: SpaceSpec,
+    rows: Rows,
+    newest: HubState,
+    report: Report,
+    told: Told,
+) -> None:
+    """Replay every kept version; the store must have passed the other checks."""
+    torch.set_num_threads(1)
+    contents = make_contents(store, spec, newest.space)
+    run = _Replay(store, spec, contents, Stepper(contents, spec), report)
+    run.updates = {row.new.update_id: row for row in rows.updates}
+    kept = [row for row in rows.versions if not row.collected]
+    whole = len(kept) == len(rows.versions)
+    try:
+        if whole:
+            state = HubState(empty_space(spec), {})
+        else:
+            state = await _begin(run, kept.pop(0))
+            report.notes.append(f"replayed from version {state.space.version}: older ones are collected")
+        for done, row in enumerate(kept, start=1):
+            state = await _replay_one(run, state, row)
+            told("replay", done, len(kept))
+    finally:
+        run.stepper.close()
+    if whole and report.bit_equal == report.replayed and dict(state.ledger) != dict(newest.ledger):
+        differ = sorted(task for task in newest.ledger if state.ledger.get(task) != newest.ledger[task])
+        report.problems.append(f"the error ledger is not what a replay gives, for {', '.join(differ) or 'some tasks'}")
+
+
+async def _begin(run: _Replay, row: VersionRow) -> HubState:
+    """Return the oldest kept version with a ledger that is measured, since the one in force then is not kept."""
+    space = read_step(run.store.blobs, run.spec, None, row)
+    ledger: dict[str, TaskLedger] = {}
+    for task in space.cores:
+        stored = task_adapter(space, task, torch.float64)
+        original = await run.contents.of_task(task, row.version, recorded_policy(row, run.spec))
+        ledger[task] = measure(original or stored, stored)
+    return HubState(space, ledger)
+
+
+async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubState:
+    """Make one version anew and compare it; return the stored version with the ledger of the replay."""
+    stored = read_step(run.store.blobs, run.spec, before.space, row)
+    run.report.replayed += 1
+    policy = recorded_policy(row, run.spec)
+    if not row.updates:
+        made = await remake(run.store, run.contents, before, policy, run.spec)
+        _compare(run.report, row, made.space, stored, "", encode_snapshot(made.space), before.space.cores)
+        return HubState(stored, made.ledger)
+    own = [run.updates[name] for name in row.updates]
+    every = 1 if row.snapshot_sha256 is not None else _NEVER
+    tried = await run.stepper.step(before, own, policy, every)
+    step = tried.step
+    if step is None or tuple(one.update_id for one in step.merged) != row.updates:
+        reasons = "; ".join(f"{name}: {error}" for name, error in tried.refused.items()) or "too large together"
+        run.report.problems.append(f"version {row.version} cannot be made of its updates again: {reasons}")
+        return HubState(stored, before.ledger)
+    tasks = {one.task_id for one in step.merged}
+    delta = hashlib.sha256(step.delta).hexdigest()
+    equal = _compare(run.report, row, step.state.space, stored, delta, step.snapshot, tasks)
+    for one in step.merged:
+        if equal and one.relative_error != run.updates[one.update_id].relative_error:
+            run.report.problems.append(f"update {one.update_id} was merged with another error than its row says")
+    return HubState(stored, step.state.ledger)
+
+
+def _compare(
+    report: Report,
+    row: VersionRow,
+    made: Space,
+    stored: Space,
+    delta_sha256: str,
+    snapshot: bytes | None,
+    tasks: Collection[str],
+) -> bool:
+    """Return whether the bytes are equal; where they are not, measure how far apart the versions are."""
+    snapshot_sha256 = None if snapshot is None else hashlib.sha256(snapshot).hexdigest()
+    if (delta_sha256, snapshot_sha256) == (row.delta_sha256, row.snapshot_sha256):
+        report.bit_equal += 1
+        return True
+    distance = max(subspace_distance(made, stored), max((_task_distance(made, stored, t) for t in tasks), default=0.0))
+    report.largest_distance = max(report.largest_distance, distance)
+    if distance > NEAR:
+        report.problems.append(f"version {row.version} is not what its updates give: they are {distance:.2e} apart")
+    return False
+
+
+def subspace_distance(a: Space, b: Space) -> float:
+    """Return the sine of the largest angle between the bases of two versions; 1 where their sizes differ."""
+    worst = 0.0
+    for site, one in a.bases.items():
+        other = b.bases[site]
+        for left, right in ((one.left, other.left), (one.right, other.right)):
+            if left.shape != right.shape:
+                return 1.0
+            if left.shape[1]:
+                p, q = thin_qr(left.double())[0], thin_qr(right.double())[0]
+                worst = max(worst, float(torch.linalg.matrix_norm(q - p @ (p.mT @ q), 2)))
+    return worst
+
+
+def _task_distance(a: Space, b: Space, task: str) -> float:
+    """Return ``||dW_a - dW_b|| / ||dW_b||`` of one task; 1 where only one version holds it."""
+    if task not in a.cores or task not in b.cores:
+        return 1.0
+    return measure(task_adapter(b, task, torch.float64), task_adapter(a, task, torch.float64)).bound
