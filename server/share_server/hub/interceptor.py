@@ -25,6 +25,7 @@ SHED_RETRY_MS = 1000
 
 _LONGEST_SENTENCE = 1500
 _ALWAYS_ADMITTED = "/grpc.health.v1.Health/Check"
+_WATCH = "/grpc.health.v1.Health/Watch"
 _LOG_EVERY_S = 1.0
 
 Context = aio.ServicerContext[Any, Any]
@@ -51,6 +52,8 @@ class Door(aio.ServerInterceptor):
         self._refusals = Refusals(metrics)
         self.open_calls = 0
         """Calls in progress, streams included."""
+        self.watching = 0
+        """Those of them that only watch the health."""
 
     async def intercept_service(
         self,
@@ -109,11 +112,14 @@ class Door(aio.ServerInterceptor):
                 f"{self._most_calls} calls are in progress, which is the most: try again in {SHED_RETRY_MS} ms",
                 SHED_RETRY_MS,
             )
+        watches = method == _WATCH
         self.open_calls += 1
+        self.watching += watches
         try:
             yield
         finally:
             self.open_calls -= 1
+            self.watching -= watches
 
     async def _write(self, context: aio.ServicerContext[Any, Any], message: Any) -> None:
         """Send one message; a reader that does not take it in time is cut and costs nothing any more."""

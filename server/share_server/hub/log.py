@@ -56,24 +56,28 @@ class RotatingStderr(logging.StreamHandler[Any]):
         super().__init__(sys.stderr)
         self._most_bytes = most_bytes
         self._kept = kept
+        self._path: Path | None = None
+        with contextlib.suppress(OSError, ValueError):
+            handle = self.stream.fileno()
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                self._path = Path(f"/proc/self/fd/{handle}").readlink()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, then look at the size of the file. Runs under the handler's lock."""
         super().emit(record)
-        with contextlib.suppress(OSError, ValueError):  # logging must never end what it tells about
-            handle = self.stream.fileno()
-            entry = os.fstat(handle)
-            if stat.S_ISREG(entry.st_mode) and entry.st_size >= self._most_bytes:
-                self._rotate(handle, entry)
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError):  # logging must never end what it tells about
+                handle = self.stream.fileno()
+                entry = os.fstat(handle)
+                if entry.st_size >= self._most_bytes:
+                    self._rotate(handle, entry, self._path)
 
-    def _rotate(self, handle: int, entry: os.stat_result) -> None:
-        path = Path(f"/proc/self/fd/{handle}").readlink()
-        if (there := path.stat()).st_ino != entry.st_ino or there.st_dev != entry.st_dev:
-            return  # somebody else has moved it: theirs to look after
-        for number in range(self._kept, 1, -1):
-            with contextlib.suppress(FileNotFoundError):
-                _aside(path, number - 1).rename(_aside(path, number))
-        path.rename(_aside(path, 1))
+    def _rotate(self, handle: int, entry: os.stat_result, path: Path) -> None:
+        if path.exists() and os.path.samestat(path.stat(), entry):  # else somebody has moved it: the name is free
+            for number in range(self._kept, 1, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    _aside(path, number - 1).rename(_aside(path, number))
+            path.rename(_aside(path, 1))
         fresh = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, stat.S_IMODE(entry.st_mode))
         try:
             for one in {handle, 1, 2}:  # stdout often is the same file

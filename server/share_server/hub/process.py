@@ -38,6 +38,7 @@ from share_server.hub.tensor_service import HubService
 from share_server.hub.tls import PairFile, keep_renewed, server_credentials
 from share_server.hub.traffic import Traffic
 from share_server.layout import Layout
+from share_server.operations.rebuild import settle
 from share_server.provision import renew_certificates
 from share_server.store.members import list_members
 from share_server.store.records import UpdateState
@@ -52,8 +53,11 @@ EXIT_FAILED = 1
 DAY_S = 86_400.0
 """The hub looks so often, in seconds, whether its certificates are due; SIGHUP makes it look at once."""
 
-BROKEN_GRACE_S = 0.25
-"""After a failure, so long may those who watch the health of the hub take to learn of it."""
+LAST_GRACE_S = 0.25
+"""Seconds for those who watch the health of the hub to learn of its end."""
+
+_QUIET_LOOKS = 10
+_LAST_CALLS_S = 1.0
 
 ENROLMENT_CALLS = 32
 """Most enrolment calls in progress at once."""
@@ -83,7 +87,7 @@ async def serve(layout: Layout) -> int:
         UnavailableError: a port is taken.
     """
     config = read_config(layout.config)
-    spec = read_spec(layout.space)
+    spec = await settle(layout, read_spec(layout.space))
     torch.set_num_threads(1)  # the same bits on every start; the merge thread is one of several anyway
     stop, look = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,6 +196,18 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     return levels
 
 
+async def _release_watchers(hub: _Hub) -> None:
+    """End the calls that watch the health once they are all that is left: they never end by themselves.
+
+    All that is left means: for a while. A call that gRPC has let in may not have come to the door yet.
+    """
+    quiet = 0
+    while quiet < _QUIET_LOOKS:
+        quiet = quiet + 1 if hub.door.open_calls == hub.door.watching else 0
+        await asyncio.sleep(0.05)
+    await hub.servers[0].stop(_LAST_CALLS_S)
+
+
 async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> int:
     """Wait for the first of: asked to stop, storage failed, a background task ended."""
     store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
@@ -211,8 +227,8 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: C
     loop.stop()
     for task in (counting, *others):
         task.cancel()
-    grace = BROKEN_GRACE_S if broken else config.limits.drain_s
-    await asyncio.gather(*(server.stop(grace) for server in hub.servers))
+    grace = LAST_GRACE_S if broken else config.limits.drain_s
+    await asyncio.gather(*(server.stop(grace) for server in hub.servers), _release_watchers(hub))
     await asyncio.gather(merging, counting, *others, return_exceptions=True)
     if not broken:
         await hub.traffic.flush()
