@@ -29,6 +29,9 @@ from share_simulations.chaos.show import Meter
 from share_simulations.chaos.verify import verify_directory
 
 _PAUSE_S = 0.1
+_K_MAX = 32
+"""More than the sites have dimensions: merges are quick, so that the journal is what the kills hit."""
+
 _SOON = RetentionConfig(horizon_versions=200, snapshot_every=32)
 """Old versions are collected many times in a round, so that kills hit the collection too."""
 
@@ -84,7 +87,7 @@ def run_kill(options: KillOptions) -> dict[str, Any]:
     began = time.monotonic()
     with Meter("chaos kill") as meter:
         rounds = [_run(plan, meter, None) for plan in _plans(options)]
-        caught = {bug: _catch(options, bug, meter) for bug in BUGS} if options.mutants else {}
+        caught = {bug: catch(options, bug, meter) for bug in BUGS} if options.mutants else {}
     return _report(options, rounds, caught, began)
 
 
@@ -102,10 +105,12 @@ def _plans(options: KillOptions) -> list[KillOptions]:
     ]
 
 
-def _catch(options: KillOptions, bug: str, meter: Meter) -> list[str]:
+def catch(options: KillOptions, bug: str, meter: Meter) -> list[str]:
     """Return what a short campaign holds against a hub with a planted bug."""
     crowd = replace(options.crowd, clients=min(options.crowd.clients, 40), twice=0.2)
-    plan = replace(options, acks=400, kills=4, crowd=crowd, seed=options.seed * 1000 + 77)
+    plan = replace(
+        options, acks=min(400, options.acks), kills=min(4, options.kills), crowd=crowd, seed=options.seed * 1000 + 77
+    )
     problems = _run(plan, meter, bug).problems
     meter.note(f"planted bug {bug}: {'caught: ' + problems[0] if problems else 'NOT CAUGHT'}")
     return problems
@@ -114,7 +119,7 @@ def _catch(options: KillOptions, bug: str, meter: Meter) -> list[str]:
 def _run(plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
     with tempfile.TemporaryDirectory(prefix="fedshare-kill-", dir=plan.directory) as folder:
         script = None if bug is None else write_hub(bug, Path(folder))
-        server = LocalHub(Path(folder) / "server", toy_space(), ROOMY, script=script)
+        server = LocalHub(Path(folder) / "server", toy_space(_K_MAX), ROOMY, script=script)
         configure(server, retention=_SOON)
         result = asyncio.run(_round(server, plan, meter, bug))
         if not result.problems:

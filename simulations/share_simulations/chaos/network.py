@@ -129,11 +129,11 @@ def run_network(options: NetworkOptions) -> dict[str, Any]:
     began = time.monotonic()
     with Meter("chaos network") as meter:
         outcome = campaign(options, Planted(), meter)
-        caught = {planted.name: _catch(options, planted, meter) for planted in PLANTED} if options.mutants else {}
+        caught = {planted.name: catch(options, planted, meter) for planted in PLANTED} if options.mutants else {}
     return _report(options, outcome, caught, began)
 
 
-def _catch(options: NetworkOptions, planted: Planted, meter: Meter) -> list[str]:
+def catch(options: NetworkOptions, planted: Planted, meter: Meter) -> list[str]:
     """Return what a short campaign notices of a planted bug."""
     short = replace(options, seconds=min(options.seconds, 12.0), clients=3, followers=1, scenes=False)
     outcome = campaign(short, planted, meter)
