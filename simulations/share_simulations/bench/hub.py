@@ -93,15 +93,12 @@ def run_hub(options: HubOptions, progress: Progress = lambda _: None) -> dict[st
 
 
 def generous_limits(clients: int, overload: int, payload_bytes: int) -> LimitConfig:
-    """Return limits under which all clients may send at once, and more are refused by the hub's own rules.
-
-    Never below what a server has by default.
-    """
-    usual, at_once = LimitConfig(), clients + max(2, clients // 10)
+    """Return limits under which all clients may send at once, and anything beyond is refused by the hub's own rules."""
+    at_once = clients + max(2, clients // 10)
     return LimitConfig(
-        concurrent_uploads=max(usual.concurrent_uploads, at_once),
-        inflight_bytes=max(usual.inflight_bytes, at_once * payload_bytes),
-        concurrent_calls=max(usual.concurrent_calls, clients * max(2, overload) + 200),
+        concurrent_uploads=at_once,
+        inflight_bytes=at_once * payload_bytes,
+        concurrent_calls=max(LimitConfig().concurrent_calls, clients * max(2, overload) + 200),
         enrolments_per_minute=60_000,
     )
 
