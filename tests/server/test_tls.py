@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from share_core.errors import CertificateError, ConfigError
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
 from share_server.config import config_to_toml
+from share_server.fleet.tls_listener import tls_context
 from share_server.hub.tls import PairFile
 from share_server.local import Holder, LocalHub
 from share_server.provision import OWN_CERTIFICATES, free_ports, listener_names
@@ -214,3 +216,55 @@ def test_a_start_with_a_pair_that_cannot_serve_is_refused(new_hub: Callable[...,
     key.unlink()
     with pytest.raises(ConfigError, match="cannot be read"):
         PairFile(key, certificate, authority)
+
+
+def test_the_gateways_listener_follows_the_files_and_stays_strict(new_hub: Callable[..., LocalHub]) -> None:
+    hub = new_hub()
+    layout = hub.layout
+    authority = layout.ca_cert
+
+    async def serve(stop: asyncio.Event, ports: list[int], ready: threading.Event) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"served")
+            await writer.drain()
+            writer.close()
+
+        context = tls_context(layout.certificate("server"), layout.key("server"), authority)
+        async with await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context) as server:
+            ports.append(server.sockets[0].getsockname()[1])
+            ready.set()
+            await stop.wait()
+
+    def ask(own: bool, highest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> tuple[bytes, bytes]:
+        """Return (what was served, the leaf that was shown); nothing was served if the connection was refused."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(authority)
+        context.maximum_version = highest
+        if own:
+            context.load_cert_chain(layout.certificate("fleet"), layout.key("fleet"))
+        try:
+            with (
+                socket.create_connection(("127.0.0.1", ports[0]), 10) as raw,
+                context.wrap_socket(raw, server_hostname="127.0.0.1") as tls,
+            ):
+                leaf = ids.certificate_to_pem(tls.getpeercert(True) or b"")
+                return tls.recv(100), leaf
+        except OSError:
+            return b"", b""
+
+    loop, ports, ready, stop = asyncio.new_event_loop(), list[int](), threading.Event(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(stop, ports, ready),), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    path = layout.certificate("server")
+    expected = path.read_bytes()
+    for fresh in (None, _issue(hub), b"broken", _issue(hub)):
+        if fresh is not None:
+            write_atomic(path, fresh)
+            expected = expected if fresh == b"broken" else fresh
+        assert ask(own=True) == (b"served", expected)
+        assert ask(own=False)[0] == b""
+        assert ask(own=True, highest=ssl.TLSVersion.TLSv1_2) == (b"", b"")
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()

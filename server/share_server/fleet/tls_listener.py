@@ -20,6 +20,7 @@ from share_core.identity import identity_of
 from share_server.config import ServerConfig
 from share_server.fleet.gateway_app import PEER
 from share_server.fleet.guards import Peer
+from share_server.hub.tls import PairFile
 from share_server.layout import Layout
 
 HEAD_BYTES = 32 * 2**10
@@ -72,7 +73,25 @@ class PeerProtocol(HttpToolsProtocol):
 
 
 def tls_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
-    """Return the listener's context: TLS 1.3 only, a client certificate of ``authority`` or no connection."""
+    """Return the listener's context: TLS 1.3 only, a client certificate of ``authority`` or no connection.
+
+    Each handshake is given the newest pair that lies in the files and can be used; see :class:`PairFile`.
+    """
+    pair = PairFile(key, certificate, authority.read_bytes())
+    given = pair.current()
+    newest = context = _context(certificate, key, authority)
+
+    def look(tls: ssl.SSLObject | ssl.SSLSocket, name: str | None, first: ssl.SSLContext) -> None:
+        nonlocal given, newest
+        if (now := pair.current()) != given:
+            newest, given = _context(certificate, key, authority), now
+        tls.context = newest
+
+    context.sni_callback = look  # called at every handshake, also without a name
+    return context
+
+
+def _context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(certificate, key)
