@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +61,7 @@ class Service:
     def step(self) -> bool:
         """Start it if it is due, look whether it lives and works. Return True in the step that finds it dead."""
         now = time.monotonic()
+        self._trim()
         if self._process is None:
             if now >= self._next_start:
                 self._start(now)
@@ -101,6 +105,17 @@ class Service:
             return self._log_file.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
         except OSError:
             return ""
+
+    def _trim(self) -> None:
+        """Put aside what a process that does not look after its own log has written, as Flower's do not.
+
+        The process keeps its file, which it appends to: what it writes between the copy and the cut is lost. Ours put
+        their logs aside themselves, long before they are so large.
+        """
+        with contextlib.suppress(OSError):
+            if self._log_file.stat().st_size > 2 * log.FILE_BYTES:
+                shutil.copyfile(self._log_file, self._log_file.with_name(f"{self._log_file.name}.1"))
+                os.truncate(self._log_file, 0)
 
     def _start(self, now: float) -> None:
         command, environment = self._launch()

@@ -12,6 +12,7 @@ import fcntl
 import http.client
 import json
 import logging
+import logging.handlers
 import os
 import signal
 import ssl
@@ -291,7 +292,9 @@ def _only_one(layout: Layout) -> Iterator[None]:
 @contextlib.contextmanager
 def _logging(path: Path) -> Iterator[None]:
     """Write the supervisor's own log as JSON lines to ``path`` and nowhere else."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.handlers.RotatingFileHandler(
+        path, maxBytes=log.FILE_BYTES, backupCount=log.KEPT_FILES, encoding="utf-8"
+    )
     handler.setFormatter(log.JsonLines())
     logger = logging.getLogger("share_server")
     logger.addHandler(handler)

@@ -73,3 +73,18 @@ def test_stopping_always_ends_it(tmp_path: Path, code: str, ready: str, patience
     child.stop(patience)
     assert child.pid is None
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_log_that_its_process_lets_grow_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("share_server.hub.log.FILE_BYTES", 1000)
+    code = "import time\nwhile True:\n    print('x' * 99, flush=True)\n    time.sleep(0.005)"
+    child = make(tmp_path, code, lambda: True)
+    aside, path = tmp_path / "child.log.1", tmp_path / "child.log"
+    step_until(child, aside.exists)
+    first = aside.stat().st_mtime_ns
+    step_until(child, lambda: aside.stat().st_mtime_ns != first)
+    child.ask_to_stop()
+    child.stop(30.0)
+    assert 2000 < aside.stat().st_size < 20_000
+    assert path.stat().st_size < 20_000
+    assert set(path.read_text()) <= {"x", "\n"}  # no hole: the process appends
