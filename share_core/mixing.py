@@ -96,8 +96,7 @@ def average(contributions: Sequence[Contribution], staleness: Staleness, rank: i
 
 
 def mix_adapters(parts: Sequence[tuple[float, Adapter]], rank: int) -> Adapter:
-    """Return ``sum_i w_i dW_i`` of ambient adapters, cut to ``rank`` per site: averaging dW itself, whatever their
-    bases.
+    """Return ``sum_i w_i dW_i`` of ambient adapters, cut to ``rank`` per site: averaging dW itself.
 
     Args:
         parts: (weight, adapter); a site that one leaves out counts as zero there.

@@ -70,7 +70,9 @@ def read_tensors(payload: bytes) -> TensorFile:
     raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        data = raw[start + entry.begin : start + entry.end].clone()
+        data = raw[start + entry.begin : start + entry.end]
+        if (start + entry.begin) % entry.dtype.itemsize:  # the header's length decides; writers usually align it
+            data = data.clone()
         tensor = data.view(entry.dtype).reshape(entry.shape)
         require_finite(tensor, f"tensor {entry.name!r}")
         tensors[entry.name] = tensor.to(torch.float32)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from share_core.errors import FedshareError
 from share_server.hub import log
+from share_server.hub.memory import keep_flat
 from share_server.hub.process import serve
 from share_server.layout import Layout
 
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m share_server.hub DIR", file=sys.stderr)
         return 2
+    keep_flat()
     log.start_logging()
     try:
         return asyncio.run(serve(Layout(Path(arguments[0]))))

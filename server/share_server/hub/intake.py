@@ -9,10 +9,11 @@ must have there; payload durable; row durable; and only then the receipt.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from share_core.errors import (
@@ -54,6 +55,18 @@ _SLOT_MS = 500
 _LEASE = re.compile(r"(?:[0-9a-f]{32})?")
 _MOST_ROWS = 2**53
 
+_CHUNKS_AT_ONCE = 4
+"""Chunks that are kept in memory before they are written together."""
+
+_FREE_S = 0.5
+"""How old the figure of free disk space may be, in seconds; the reserve is much larger than what comes in then."""
+
+GoAhead = Callable[[], Awaitable[None]]
+
+
+async def _no_word() -> None:
+    """Tell nobody."""
+
 
 @dataclass(frozen=True)
 class _Checked:
@@ -76,6 +89,7 @@ class Intake:
         self._history = history
         self._metrics = metrics
         self._slots: Counter[str] = Counter()
+        self._free = (-math.inf, 0)
         self.quota = Quota(config.limits)
         """What callers have used of their shares."""
         self.uploads = Uploads(store, config.retention)
@@ -83,8 +97,15 @@ class Intake:
         self.max_payload_bytes = min(config.limits.max_payload_bytes, max_payload_bytes(spec))
         """The operator's limit, or what an update of this space can need if that is less."""
 
-    async def receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
+    async def receive(
+        self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest], go_ahead: GoAhead = _no_word
+    ) -> tuple[UpdateRow, bool]:
         """Receive one update; return (its row, whether it was durable before this call).
+
+        Args:
+            caller: who sends it.
+            messages: the header, then chunks.
+            go_ahead: called when the payload may come, so that a caller who waits for it sends nothing in vain.
 
         Raises:
             FedshareError: a leaf of it for every way in which the update can be refused.
@@ -96,7 +117,7 @@ class Intake:
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._limits.upload_total_s):
-                row, duplicate = await self._receive(caller, messages)
+                row, duplicate = await self._receive(caller, messages, go_ahead)
         except TimeoutError as error:
             raise UnavailableError(
                 f"the upload took longer than {self._limits.upload_total_s:g} s: send it again"
@@ -123,7 +144,9 @@ class Intake:
         if self._slots[organisation] >= share:
             raise OverloadError(f"{organisation} has {share} uploads in progress, its share: try again", _SLOT_MS)
 
-    async def _receive(self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> tuple[UpdateRow, bool]:
+    async def _receive(
+        self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest], go_ahead: GoAhead
+    ) -> tuple[UpdateRow, bool]:
         header = await self._header(messages)
         self._check_header(header)
         await self.uploads.settled(caller, header.update_id)
@@ -134,10 +157,10 @@ class Intake:
         _check_task(header, task)
         self.quota.admit(caller.member, caller.organisation, header.payload_size - header.offset)
         with self.quota.in_flight(header.payload_size - header.offset):
-            free = await self._store.io(self._store.blobs.free_bytes)
-            if free < self._limits.free_space_bytes + header.payload_size:
+            if await self._free_bytes() < self._limits.free_space_bytes + header.payload_size:
                 raise OverloadError("the hub's disk is nearly full: try again when the operator has made space", 60_000)
             upload = await self.uploads.begin(caller, header.update_id, header.offset, header.payload_size)
+            await go_ahead()
             return await self._fill(caller, messages, header, upload)
 
     async def _fill(
@@ -149,8 +172,8 @@ class Intake:
     ) -> tuple[UpdateRow, bool]:
         staged, keep = upload.staged, False
         try:
-            await self._payload(messages, header, staged)
-            checked = await self._store.io(lambda: self._parse(staged))
+            rest = await self._payload(messages, header, staged)
+            checked = await self._store.io(lambda: self._finish(staged, rest, header))
             await self._check_base(checked.update)
         except (asyncio.CancelledError, UnavailableError):
             keep = True
@@ -207,34 +230,59 @@ class Intake:
 
     async def _payload(
         self, messages: AsyncIterator[hub_pb2.SubmitRequest], header: hub_pb2.SubmitHeader, staged: Staged
-    ) -> None:
-        """Read every chunk into ``staged``; stop at the first byte too many."""
-        while (message := await self._next(messages)) is not None:
-            if message.WhichOneof("part") != "chunk":
-                raise RequestError("Submit has one header, then chunks: got another header")
-            chunk = message.chunk
-            if len(chunk) > CHUNK_BYTES:
-                raise RequestError(f"a chunk holds at most {CHUNK_BYTES} bytes, got {len(chunk)}")
-            if staged.size + len(chunk) > header.payload_size:
-                raise DigestError(
-                    f"payload: expected {header.payload_size} bytes as announced, got more: send it again"
-                )
-            await self._store.io(lambda chunk=chunk: staged.write(chunk))  # type: ignore[misc]
-        if staged.size != header.payload_size:
-            raise DigestError(f"payload: expected {header.payload_size} bytes, got {staged.size}: send it again")
-        if staged.sha256 != header.payload_sha256:
-            raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
+    ) -> list[bytes]:
+        """Read every chunk, writing to ``staged`` when several are there; return the last ones, not yet written.
+
+        Stops at the first byte too many. When it ends early, everything that came has been written.
+        """
+        waiting: list[bytes] = []
+        count = staged.size
+        try:
+            while (message := await self._next(messages)) is not None:
+                if message.WhichOneof("part") != "chunk":
+                    raise RequestError("Submit has one header, then chunks: got another header")
+                chunk = message.chunk  # a copy at each access
+                if len(chunk) > CHUNK_BYTES:
+                    raise RequestError(f"a chunk holds at most {CHUNK_BYTES} bytes, got {len(chunk)}")
+                count += len(chunk)
+                if count > header.payload_size:
+                    raise DigestError(
+                        f"payload: expected {header.payload_size} bytes as announced, got more: send it again"
+                    )
+                waiting.append(chunk)
+                if len(waiting) >= _CHUNKS_AT_ONCE:
+                    written, waiting = waiting, []
+                    await self._store.io(lambda written=written: staged.write(*written))  # type: ignore[misc]
+            if count != header.payload_size:
+                raise DigestError(f"payload: expected {header.payload_size} bytes, got {count}: send it again")
+        except BaseException:
+            if waiting and count <= header.payload_size:
+                await asyncio.shield(self._store.io(lambda: staged.write(*waiting)))
+            raise
+        return waiting
 
     async def _next(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitRequest | None:
         try:
-            return await asyncio.wait_for(anext(messages, None), self._limits.upload_idle_s)
+            async with asyncio.timeout(self._limits.upload_idle_s):
+                return await anext(messages, None)
         except TimeoutError as error:
             raise UnavailableError(
                 f"the upload paused for more than {self._limits.upload_idle_s:g} s: send it again"
             ) from error
 
-    def _parse(self, staged: Staged) -> _Checked:
-        payload = staged.read()
+    async def _free_bytes(self) -> int:
+        """Return the free space of the disk, asked for at most every half second."""
+        if time.monotonic() - self._free[0] > _FREE_S:
+            self._free = (time.monotonic(), await self._store.io(self._store.blobs.free_bytes))
+        return self._free[1]
+
+    def _finish(self, staged: Staged, rest: Sequence[bytes], header: hub_pb2.SubmitHeader) -> _Checked:
+        """Write the last chunks, compare the digest and parse; runs on a thread."""
+        whole = rest[0] if not staged.size and len(rest) == 1 else None
+        staged.write(*rest)
+        if staged.sha256 != header.payload_sha256:
+            raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
+        payload = staged.read() if whole is None else whole
         return _Checked(decode_update(payload, self._spec), payload_bytes(payload))
 
     async def _check_base(self, update: Update) -> None:

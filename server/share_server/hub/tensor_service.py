@@ -67,7 +67,11 @@ class HubService(hub_pb2_grpc.HubServicer):
         self, request_iterator: AsyncIterator[hub_pb2.SubmitRequest], context: Context
     ) -> hub_pb2.SubmitResponse:
         """Receive one update; answer when it is durable."""
-        row, duplicate = await self._intake.receive(CALLER.get(), aiter(request_iterator))
+
+        async def go_ahead() -> None:
+            await context.send_initial_metadata(())
+
+        row, duplicate = await self._intake.receive(CALLER.get(), aiter(request_iterator), go_ahead)
         self._loop.wake()
         return convert.receipt(row, duplicate)
 

@@ -41,6 +41,7 @@ class Uploads:
         self._store = store
         self._config = config
         self._active: dict[str, Upload] = {}
+        self._left = {key: length for key, length, _ in store.blobs.uploads()}  # unfinished ones, oldest first
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def settled(self, caller: Caller, update_id: str) -> None:
@@ -71,8 +72,10 @@ class Uploads:
                     f"the hub has {staged.size} bytes of update {update_id}, not {offset}: ask GetUpload, or begin at 0"
                 )
         else:
-            await self._make_room(caller, size)
+            if self._left:
+                await self._make_room(caller, size)
             staged = await self._store.io(lambda: self._store.blobs.stage(key))
+        self._left.pop(key, None)
         upload = self._active[key] = Upload(key, staged)
         return upload
 
@@ -82,6 +85,8 @@ class Uploads:
             del self._active[upload.key]
         upload.over.set()
         await self._store.io(upload.staged.suspend if keep else upload.staged.discard)
+        if keep and upload.key not in self._active:
+            self._left[upload.key] = upload.staged.size
 
     async def kept(self, caller: Caller, update_id: str) -> int:
         """Return how many bytes of an update are durable here; a connection that seems alive loses it."""
@@ -99,14 +104,14 @@ class Uploads:
     async def _make_room(self, caller: Caller, size: int) -> None:
         """Remove the oldest unfinished uploads of an organisation until ``size`` more bytes fit its share."""
         owner = _digest(caller.organisation)
-        left = await self._store.io(lambda: self._store.blobs.uploads(owner))
-        total = sum(one[1] for one in left) + size
-        for key, length, _ in sorted(left, key=lambda one: one[2]):
+        left = {key: length for key, length in self._left.items() if key.startswith(owner) and key not in self._active}
+        total = sum(left.values()) + size
+        for key, length in left.items():  # oldest first
             if total <= self._config.staging_bytes_per_organisation:
                 return
-            if key not in self._active:
-                await self._store.io(lambda key=key: self._store.blobs.forget_uploads(float("inf"), [key]))  # type: ignore[misc]
-                total -= length
+            await self._store.io(lambda key=key: self._store.blobs.forget_uploads(float("inf"), [key]))  # type: ignore[misc]
+            del self._left[key]
+            total -= length
         if total > max(size, self._config.staging_bytes_per_organisation):
             raise OverloadError(
                 f"{caller.organisation} has {total - size} bytes of unfinished uploads here, of at most "

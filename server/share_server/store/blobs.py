@@ -57,20 +57,21 @@ class Staged:
         """Hexadecimal SHA-256 of what was written so far."""
         return self._hash.hexdigest()
 
-    def write(self, data: bytes) -> None:
-        """Append ``data``; it is not durable yet.
+    def write(self, *parts: bytes) -> None:
+        """Append ``parts``; they are not durable yet.
 
         Raises:
             StorageError: the disk refused.
         """
         with self._turn:
             self._require_open()
-            self._hash.update(data)
-            self.size += len(data)
-            view = memoryview(data)
-            with storage("writing a payload"):
-                while view:
-                    view = view[os.write(self._file, view) :]
+            for part in parts:
+                self._hash.update(part)
+                self.size += len(part)
+                view = memoryview(part)
+                with storage("writing a payload"):
+                    while view:
+                        view = view[os.write(self._file, view) :]
 
     def read(self) -> bytes:
         """Return everything written so far."""
@@ -167,15 +168,15 @@ class BlobStore:
         except FileNotFoundError:
             return 0
 
-    def uploads(self, owner: str) -> list[tuple[str, int, float]]:
-        """Return (key, bytes, when touched) of every unfinished upload whose key begins with ``owner``."""
+    def uploads(self) -> list[tuple[str, int, float]]:
+        """Return (key, bytes, when touched) of every unfinished upload, oldest first."""
         found = []
         with storage("looking at unfinished uploads"):
-            for path in self._staging.glob(f"u-{owner}*"):
+            for path in self._staging.glob("u-*"):
                 with suppress(FileNotFoundError):  # committed or given up since it was listed
                     info = path.stat()
                     found.append((path.name[2:], info.st_size, info.st_mtime))
-        return found
+        return sorted(found, key=lambda one: one[2])
 
     def forget_uploads(self, older_than_s: float, keys: Iterable[str] = ()) -> None:
         """Remove unfinished uploads that nobody touched for ``older_than_s`` seconds, and those named."""
