@@ -138,7 +138,8 @@ def bench_broadcast(
     ] = 10,
     organisations: Annotated[int, typer.Option(min=1, help="The subscribers belong to so many.")] = 20,
     processes: Annotated[int, typer.Option(min=1, help="Load processes of the healthy subscribers.")] = 2,
-    relays: Annotated[int, typer.Option(min=0, help="Serve the healthy ones through so many relays.")] = 0,
+    relays: Annotated[int, typer.Option(min=0, help="Relays on every level of a tree; 0: no tree.")] = 0,
+    relay_levels: Annotated[int, typer.Option(min=1, help="Levels of that tree; subscribers are at the lowest.")] = 2,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
@@ -146,9 +147,9 @@ def bench_broadcast(
 
     One writer publishes versions at a real hub. A lag runs from the hub's log line of a version until a subscriber
     holds it whole, on the same clock. stalled_mib is the hub's growth per stalled reader, an upper bound; stalled_cut
-    counts those that the hub has shut out by the end. hub_sent_per_version is the number of copies of a delta that left
-    the hub: with --relays, one per relay. delta_bytes beside snapshot_bytes shows what following saves. A quick look:
-    --subscribers 40 --versions 5 --every 1.
+    counts those that the hub has shut out by the end. hub_sent_per_version is the number of copies of a delta that
+    left the hub: with --relays, one per relay of the first level. delta_bytes beside snapshot_bytes shows what
+    following saves. A quick look: --subscribers 40 --versions 5 --every 1.
     """
     from share_simulations.bench.broadcast import BroadcastOptions, run_broadcast
 
@@ -162,6 +163,7 @@ def bench_broadcast(
         organisations=organisations,
         processes=processes,
         relays=relays,
+        relay_levels=relay_levels,
         directory=directory,
     )
     _finish(_interruptible(lambda: run_broadcast(options, _note)), as_json, _flat_table)

@@ -8,6 +8,9 @@ A lag runs from the hub's log line ``merged`` of a version (written in the same 
 machine, same clock) until a subscriber holds that version whole. ``lag_from_receipt`` runs from the writer's receipt
 and so contains the merge. A subscriber that was brought to a newer version by a snapshot counts for those it skipped.
 
+With relays the subscribers, stalled ones included, are at the lowest level of a tree of ``share-server relay``
+processes, and the memory is that of this level.
+
 The memory of stalled readers is the hub's peak after they have stalled less its peak before, with every healthy reader
 connected and versions flowing in both cases: an upper bound, for the space grows meanwhile.
 """
@@ -34,8 +37,10 @@ from share_server.local import LocalHub, submit_header, submit_messages
 from share_simulations.bench.hub import scratch
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.payloads import delta_space, random_sites
+from share_simulations.bench.relay_tree import RelayTree
 from share_simulations.bench.stats import RssSampler, percentile
 from share_simulations.bench.worker import Worker, ask_all
+from share_simulations.processes import Processes
 
 Progress = Callable[[str], None]
 
@@ -71,7 +76,9 @@ class BroadcastOptions:
     processes: int = 2
     """Load processes of the healthy ones."""
     relays: int = 0
-    """Relays between the hub and the healthy subscribers."""
+    """Relays on every level between the hub and the subscribers; 0: the hub serves them itself."""
+    relay_levels: int = 2
+    """Levels of relays, if there are any."""
     write_timeout_s: float = LimitConfig.write_timeout_s
     """After how long the hub cuts a reader that takes nothing."""
     directory: Path | None = None
@@ -123,6 +130,7 @@ class Broadcast:
         self._stack = ExitStack()
         self._published: list[Published] = []
         self._enrolled = 0
+        self._tree: RelayTree | None = None
 
     def __enter__(self) -> Broadcast:
         try:
@@ -144,16 +152,18 @@ class Broadcast:
         self._note(f"{_OLDER} older versions")
         for _ in range(_OLDER):
             self._publish()
+        self._start_relays()
         healthy = options.subscribers - options.stalled_count
         self._note(f"{healthy} subscribers, {options.streams_per_connection} per connection")
         readers = self._open(healthy, options.streams_per_connection, options.processes, read=True)
-        with RssSampler(self._hub.pid, 0.25) as before:
+        serving = self._tree.leaf_pids if self._tree else [self._hub.pid]
+        with RssSampler(*serving, every_s=0.25) as before:
             self._publish_many(_WARM)
         self._note(f"{options.stalled_count} subscribers that stop reading")
         if options.stalled_count:
             self._open(options.stalled_count, 1, 1, read=False)
         sent = self._sent()
-        with RssSampler(self._hub.pid, 0.25) as during:
+        with RssSampler(*serving, every_s=0.25) as during:
             measured = self._publish_many(options.versions)
             self._note("waiting until all hold the newest version")
             answers = self._wait(readers, measured[-1].version)
@@ -168,6 +178,9 @@ class Broadcast:
             "healthy_on_newest": sum(a["on_newest"] for a in answers) / sum(a["readers"] for a in answers),
         }
         report |= self._lags(answers, measured)
+        if self._tree:
+            report |= {"relays": options.relays, "relay_levels": options.relay_levels}
+            report |= {"relay_lag_p50_ms": report["lag_p50_ms"], "relay_lag_p99_ms": report["lag_p99_ms"]}
         report |= {
             "stalled_mib": self._per_stalled(before, during),
             "rss_before_mib": round(before.peak(), 1),
@@ -182,10 +195,22 @@ class Broadcast:
         }
         return report | {"delta_to_snapshot": round(report["delta_bytes"] / report["snapshot_bytes"], 4)}
 
+    def _start_relays(self) -> None:
+        options = self._options
+        if not options.relays:
+            return
+        self._note(f"{options.relay_levels} levels of {options.relays} relays")
+        # First on the stack: when it ends it kills what is left of this process's children.
+        processes = self._stack.enter_context(Processes(self._folder / "logs", {"OMP_NUM_THREADS": "1"}))
+        self._tree = RelayTree(self._hub, self._folder, options.relays, options.relay_levels, processes)
+        self._tree.start(self._writer, self._published[-1].version)
+
     def _open(self, count: int, streams: int, processes: int, read: bool) -> list[Worker]:
         """Start readers one version behind, so that each gets a first message at once."""
         sizes = [min(streams, count - start) for start in range(0, count, streams)]
         connections = [self._connection(size) for size in sizes]
+        if self._tree:
+            self._tree.wait_for_roster()
         job = {
             "ca": str(self._hub.layout.ca_cert),
             "space_id": self._spec.space_id,
@@ -212,8 +237,9 @@ class Broadcast:
         number, self._enrolled = self._enrolled, self._enrolled + 1
         member = f"org-{number % self._options.organisations:03d}/reader-{number:05d}"
         holder = self._hub.enrol(member, "reader")
+        addresses = self._tree.addresses if self._tree else [self._hub.config.local_hub_address]
         return {
-            "address": self._hub.config.local_hub_address,
+            "address": addresses[number % len(addresses)],
             "key": holder.key.decode("ascii"),
             "certificate": holder.certificate.decode("ascii"),
             "streams": streams,
@@ -285,6 +311,10 @@ class Broadcast:
             return 0
         self._note("waiting until the hub has cut those that do not read")
         end = time.monotonic() + self._hub.config.limits.write_timeout_s + 20.0
+        if self._tree:  # a relay gives no count of its streams, but writes down whom it cuts
+            while self._tree.cut() < self._options.stalled_count and time.monotonic() < end:
+                time.sleep(0.5)
+            return self._tree.cut()
         while (open_streams := self._status().subscribers) > healthy and time.monotonic() < end:
             time.sleep(0.5)
         return self._options.subscribers - max(healthy, open_streams)

@@ -1,8 +1,8 @@
-"""The Flower app that the peer's figures come from: random arrays as replies, and a ServerApp that writes down what it got.
+"""The Flower app that the peer's figures come from: random arrays as replies, and a ServerApp that notes what it got.
 
 Flower imports this module in processes of its own. Everything is told through files in the folder of the environment
-variable :data:`FOLDER`: ``job.json`` (``nodes``, ``bytes``), ``hold`` (while it exists, no reply is pulled) and
-``replies.jsonl``, one line per pulled reply.
+variable :data:`FOLDER`: ``job.json`` (``nodes``, ``bytes``), ``hold`` (while it exists, no reply is pulled),
+``replies.jsonl``, one line per pulled reply, and ``alive``, touched in every round.
 """
 
 from __future__ import annotations
@@ -91,4 +91,5 @@ def main(grid: Grid, context: Context) -> None:
     asking = Asking(grid, Path(os.environ[FOLDER]))
     while True:
         asking.round()
+        (Path(os.environ[FOLDER]) / "alive").touch()
         time.sleep(POLL_S)

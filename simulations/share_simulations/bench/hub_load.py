@@ -179,7 +179,11 @@ class Load:
         while True:
             attempt = time.monotonic()
             try:
-                answer = await submit(_messages(update))
+                admitted = asyncio.Event()
+                call = submit(_messages(update, admitted))
+                await call.initial_metadata()  # the hub's word that the payload may come, as the real client waits for
+                admitted.set()
+                answer = await call
             except aio.AioRpcError as error:
                 hint = _hint_s(error)
                 name = _trailing(error, ERROR_KEY) or "gRPC"
@@ -218,8 +222,9 @@ class Load:
             await asyncio.sleep(_REBASE_S)
 
 
-async def _messages(update: Prepared) -> AsyncIterator[bytes]:
+async def _messages(update: Prepared, admitted: asyncio.Event) -> AsyncIterator[bytes]:
     yield update.header
+    await admitted.wait()
     for chunk in update.chunks():
         yield chunk
 

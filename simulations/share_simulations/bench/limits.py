@@ -85,6 +85,8 @@ class _Counting(grpc.GenericRpcHandler):
         return grpc.stream_unary_rpc_method_handler(self._count)
 
     async def _count(self, messages: Any, context: Any) -> bytes:
+        self.bytes += len(await anext(messages))
+        await context.send_initial_metadata(())  # as the hub does when it has read the header
         async for message in messages:
             self.bytes += len(message)
         return b""

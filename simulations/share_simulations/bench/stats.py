@@ -38,10 +38,10 @@ def rss_mib(pid: int) -> float:
 
 
 class RssSampler:
-    """Samples the resident memory of one process while the ``with`` block runs."""
+    """Samples the resident memory of some processes together while the ``with`` block runs."""
 
-    def __init__(self, pid: int, every_s: float = 1.0) -> None:
-        self._pid = pid
+    def __init__(self, *pids: int, every_s: float = 1.0) -> None:
+        self._pids = pids
         self._every_s = every_s
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rss", daemon=True)
@@ -64,4 +64,4 @@ class RssSampler:
 
     def _run(self) -> None:
         while not self._end.wait(self._every_s):
-            self.samples.append((time.monotonic(), rss_mib(self._pid)))
+            self.samples.append((time.monotonic(), sum(map(rss_mib, self._pids))))

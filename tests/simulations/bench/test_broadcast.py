@@ -94,3 +94,14 @@ def test_options_that_cannot_work_are_refused_before_anything_starts(options: Br
     with pytest.raises(ConfigError):
         run_broadcast(replace(options, directory=tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tree_of_relays_serves_the_same_and_the_hub_sends_once_per_relay(tmp_path: Path) -> None:
+    options = replace(SMALL, subscribers=6, stalled=0.0, relays=1, relay_levels=2, processes=1, directory=tmp_path)
+    report = run_broadcast(options)
+    assert report["healthy_on_newest"] == 1.0
+    assert report["lags_counted"] == 6 * 4
+    assert report["hub_sent_per_version"] == 1.0
+    assert report["relay_lag_p99_ms"] == report["lag_p99_ms"] > 0
+    assert (report["stalled"], report["stalled_cut"], report["stalled_mib"]) == (0, 0, None)
+    assert list(tmp_path.iterdir()) == []
