@@ -45,6 +45,10 @@ class SpaceDescription:
     """The oldest version an update may be based on."""
 
 
+_PATIENCE_S = 5.0
+"""Longest wait for the hub's word that the payload may come; without it the payload is sent all the same."""
+
+
 class HubLink:
     """One channel to the hub. Safe to use from several threads."""
 
@@ -96,15 +100,22 @@ class HubLink:
             offset=offset,
         )
 
+        admitted = threading.Event()
+
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
             yield hub_pb2.SubmitRequest(header=header)
+            admitted.wait(_PATIENCE_S)
             for start in range(offset, len(payload), CHUNK_BYTES):
                 yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
 
         action = f"submitting update {submission.update_id} of {submission.task_id}"
         deadline = self._deadline + (len(payload) - offset) / _UPLOAD_FLOOR
         try:
-            return self._hub.Submit(messages(), timeout=deadline)
+            call = self._hub.Submit.future(messages(), timeout=deadline)
+            # The hub answers the header before the payload: one that it refuses costs nobody a byte more.
+            call.initial_metadata()
+            admitted.set()
+            return call.result()
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
 

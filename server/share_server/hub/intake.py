@@ -221,10 +221,8 @@ class Intake:
             raise RequestError("lease_id is neither empty nor 32 lower-case hexadecimal digits")
         if not _HEX_64_OR_NOTHING.fullmatch(header.schema_sha256):
             raise RequestError("schema_sha256 is neither empty nor 64 lower-case hexadecimal digits")
-        if not 0 <= header.offset < header.payload_size:
-            raise RequestError(
-                f"offset must be at least 0 and below payload_size {header.payload_size}, got {header.offset}"
-            )
+        if not 0 <= header.offset <= header.payload_size:
+            raise RequestError(f"offset must be between 0 and payload_size {header.payload_size}, got {header.offset}")
         if not 0 <= header.rows <= _MOST_ROWS:
             raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
 
