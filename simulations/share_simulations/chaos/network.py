@@ -36,9 +36,6 @@ MOST_RESENT = 1.1
 _SPACE = ((256, 256), (256, 192), (128, 128))
 _PATIENCE_S = 240.0
 """Longest wait for the last updates after the time is over."""
-_FOLLOWERS_S = 150.0
-"""Longest wait for the followers; one whose connection is half open finds out by its pings after up to 80 s."""
-
 BASE = Conditions(latency_s=0.005, jitter_s=0.004, bytes_per_s=3e6, reset_every_bytes=24 * MIB)
 """The network between the scenes."""
 
@@ -63,6 +60,8 @@ class NetworkOptions:
     """Whether the planted bugs are tried as well."""
     directory: Path | None = None
     """Where the server directory is made; None: the system's place for temporary files."""
+    followers_s: float = 150.0
+    """Longest wait for the followers; one whose connection is half open finds out by its pings after up to 80 s."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ class Planted:
     """Followers take over no version after this one."""
     corrupt_every_bytes: int = 0
     """The network changes a bit so often."""
+    reset_every_bytes: int = BASE.reset_every_bytes
+    """The network resets a connection so often."""
 
 
 class ForgetfulLink(HubLink):
@@ -89,7 +90,7 @@ class ForgetfulLink(HubLink):
 
 
 PLANTED = (
-    Planted("restarts_at_zero", link=ForgetfulLink),
+    Planted("restarts_at_zero", link=ForgetfulLink, reset_every_bytes=10 * MIB),
     Planted("no_dedupe", hub="no_dedupe"),
     Planted("deaf_follower", deaf_after=2),
     Planted("corrupting_network", corrupt_every_bytes=8 * MIB),
@@ -135,7 +136,7 @@ def run_network(options: NetworkOptions) -> dict[str, Any]:
 
 def catch(options: NetworkOptions, planted: Planted, meter: Meter) -> list[str]:
     """Return what a short campaign notices of a planted bug."""
-    short = replace(options, seconds=min(options.seconds, 12.0), clients=3, followers=1, scenes=False)
+    short = replace(options, seconds=min(options.seconds, 12.0), clients=3, followers=1, scenes=False, followers_s=5.0)
     outcome = campaign(short, planted, meter)
     signs = list(outcome.problems)
     if planted.corrupt_every_bytes:
@@ -161,7 +162,7 @@ def campaign(options: NetworkOptions, planted: Planted, meter: Meter) -> Outcome
 
 def _through(server: LocalHub, options: NetworkOptions, planted: Planted, meter: Meter) -> Outcome:
     book, target = Book(), server.config.local_hub_address
-    base = replace(BASE, corrupt_every_bytes=planted.corrupt_every_bytes)
+    base = replace(BASE, corrupt_every_bytes=planted.corrupt_every_bytes, reset_every_bytes=planted.reset_every_bytes)
     with ExitStack() as stack:
         uploads = stack.enter_context(Proxy(target, options.seed, base))
         follows = stack.enter_context(Proxy(target, options.seed + 1, replace(base, reset_every_bytes=MIB)))
@@ -190,7 +191,11 @@ def _through(server: LocalHub, options: NetworkOptions, planted: Planted, meter:
         with _weather(options, (uploads, follows)):
             _upload(uploaders, options, uploads, meter)
         verdict = _verdict(server, book)
-        problems = [*_failures(uploaders), *_compare(direct, followers, verdict.versions), *verdict.problems]
+        problems = [
+            *_failures(uploaders),
+            *_compare(direct, followers, verdict.versions, options.followers_s),
+            *verdict.problems,
+        ]
         outcome = _outcome(uploaders, book, uploads, follows, verdict, problems)
     if server.stop() != 0:
         return replace(outcome, problems=(*outcome.problems, "the hub did not end cleanly when it was asked to stop"))
@@ -278,9 +283,9 @@ def _failures(uploaders: list[Uploader]) -> Iterator[str]:
             yield f"{uploader.name} delivered {uploader.delivered} of {uploader.updates} updates"
 
 
-def _compare(direct: Follower, followers: list[Follower], newest: int) -> Iterator[str]:
+def _compare(direct: Follower, followers: list[Follower], newest: int, patience_s: float) -> Iterator[str]:
     """Wait for the followers and say where they do not hold what the direct one holds."""
-    end = time.monotonic() + _FOLLOWERS_S
+    end = time.monotonic() + patience_s
     everybody = [direct, *followers]
     while any(follower.space.version < newest for follower in everybody) and time.monotonic() < end:
         time.sleep(0.05)

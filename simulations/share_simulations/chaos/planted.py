@@ -46,7 +46,7 @@ def main(bug: str) -> None:
     sys.exit(__main__.main(sys.argv[1:]))
 
 
-def _patch(owner: Any, name: str, value: Any) -> None:
+def replace_step(owner: Any, name: str, value: Any) -> None:
     """Replace an attribute; an attribute that is not there means that the bug is not planted."""
     if not hasattr(owner, name):
         raise AttributeError(f"{owner.__name__} has no {name}: the planted bug does not fit this hub any more")
@@ -80,7 +80,7 @@ def _ack_before_row() -> None:
         _background(later())
         return hub_pb2.SubmitResponse(update_id=messages[0].header.update_id, ingest_seq=next(numbers))
 
-    _patch(HubService, "Submit", submit)
+    replace_step(HubService, "Submit", submit)
 
 
 def _no_dedupe() -> None:
@@ -98,7 +98,7 @@ def _no_dedupe() -> None:
             await honest(self, caller, _replay(again))
         return row, duplicate
 
-    _patch(Intake, "receive", receive)
+    replace_step(Intake, "receive", receive)
 
 
 def _two_receipts() -> None:
@@ -110,7 +110,7 @@ def _two_receipts() -> None:
         answer.ingest_seq += duplicate
         return answer
 
-    _patch(convert, "receipt", receipt)
+    replace_step(convert, "receipt", receipt)
 
 
 def _row_before_payload() -> None:
@@ -123,7 +123,7 @@ def _row_before_payload() -> None:
         await self.io(lambda: self.blobs.adopt([ready.staged for ready in group]))
         return answers
 
-    _patch(Store, "_commit_group", commit_group)
+    replace_step(Store, "_commit_group", commit_group)
 
 
 def _lazy_commit() -> None:
@@ -144,7 +144,7 @@ def _lazy_commit() -> None:
             self._anchor.write(Mark(self._count, *self._last))
             pending = 0
 
-    _patch(Journal, "transaction", transaction)
+    replace_step(Journal, "transaction", transaction)
 
 
 def _merged_twice() -> None:
@@ -171,8 +171,8 @@ def _merged_twice() -> None:
             (version, version, one.task_id),
         )
 
-    _patch(merging, "list_accepted", list_accepted)
-    _patch(versions, "_record_merging", record)
+    replace_step(merging, "list_accepted", list_accepted)
+    replace_step(versions, "_record_merging", record)
 
 
 BUGS: Mapping[str, Callable[[], None]] = {

@@ -26,7 +26,7 @@ def planted(name: str) -> Planted:
 
 
 def test_everything_arrives_once_with_few_bytes_too_many(tmp_path: Path) -> None:
-    options = NetworkOptions(5.0, clients=2, followers=1, scenes=False, seed=2, directory=tmp_path)
+    options = NetworkOptions(4.0, clients=2, followers=1, scenes=False, seed=2, directory=tmp_path)
     with Meter("test") as meter:
         outcome = campaign(options, Planted(), meter)
     assert outcome.problems == ()
@@ -44,14 +44,14 @@ def test_everything_arrives_once_with_few_bytes_too_many(tmp_path: Path) -> None
     ],
 )
 def test_a_planted_bug_is_caught(tmp_path: Path, name: str, sign: str) -> None:
-    options = NetworkOptions(8.0, seed=1, directory=tmp_path)
+    options = NetworkOptions(5.0, seed=1, directory=tmp_path)
     with Meter("test") as meter:
         signs = catch(options, planted(name), meter)
     assert any(sign in text for text in signs), signs
 
 
 def test_a_hub_without_deduplication_is_caught(tmp_path: Path) -> None:
-    options = NetworkOptions(4.0, diet=Diet(MIB, 2 * MIB, small=0.9), directory=tmp_path)
+    options = NetworkOptions(2.0, diet=Diet(MIB, 2 * MIB, small=0.9), directory=tmp_path)
     with Meter("test") as meter:
         signs = catch(options, planted("no_dedupe"), meter)
     assert any("nobody sent it" in text for text in signs), signs
