@@ -95,8 +95,8 @@ def bitflip(
     """Flip one bit of a store on disk, again and again: each start must refuse it before it serves.
 
     Three stores are damaged: one closed in good order and two left by a kill, so that there is a write-ahead log too.
-    Kinds of files take turns: update, original, delta, snapshot, journal, log, page sums, anchor. A flip that opens is a
-    miss, unless all content is provably as it was ("unneeded"). About 0.05 s per flip.
+    Kinds of files take turns: update, original, delta, snapshot, journal, log, page sums, anchor. A flip that opens is
+    a miss, unless all content is provably as it was ("unneeded"). About 0.05 s per flip.
     """
     from share_simulations.chaos.bitflip import BitflipOptions, run_bitflip
 

@@ -114,7 +114,9 @@ def run_bitflip(options: BitflipOptions) -> dict[str, Any]:
                 misses[done.kind] += bool(done.findings)
                 tally.add(done.findings, done.kind)
                 meter.step(f"{tally.broken} not refused")
-        caught = [hunt(lab, mutant, victims, options.seed) for mutant in mutants_of("bitflip")] if options.mutants else []
+        caught = (
+            [hunt(lab, mutant, victims, options.seed) for mutant in mutants_of("bitflip")] if options.mutants else []
+        )
     detected = {kind: kinds[kind] - unneeded[kind] - misses[kind] for kind in kinds}
     figures = {
         "flips": kinds.total(),
@@ -189,7 +191,7 @@ def flip(lab: Lab, victim: Victim, draw: random.Random, mutant: Mutant | None = 
     """Flip one bit of one file and open the store."""
     store = victim.plan.store
     lab.put_back(Start(victim.name, victim.folder, Promised()))
-    kind = draw.choice(sorted(victim.kinds)) if mutant is None else mutant.kind
+    kind = draw.choice(sorted(victim.kinds)) if mutant is None else mutant.near
     path = store / draw.choice(victim.kinds[kind])
     data = bytearray(path.read_bytes())
     bit = draw.randrange(8 * len(data))
@@ -248,7 +250,7 @@ def hunt(lab: Lab, mutant: Mutant, victims: list[Victim], seed: int) -> Caught:
     draw = random.Random(seed)
     with Meter(f"planted bug {mutant.name}", _MUTANT_FLIPS) as meter:
         for tried in range(1, _MUTANT_FLIPS + 1):
-            done = flip(lab, draw.choice([victim for victim in victims if mutant.kind in victim.kinds]), draw, mutant)
+            done = flip(lab, draw.choice([victim for victim in victims if mutant.near in victim.kinds]), draw, mutant)
             meter.step()
             if done.findings:
                 return Caught(mutant.name, mutant.what, tried, done.findings[0].text)

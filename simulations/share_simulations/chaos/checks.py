@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,6 @@ from share_simulations.chaos.scenario import Plan, Promised, digest_of, resume, 
 
 _ROWS = 10**9
 _MOST = 40
-_UPDATE_ID = re.compile(r"\b[0-9a-f]{32}\b")
 
 KINDS = {
     "lost": "an acknowledged update is gone or has other bytes",
@@ -122,7 +120,7 @@ async def _recover(plan: Plan, promised: Promised) -> list[Finding]:
     return [
         *found,
         *_lost(rows, promised),
-        *_counted(rows, merges, head),
+        *counted(rows, merges, head),
         *_dangling(plan.store, rows, versions),
     ]
 
@@ -149,7 +147,9 @@ async def _send_again(engine: Engine, plan: Plan, promised: Promised) -> list[Fi
     for letter in plan.letters:
         known = await resume(engine, plan.spec, letter)
         if letter.update_id in promised.acks and known is not True:
-            found.append(Finding("lost", f"update {letter.update_id} was acknowledged; sent again it is not known: {known}"))
+            found.append(
+                Finding("lost", f"update {letter.update_id} was acknowledged; sent again it is not known: {known}")
+            )
         elif isinstance(known, FedshareError) and not isinstance(known, RebaseError):
             found.append(Finding("lost", f"update {letter.update_id} is refused when it is sent again: {known}"))
     return found
@@ -164,16 +164,17 @@ def _lost(rows: list[UpdateRow], promised: Promised) -> Iterable[Finding]:
             yield Finding("lost", f"update {update_id} was acknowledged with other bytes")
 
 
-def _counted(rows: list[UpdateRow], merges: list[dict[str, object]], head: int) -> Iterable[Finding]:
+def counted(rows: list[UpdateRow], merges: list[dict[str, Any]], head: int) -> Iterable[Finding]:
     """Count in the rows and, independently, in the hash chain's own words."""
     for update_id, times in Counter(row.new.update_id for row in rows).items():
         if times > 1:
             yield Finding("double", f"update {update_id} stands {times} times in the journal")
-    merged = Counter(name for body in merges for name in set(_UPDATE_ID.findall(json.dumps(body))))
-    for row in rows:
-        name, times = row.new.update_id, merged[row.new.update_id]
+    merged = Counter(name for body in merges for name in body.get("updates") or [body["update_id"]])
+    for name, times in merged.items():
         if times > 1:
             yield Finding("double", f"update {name} was merged {times} times")
+    for row in rows:
+        name, times = row.new.update_id, merged[row.new.update_id]
         if row.state is UpdateState.ACCEPTED:
             yield Finding("unmerged", f"update {name} is not merged")
         elif (row.version > 0) != (times > 0) or (row.version == 0 and not row.reason):

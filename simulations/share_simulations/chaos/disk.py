@@ -22,7 +22,7 @@ from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.ptrace import GO, Call, Ending, Verdict
 from share_simulations.chaos.report import Caught, Meter, Tally, assemble
 from share_simulations.chaos.scenario import Plan, Promised
-from share_simulations.chaos.syscalls import place
+from share_simulations.chaos.syscalls import place, trial
 
 _MUTANT_POINTS = 400
 _SHORT = "short"
@@ -126,24 +126,12 @@ def experiments(lab: Lab, seed: int, points: int) -> Iterator[tuple[Start, Plan,
         for orderly in (False, True):
             for start in lab.starts:
                 plan = lab.plan(start, workload, orderly=orderly)
-                trial = _Recorder(start.promised.copy())
-                lab.put_back(start)
-                lab.run(plan, trial)
-                chosen = [(at, fault) for at, call in enumerate(trial.calls, 1) for fault in faults_of(call)]
+                calls = enumerate(trial(lab, start, plan), 1)
+                chosen = [(at, fault) for at, call in calls for fault in faults_of(call)]
                 if len(chosen) > share:
                     chosen = random.Random(workload).sample(chosen, share)
                 for number, fault in chosen:
                     yield start, plan, number, fault
-
-
-class _Recorder(Witness):
-    def __init__(self, promised: Promised) -> None:
-        super().__init__(promised)
-        self.calls: list[Call] = []
-
-    def entered(self, call: Call) -> Verdict:
-        self.calls.append(call)
-        return GO
 
 
 def faults_of(call: Call) -> tuple[str, ...]:
@@ -166,7 +154,9 @@ def fail(
     call = handler.failed
     if call is None or handler.at_failure is None:
         return handler, ending, findings
-    findings += [Finding("late", f"update {name} was acknowledged after the storage had failed") for name in handler.late()]
+    findings += [
+        Finding("late", f"update {name} was acknowledged after the storage had failed") for name in handler.late()
+    ]
     if ending.code not in (0, 1):
         findings.append(Finding("hung", f"the hub ended with {ending}"))
     elif ending.code == 0 and not (fault == _SHORT or handler.at_failure.closing):
@@ -187,5 +177,3 @@ def hunt(lab: Lab, mutant: Mutant, seed: int) -> Caught:
             if tried >= _MUTANT_POINTS:
                 break
     return Caught(mutant.name, mutant.what, 0, "")
-
-

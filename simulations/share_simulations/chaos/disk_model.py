@@ -153,7 +153,7 @@ class Disk:
         for step in sorted(done, key=lambda step: step.left):
             failed = step.result < 0 and step.left < _NEVER
             # A flush that had not returned promises nothing.
-            running_flush = step.left > moment and step.call.name in ("fsync", "fdatasync", "syncfs")
+            running_flush = step.left > moment and step.call.name in ("fsync", "fdatasync")
             if not failed and not running_flush:
                 self._replay(step)
 
@@ -165,11 +165,7 @@ class Disk:
         call, done = step.call, step.left
         match call.name:
             case "open" | "openat" | "creat":
-                if call.path not in self._live and call.path not in self._base:
-                    self._live[call.path] = self._new_file()
-                    self._changes.append(_NameChange(done, "create", call.path, file=self._live[call.path]))
-                elif call.flags & os.O_TRUNC:
-                    self._change(call.path, _Change(done, 0, None))
+                self._open(call, done)
             case "write" | "pwrite64":
                 data = call.data if step.result < 0 else call.data[: step.result]
                 self._change(call.path, _Change(done, call.position, data))
@@ -177,11 +173,6 @@ class Disk:
                 self._change(call.path, _Change(done, call.size, None))
             case "fsync" | "fdatasync":
                 self._flush(call.path, step.entered)
-            case "syncfs":
-                for path in [str(self._root), *(str(Path(c.target or c.path).parent) for c in self._changes)]:
-                    self._flush(path, step.entered)
-                for file in self._files:
-                    file.flush(step.entered)
             case "rename" | "renameat" | "renameat2" | "link" | "linkat" | "unlink" | "unlinkat" | "rmdir":
                 self._rename(call, done)
             case "mkdir" | "mkdirat":
@@ -190,6 +181,13 @@ class Disk:
                 pass  # room without content: nothing that could be lost
             case name:
                 raise ConfigError(f"the hub calls {name}, which the model of the disk does not know: teach it")
+
+    def _open(self, call: Call, done: int) -> None:
+        if call.path not in self._live:
+            self._live[call.path] = self._new_file()
+            self._changes.append(_NameChange(done, "create", call.path, file=self._live[call.path]))
+        elif call.flags & os.O_TRUNC:
+            self._change(call.path, _Change(done, 0, None))
 
     def _change(self, path: str, change: _Change) -> None:
         if path in self._live:  # a file without a name is gone after a power cut anyway

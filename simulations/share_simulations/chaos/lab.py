@@ -20,10 +20,9 @@ from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import Space
 from share_core.wire import decode_snapshot, encode_snapshot
 from share_server.hub.engine import Engine
-from share_simulations.chaos import scenario
 from share_simulations.chaos.checks import Finding, recovery
 from share_simulations.chaos.mutants import Mutant
-from share_simulations.chaos.ptrace import KILL, Call, Ending, Handler, Verdict, require_tracer, run_child, trace
+from share_simulations.chaos.ptrace import GO, KILL, Call, Ending, Handler, Verdict, require_tracer, run_child, trace
 from share_simulations.chaos.scenario import Letter, Plan, Promised, live, say_to, toy_config, toy_spec, write_letters
 
 _FILLED = 7
@@ -42,19 +41,17 @@ class Witness(Handler):
 
 
 class KillAt(Witness):
-    """Kills the process before its n-th file-changing call; counts them all if it never comes to that."""
+    """Kills the process before its n-th file-changing call, never if n is 0; remembers the calls."""
 
     def __init__(self, promised: Promised, number: int) -> None:
         super().__init__(promised)
         self._number = number
-        self.calls = 0
-        self.last: Call | None = None
+        self.calls: list[Call] = []
 
     def entered(self, call: Call) -> Verdict:
         """Count, and kill at the chosen one."""
-        self.calls += 1
-        self.last = call
-        return KILL if self.calls == self._number else Verdict()
+        self.calls.append(call)
+        return KILL if len(self.calls) == self._number else GO
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ class Lab:
         counter = KillAt(before.promised.copy(), 0)
         self.run(plan, counter)
         self.put_back(before)
-        witness = KillAt(before.promised.copy(), counter.calls * 2 // 3)
+        witness = KillAt(before.promised.copy(), len(counter.calls) * 2 // 3)
         self.run(plan, witness)
         folder = self.folder / "killed"
         copy_store(plan.store, folder)

@@ -14,13 +14,14 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from share_core.errors import UnavailableError
+from share_core.errors import ConfigError, UnavailableError
 from share_proto.v1 import hub_pb2
 from share_server.hub import collecting
 from share_server.hub.intake import Intake
-from share_server.store import pages
+from share_server.store import pages, versions
 from share_server.store.blobs import BlobStore
 from share_server.store.journal import Journal
 
@@ -41,8 +42,8 @@ class Mutant:
     """Breaks this process. It is called in a child, before the hub opens."""
     recovery: bool = False
     """Whether the bug is in recovery, so that the recovering process has it too."""
-    kind: str = ""
-    """Kind of file in which a flipped bit shows it; empty: any."""
+    near: str = ""
+    """Where it shows: calls that are tried first (syscalls), or the kind of file that is damaged (bitflip)."""
 
 
 class _Connection(sqlite3.Connection):
@@ -55,29 +56,43 @@ class _Connection(sqlite3.Connection):
         return cursor
 
 
-_rewrite: Callable[[str], str] = lambda statement: statement  # noqa: E731 - replaced by a mutant
-_after: Callable[[sqlite3.Connection, str, Any], None] = lambda *_: None
+def _unchanged(statement: str) -> str:
+    return statement
+
+
+def _nothing(*_: Any) -> None:
+    return
+
+
+_rewrite: Callable[[str], str] = _unchanged
+_after: Callable[[sqlite3.Connection, str, Any], None] = _nothing
+
+
+def _replace(owner: object, name: str, value: object) -> None:
+    """Put something else in the place of a function that must be there.
+
+    Raises:
+        ConfigError: it is gone: the planted bug must be planted elsewhere.
+    """
+    if not hasattr(owner, name):
+        raise ConfigError(f"{owner} has no {name} any more: plant this bug elsewhere")
+    setattr(owner, name, value)
 
 
 def _hook(
-    rewrite: Callable[[str], str] | None = None,
-    after: Callable[[sqlite3.Connection, str, Any], None] | None = None,
+    rewrite: Callable[[str], str] = _unchanged, after: Callable[[sqlite3.Connection, str, Any], None] = _nothing
 ) -> None:
-    """Let statements pass through these; in this process, for good."""
-    global _rewrite, _after  # noqa: PLW0603 - this process exists for one mutant only
-    _rewrite, _after = rewrite or _rewrite, after or _after
+    """Let the statements of every connection pass through these; in this process, for good."""
+    global _rewrite, _after
+    _rewrite, _after = rewrite, after
     honest = sqlite3.connect
-
-    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
-        return honest(*args, **{**options, "factory": _Connection})
-
-    sqlite3.connect = connect
+    _replace(sqlite3, "connect", lambda *args, **options: honest(*args, **{**options, "factory": _Connection}))
 
 
 def _ack_before_row(_: Say) -> None:
     honest = Intake.receive
 
-    async def hasty(self: Intake, caller: Any, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> Any:
+    async def hasty(self: Intake, caller: Any, messages: AsyncIterator[hub_pb2.SubmitRequest], *rest: Any) -> Any:
         read = asyncio.Event()
 
         async def watched() -> AsyncIterator[hub_pb2.SubmitRequest]:
@@ -85,13 +100,13 @@ def _ack_before_row(_: Say) -> None:
                 yield message
             read.set()
 
-        work = asyncio.ensure_future(honest(self, caller, watched()))
+        work = asyncio.ensure_future(honest(self, caller, watched(), *rest))
         everything = asyncio.ensure_future(read.wait())
         await asyncio.wait({work, everything}, return_when=asyncio.FIRST_COMPLETED)
         everything.cancel()
         return work.result() if work.done() else (None, False)
 
-    Intake.receive = hasty  # type: ignore[method-assign]
+    _replace(Intake, "receive", hasty)
 
 
 def _row_before_payload(_: Say) -> None:
@@ -110,7 +125,8 @@ def _row_before_payload(_: Say) -> None:
                 while waiting:
                     honest(*waiting.pop(0))
 
-    os.rename = os.replace = later  # type: ignore[assignment]
+    _replace(os, "rename", later)
+    _replace(os, "replace", later)
     _hook(after=after)
 
 
@@ -141,7 +157,7 @@ def _skip_flush(skip: Callable[[int], bool]) -> None:
             if not skip(file):
                 honest(file)
 
-        setattr(os, name, lying)
+        _replace(os, name, lying)
 
 
 def _is_directory(file: int) -> bool:
@@ -153,8 +169,12 @@ def _is_parent(file: int) -> bool:
     return _is_directory(file) and any(entry.is_dir() for entry in os.scandir(file))
 
 
+def _is_payload(file: int) -> bool:
+    return "/staging/" in os.readlink(f"/proc/self/fd/{file}")  # noqa: PTH115
+
+
 def _no_file_flush(_: Say) -> None:
-    _skip_flush(lambda file: not _is_directory(file))
+    _skip_flush(_is_payload)
 
 
 def _no_name_flush(_: Say) -> None:
@@ -182,7 +202,7 @@ def _flush_again(_: Say) -> None:
             except OSError:
                 honest(file)
 
-        setattr(os, name, stubborn)
+        _replace(os, name, stubborn)
 
 
 def _disk_full_ignored(_: Say) -> None:
@@ -196,7 +216,7 @@ def _disk_full_ignored(_: Say) -> None:
                 raise
             return len(data)
 
-    os.write = careless
+    _replace(os, "write", careless)
 
 
 def _failure_is_a_delay(_: Say) -> None:
@@ -208,16 +228,16 @@ def _failure_is_a_delay(_: Say) -> None:
         except OSError as error:
             raise UnavailableError("the disk is busy: try again") from error
 
-    os.fsync = polite
+    _replace(os, "fsync", polite)
 
 
 def _trust_payloads(_: Say) -> None:
-    BlobStore.verify = lambda *_: None  # type: ignore[method-assign]
+    _replace(BlobStore, "verify", _nothing)
 
 
 def _collect_files_first(_: Say) -> None:
     """Remove the payloads of old versions before the journal says that they may go."""
-    honest, made = collecting.mark_collected, BlobStore.__init__
+    honest, made = versions.mark_collected, BlobStore.__init__
     stores: list[BlobStore] = []
 
     def remembered(self: BlobStore, *args: Any, **options: Any) -> None:
@@ -228,16 +248,19 @@ def _collect_files_first(_: Say) -> None:
         stores[-1].remove(collecting._payloads(journal, before))
         return honest(journal, before)
 
-    BlobStore.__init__ = remembered  # type: ignore[method-assign]
-    collecting.mark_collected = hasty
+    _replace(BlobStore, "__init__", remembered)
+    _replace(collecting, "mark_collected", hasty)
 
 
 def _sums_not_flushed(_: Say) -> None:
-    pages.write_atomic = lambda path, data: (path.write_bytes(data), None)[1]  # type: ignore[assignment]
+    def careless(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    _replace(pages, "write_atomic", careless)
 
 
 def _trust_pages(_: Say) -> None:
-    pages.PageSums.check = lambda _: None  # type: ignore[method-assign]
+    _replace(pages.PageSums, "check", _nothing)
 
 
 def _trust_log(_: Say) -> None:
@@ -246,15 +269,41 @@ def _trust_log(_: Say) -> None:
     def careless(self: Journal) -> None:
         self._count = int(self._scalar("SELECT value FROM meta WHERE name = 'transactions'"))
 
-    Journal._compare_with_anchor = careless  # type: ignore[method-assign]
+    _replace(Journal, "_compare_with_anchor", careless)
 
 
 MUTANTS = (
-    Mutant("ack-before-row", "the client is answered before its row is durable", "syscalls", _ack_before_row),
-    Mutant("row-before-payload", "a row is committed before its payload has its name", "syscalls", _row_before_payload),
-    Mutant("merge-in-two", "a merge is two transactions instead of one", "syscalls", _merge_in_two),
-    Mutant("publish-first", "a version is published before it is committed", "syscalls", _publish_before_commit),
-    Mutant("files-first", "payloads are collected before the journal lets them go", "syscalls", _collect_files_first),
+    Mutant(
+        "ack-before-row", "the client is answered before its row is durable", "syscalls", _ack_before_row, near="fsync"
+    ),
+    Mutant(
+        "row-before-payload",
+        "a row is committed before its payload has its name",
+        "syscalls",
+        _row_before_payload,
+        near="rename store/staging",
+    ),
+    Mutant(
+        "merge-in-two",
+        "a merge is two transactions instead of one",
+        "syscalls",
+        _merge_in_two,
+        near="pwrite64 store/anchor",
+    ),
+    Mutant(
+        "publish-first",
+        "a version is published before it is committed",
+        "syscalls",
+        _publish_before_commit,
+        near="fdatasync store/journal.db-wal",
+    ),
+    Mutant(
+        "files-first",
+        "payloads are collected before the journal lets them go",
+        "syscalls",
+        _collect_files_first,
+        near="unlink store/blobs",
+    ),
     Mutant("no-file-flush", "payloads are not flushed to the disk", "power", _no_file_flush),
     Mutant("no-name-flush", "names are not flushed to the disk", "power", _no_name_flush),
     Mutant("no-parent-flush", "names of new directories are not flushed", "power", _no_parent_flush),
@@ -263,7 +312,9 @@ MUTANTS = (
     Mutant("sums-not-flushed", "the log is emptied before the page sums are durable", "power", _sums_not_flushed),
     Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again),
     Mutant("disk-full-ignored", "a write that found no room counts as done", "disk", _disk_full_ignored),
-    Mutant("failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay),
+    Mutant(
+        "failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay
+    ),
     Mutant("trust-payloads", "recovery does not read the payloads", "bitflip", _trust_payloads, True, "update"),
     Mutant("trust-pages", "recovery does not compare pages with their sums", "bitflip", _trust_pages, True, "journal"),
     Mutant("trust-log", "recovery does not ask the anchor where the log ends", "bitflip", _trust_log, True, "log"),

@@ -1,4 +1,4 @@
-"""Power cuts: from the trace of one life, every disk that a cut at any moment may leave, and whether it is good enough."""
+"""Power cuts: the disks that a cut at any moment of one traced life may leave, and whether a hub lives on them."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ def record(lab: Lab, start: Start, plan: Plan, mutant: Mutant | None = None) -> 
     return recorder
 
 
-def cut_at(
-    lab: Lab, start: Start, plan: Plan, recorder: Recorder, moment: int, mode: str, draw: random.Random
-) -> Cut:
+def cut_at(lab: Lab, start: Start, plan: Plan, recorder: Recorder, moment: int, mode: str, draw: random.Random) -> Cut:
     """Cut the power at one moment and check what is left."""
     base = {} if start.folder is None else read_tree(start.folder, plan.store)
     left = Disk(lab.work, base, recorder, moment).after_cut(mode, draw)

@@ -34,16 +34,16 @@ _NO_SYSCALL = 2**64 - 1
 _MAX_PATH = 4096
 
 
+_REGISTERS = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax "
+    "rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+)
+
+
 class _Regs(ctypes.Structure):
     """``struct user_regs_struct``."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes reads a list
-        (name, ctypes.c_ulonglong)
-        for name in (
-            "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss "
-            "fs_base gs_base ds es fs gs"
-        ).split()
-    ]
+    _fields_ = [(name, ctypes.c_ulonglong) for name in _REGISTERS.split()]
 
 
 _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
@@ -176,7 +176,13 @@ def require_tracer() -> None:
 
 
 def trace(
-    main: Callable[[], int], root: Path, handler: Handler, *, marker: int = -1, log: Path | None = None, limit_s: int = 60
+    main: Callable[[], int],
+    root: Path,
+    handler: Handler,
+    *,
+    marker: int = -1,
+    log: Path | None = None,
+    limit_s: int = 60,
 ) -> Ending:
     """Fork, run ``main`` in the child and put every file-changing call below ``root`` before ``handler``.
 

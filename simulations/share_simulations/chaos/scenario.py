@@ -240,7 +240,7 @@ async def send(
 async def resume(
     engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None] = lambda _: None
 ) -> bool | FedshareError:
-    """Send one update from where an earlier connection left off, or from the start if that cannot be; as :func:`send`."""
+    """Send one update from where an earlier connection left off, else from the start; see :func:`send`."""
     offset, row = await engine.intake.progress(caller_of(letter.member), letter.update_id)
     answer = await send(engine, spec, letter, say, 0 if row is not None else min(offset, len(letter.payload) - 1))
     if isinstance(answer, DigestError | UnavailableError) and offset:

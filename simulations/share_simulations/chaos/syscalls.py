@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from share_simulations.chaos.report import Caught, Meter, Tally, assemble
 from share_simulations.chaos.scenario import Plan
 
 _MUTANT_POINTS = 300
+_RANDOM_PART = re.compile(r"-[0-9a-f]{8}$")
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,29 @@ def run_syscalls(options: SyscallOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     tally, places = Tally(), Counter[str]()
-    kills = acks = lives = 0
+    acks = lives = 0
     with open_lab(options.folder) as lab:
         with Meter("kills", options.points) as meter:
-            for start, plan, numbers in enumerations(lab, options.seed, options.points, lambda: options.points - kills):
+            for start, plan, numbers in enumerations(
+                lab, options.seed, options.points, lambda: options.points - places.total()
+            ):
                 lives += 1
                 for number in numbers:
                     shot = shoot(lab, start, plan, number)
                     tally.add(shot.findings, f"start {start.name}, call {number}, before {shot.where}")
                     if shot.killed:
-                        kills += 1
                         acks += shot.acks
                         places[shot.where] += 1
                         meter.step(f"{acks} acknowledged, {tally.broken} broken")
         caught = [hunt(lab, mutant, options.seed) for mutant in mutants_of("syscalls")] if options.mutants else []
+    kills = places.total()
     figures = {"points": kills, "kills": kills, "acks": acks, "lives": lives, "places": dict(places.most_common())}
     return assemble("syscalls", options.seed, figures, tally, caught, began)
 
 
-def enumerations(lab: Lab, seed: int, points: int, left: Any) -> Any:
+def enumerations(
+    lab: Lab, seed: int, points: int, left: Callable[[], int]
+) -> Iterator[tuple[Start, Plan, Sequence[int]]]:
     """Yield (start, plan, call numbers) until no points are left: every start in turn, each time another workload.
 
     A whole life is enumerated where there are points enough, otherwise a random part of it.
@@ -85,22 +93,23 @@ def enumerations(lab: Lab, seed: int, points: int, left: Any) -> Any:
             if left() <= 0:
                 return
             plan = lab.plan(start, workload)
-            total = count_calls(lab, start, plan)
-            numbers = range(1, total + 1)
+            numbers = range(1, len(trial(lab, start, plan)) + 1)
             most = min(share, left())
-            yield start, plan, numbers if most >= total else random.Random(workload).sample(numbers, most)
+            yield start, plan, numbers if most >= len(numbers) else random.Random(workload).sample(numbers, most)
 
 
-def count_calls(lab: Lab, start: Start, plan: Plan) -> int:
-    """Let one hub live unharmed, check it, and return how many file-changing calls it made."""
+def trial(lab: Lab, start: Start, plan: Plan) -> list[Call]:
+    """Let one hub live unharmed, check it, and return the file-changing calls it made.
+
+    Raises:
+        ConfigError: it breaks a promise without any fault.
+    """
     lab.put_back(start)
     handler = KillAt(start.promised.copy(), 0)
     ending = lab.run(plan, handler)
     findings = lab.recover(plan, handler.promised)
     if ending.code != 0 or findings:
-        raise ConfigError(
-            f"the hub does not even work without a fault ({ending}, {findings[:1]}): {lab.last_words()}"
-        )
+        raise ConfigError(f"the hub does not even work without a fault ({ending}, {findings[:1]}): {lab.last_words()}")
     return handler.calls
 
 
@@ -110,11 +119,11 @@ def shoot(lab: Lab, start: Start, plan: Plan, number: int, mutant: Mutant | None
     handler = KillAt(start.promised.copy(), number)
     ending = lab.run(plan, handler, mutant)
     findings = lab.recover(plan, handler.promised, mutant)
-    killed = handler.calls >= number
+    killed = len(handler.calls) >= number
     if not killed and ending.code != 0 and mutant is None:
         findings.append(Finding("hung", f"the hub was not killed and ended with {ending}"))
     acks = len(handler.promised.acks) - len(start.promised.acks)
-    return Shot(killed, acks, "" if handler.last is None else place(handler.last), findings)
+    return Shot(killed, acks, place(handler.calls[-1]) if handler.calls else "", findings)
 
 
 def place(call: Call) -> str:
@@ -122,25 +131,29 @@ def place(call: Call) -> str:
     parts = Path(call.path).parts
     after = parts[parts.index("work") + 1 :] if "work" in parts else parts
     kind = "/".join(after[:2]) if len(after) < 3 else f"{after[0]}/{after[1]}/*"
-    return f"{call.name} {kind or '.'}"
+    return f"{call.name} {_RANDOM_PART.sub('', kind) or '.'}"
 
 
 def hunt(lab: Lab, mutant: Mutant, seed: int) -> Caught:
-    """Shoot at random points of a hub with a planted bug until a promise is broken."""
+    """Shoot at a hub with a planted bug, first where it should show, until a promise is broken."""
     tried = 0
     draw = random.Random(seed)
     with Meter(f"planted bug {mutant.name}", _MUTANT_POINTS) as meter:
-        for workload in seeds(seed):
-            for start in lab.starts[:2]:
-                plan = lab.plan(start, workload)
-                numbers = list(range(1, count_calls(lab, start, plan) + 1))
-                draw.shuffle(numbers)
-                for number in numbers[: _MUTANT_POINTS // 6]:
-                    tried += 1
-                    shot = shoot(lab, start, plan, number, mutant)
-                    meter.step()
-                    if shot.findings:
-                        return Caught(mutant.name, mutant.what, tried, shot.findings[0].text)
-                    if tried >= _MUTANT_POINTS:
-                        return Caught(mutant.name, mutant.what, 0, "")
-    raise AssertionError("seeds never end")
+        for start, workload in zip(itertools.cycle(reversed(lab.starts)), seeds(seed), strict=False):
+            plan = lab.plan(start, workload)
+            unharmed = KillAt(start.promised.copy(), 0)
+            lab.put_back(start)
+            lab.run(plan, unharmed, mutant)
+            calls = unharmed.calls
+            numbers = list(range(1, len(calls) + 1))
+            draw.shuffle(numbers)
+            numbers.sort(key=lambda number: not place(calls[number - 1]).startswith(mutant.near))
+            for number in numbers[: _MUTANT_POINTS // 6]:
+                tried += 1
+                shot = shoot(lab, start, plan, number, mutant)
+                meter.step()
+                if shot.findings:
+                    return Caught(mutant.name, mutant.what, tried, shot.findings[0].text)
+            if tried >= _MUTANT_POINTS:
+                break
+    return Caught(mutant.name, mutant.what, 0, "")

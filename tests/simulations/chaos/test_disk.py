@@ -1,0 +1,66 @@
+"""A disk that refuses: no acknowledgement after it, the hub ends, and comes back whole."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from share_simulations.chaos.disk import DiskOptions, FailAt, fail, faults_of, hunt, run_disk
+from share_simulations.chaos.lab import Lab
+from share_simulations.chaos.mutants import Mutant, mutants_of
+from share_simulations.chaos.ptrace import GO, Call
+from share_simulations.chaos.scenario import Promised
+from share_simulations.chaos.syscalls import trial
+
+
+def test_every_promise_holds_at_a_sample_of_failures() -> None:
+    report = run_disk(DiskOptions(points=42, seed=2))
+    assert report["ok"], report["problems"]
+    assert report["points"] == 42
+    assert report["noticed"] > 0
+    assert set(report["faults"]) <= {"EIO", "ENOSPC", "EDQUOT", "short", "full"}
+
+
+@pytest.mark.parametrize("where", ["fsync /staging/u-", "fdatasync /journal.db-wal", "fdatasync /anchor"])
+def test_a_failed_flush_ends_the_hub_without_an_ack(lab: Lab, where: str) -> None:
+    name, part = where.split(" ")
+    start = lab.starts[1]
+    plan = lab.plan(start, 6, orderly=True)
+    calls = trial(lab, start, plan)
+    begun = next(at for at, call in enumerate(calls) if "/staging/u-" in call.path)
+    number = next(at for at, call in enumerate(calls[begun:], begun + 1) if call.name == name and part in call.path)
+    handler, ending, findings = fail(lab, start, plan, number, "EIO")
+    assert handler.failed is not None
+    assert (handler.failed.name, findings, ending.code) == (name, [], 1)
+    assert handler.promised.failed
+    assert handler.promised.acks == start.promised.acks
+
+
+def test_an_ack_is_late_unless_its_row_was_flushed_before_the_failure(tmp_path: Path) -> None:
+    log = tmp_path / "journal.db-wal"
+    log.write_bytes(b"row " + b"a" * 32)
+    handler = FailAt(Promised(), 2, "EIO")
+    assert handler.entered(Call(1, "fdatasync", str(log))) == GO
+    log.write_bytes(b"row " + b"a" * 32 + b" row " + b"b" * 32)
+    assert handler.entered(Call(1, "fdatasync", str(log))).error == errno.EIO
+    handler.marked(b"ack %b 0\nack %b 1\n" % (b"a" * 32, b"b" * 32))
+    assert handler.late() == ["b" * 32]
+
+
+def test_a_full_disk_stays_full() -> None:
+    handler = FailAt(Promised(), 1, "full")
+    verdicts = [handler.entered(Call(1, name, "/x/y")) for name in ("write", "fsync", "pwrite64", "unlink")]
+    assert [verdict.error for verdict in verdicts] == [errno.ENOSPC, 0, errno.ENOSPC, 0]
+
+
+def test_every_call_fails_in_the_ways_that_fit_it() -> None:
+    assert faults_of(Call(1, "fsync", "/x")) == ("EIO",)
+    assert faults_of(Call(1, "write", "/x")) == ("EIO", "ENOSPC", "full", "EDQUOT", "short")
+
+
+@pytest.mark.parametrize("mutant", mutants_of("disk"), ids=lambda mutant: mutant.name)
+def test_planted_bug_is_caught(lab: Lab, mutant: Mutant) -> None:
+    caught = hunt(lab, mutant, seed=1)
+    assert caught.after, f"{mutant.name} survived: {mutant.what}"
