@@ -116,7 +116,7 @@ def _plan(options: DayOptions, folder: Path, number: int) -> ClientPlan:
         began=time.time(),
         pace_s=options.pace_s,
         think_s=0.5,
-        stale=0.06,
+        stale=0.1,
         stale_versions=retention.horizon_versions + 2 * retention.snapshot_every,
         tasks=options.tasks,
         seed=options.seed * 1000 + number,
