@@ -14,6 +14,7 @@ from share_core.command_line import plain_errors, run_command
 from share_core.errors import ConfigError
 from share_server.config import DEFAULT_PORT
 from share_server.layout import Layout
+from share_server.operations.cli import register as register_operations
 from share_server.relay.cli import relay
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 
 app.command()(relay)
+register_operations(app)
 
 
 def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:

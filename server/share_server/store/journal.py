@@ -112,6 +112,9 @@ class Journal:
         with _database("copying the journal's log"):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._sums.recount()
+        if self._count:  # committed, and cut short before it was anchored
+            self._anchor.write(Mark(self._count, *self._last))
+            return
         with self.transaction():
             pass
 
