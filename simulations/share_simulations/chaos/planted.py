@@ -69,6 +69,7 @@ def _ack_before_row() -> None:
     numbers = iter(range(1, 2**31))
 
     async def submit(self: Any, request_iterator: Any, context: Any) -> hub_pb2.SubmitResponse:
+        await context.send_initial_metadata(())  # the client waits for it before it sends the payload
         messages = [message async for message in request_iterator]
         caller = CALLER.get()
 
@@ -87,7 +88,8 @@ def _no_dedupe() -> None:
     """An update that is known already is taken once more."""
     honest = Intake.receive
 
-    async def receive(self: Intake, caller: Any, messages: Any) -> Any:
+    async def receive(self: Intake, caller: Any, messages: Any, go_ahead: Any) -> Any:
+        await go_ahead()
         kept = [message async for message in messages]
         row, duplicate = await honest(self, caller, _replay(kept))
         if duplicate:
