@@ -17,6 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; 
 Mutants = Annotated[
     bool, typer.Option("--mutants", help="Also plant bugs, one by one, and fail if one of them goes unnoticed.")
 ]
+Jobs = Annotated[int, typer.Option(min=1, help="Processes side by side, each with its own seed.")]
 Folder = Annotated[
     Path | None,
     typer.Option("--dir", help="Folder for the stores under test. Default: memory, if this machine offers it."),
@@ -32,6 +33,7 @@ def syscalls(
     points: Annotated[int, typer.Option(min=1, help="Kills in all.")] = 10_000,
     mutants: Mutants = False,
     seed: Seed = 0,
+    jobs: Jobs = 1,
     folder: Folder = None,
     as_json: Json = False,
 ) -> None:
@@ -42,9 +44,13 @@ def syscalls(
     with another workload. After each kill a second process opens the store and everything is counted: acknowledged
     updates, merges, versions, payloads. About 0.15 s per point. Quick look: --points 300 --mutants.
     """
+    from share_simulations.chaos.parts import run_in_parts
     from share_simulations.chaos.syscalls import SyscallOptions, run_syscalls
 
-    _finish(run_syscalls(SyscallOptions(points, seed, mutants, folder)), as_json)
+    def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
+        return run_syscalls(SyscallOptions(count, own_seed, plant, folder))
+
+    _finish(run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -52,6 +58,7 @@ def disk(
     points: Annotated[int, typer.Option(min=1, help="Failures in all.")] = 3_000,
     mutants: Mutants = False,
     seed: Seed = 0,
+    jobs: Jobs = 1,
     folder: Folder = None,
     as_json: Json = False,
 ) -> None:
@@ -61,8 +68,12 @@ def disk(
     and the next start on a healthy disk must keep every promise. About 0.2 s per point. Quick look: --points 200.
     """
     from share_simulations.chaos.disk import DiskOptions, run_disk
+    from share_simulations.chaos.parts import run_in_parts
 
-    _finish(run_disk(DiskOptions(points, seed, mutants, folder)), as_json)
+    def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
+        return run_disk(DiskOptions(count, own_seed, plant, folder))
+
+    _finish(run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -70,6 +81,7 @@ def power(
     cuts: Annotated[int, typer.Option(min=1, help="Power cuts in all.")] = 1_000,
     mutants: Mutants = False,
     seed: Seed = 0,
+    jobs: Jobs = 1,
     folder: Folder = None,
     as_json: Json = False,
 ) -> None:
@@ -79,9 +91,13 @@ def power(
     names are there; of the rest nothing, everything, or a random part survives, torn at 512-byte sectors and out of
     order. The hub must come back on it with everything it had acknowledged. About 0.1 s per cut.
     """
+    from share_simulations.chaos.parts import run_in_parts
     from share_simulations.chaos.power import PowerOptions, run_power
 
-    _finish(run_power(PowerOptions(cuts, seed, mutants, folder)), as_json)
+    def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
+        return run_power(PowerOptions(count, own_seed, plant, folder))
+
+    _finish(run_in_parts(part, cuts, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -89,6 +105,7 @@ def bitflip(
     flips: Annotated[int, typer.Option(min=1, help="Flipped bits in all.")] = 10_000,
     mutants: Mutants = False,
     seed: Seed = 0,
+    jobs: Jobs = 1,
     folder: Folder = None,
     as_json: Json = False,
 ) -> None:
@@ -99,8 +116,12 @@ def bitflip(
     a miss, unless all content is provably as it was ("unneeded"). About 0.05 s per flip.
     """
     from share_simulations.chaos.bitflip import BitflipOptions, run_bitflip
+    from share_simulations.chaos.parts import run_in_parts
 
-    _finish(run_bitflip(BitflipOptions(flips, seed, mutants, folder)), as_json)
+    def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
+        return run_bitflip(BitflipOptions(count, own_seed, plant, folder))
+
+    _finish(run_in_parts(part, flips, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()

@@ -37,7 +37,12 @@ def cut(tmp_path: Path) -> Callable[[Callable[[Path], None]], Cut]:
         base = read_tree(root, root)
         del base[str(root)]
         recorder = Recorder(Promised())
-        assert trace(lambda: (change(root), 0)[1], root, recorder).code == 0
+
+        def main() -> int:
+            change(root)
+            return 0
+
+        assert trace(main, root, recorder).code == 0
 
         def at_end(mode: str, seed: int) -> dict[str, bytes | None]:
             left = Disk(root, base, recorder, recorder.moment).after_cut(mode, random.Random(seed))
@@ -49,7 +54,10 @@ def cut(tmp_path: Path) -> Callable[[Callable[[Path], None]], Cut]:
 
 
 def test_what_was_not_flushed_is_lost(cut: Callable[[Callable[[Path], None]], Cut]) -> None:
-    at_end = cut(lambda root: ((root / "new").write_bytes(b"n"), None)[1])
+    def change(root: Path) -> None:
+        (root / "new").write_bytes(b"n")
+
+    at_end = cut(change)
     assert at_end("nothing", 0) == {"old": b"o" * 1200}
     assert at_end("everything", 0) == {"old": b"o" * 1200, "new": b"n"}
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ from share_core.errors import ConfigError
 from share_simulations.chaos.checks import counted
 from share_simulations.chaos.lab import Lab
 from share_simulations.chaos.mutants import Mutant, mutants_of
+from share_simulations.chaos.parts import run_in_parts
 from share_simulations.chaos.ptrace import GO, KILL, Call, Ending, Handler, Verdict, require_tracer, trace
 from share_simulations.chaos.scenario import Promised
 from share_simulations.chaos.syscalls import SyscallOptions, hunt, place, run_syscalls, shoot, trial
@@ -44,7 +47,7 @@ class _Log(Handler):
         self.marks.append(text)
 
 
-def _write(path: Path) -> None:
+def _write(path: Path) -> int:
     file = os.open(path, os.O_CREAT | os.O_RDWR)
     os.write(file, b"abc")
     os.pwrite(file, b"zz", 10)
@@ -54,6 +57,7 @@ def _write(path: Path) -> None:
     os.close(file)
     path.rename(path.with_name("y"))
     path.with_name("y").unlink()
+    return 0
 
 
 def test_tracer_sees_the_calls_of_every_thread_with_data_and_results(tmp_path: Path) -> None:
@@ -107,7 +111,7 @@ def test_a_write_can_be_cut_short(tmp_path: Path) -> None:
 
 def test_the_process_is_killed_before_the_call_runs(tmp_path: Path) -> None:
     log = _Log({("rename", "x"): KILL})
-    assert trace(lambda: (_write(tmp_path / "x"), 0)[1], tmp_path, log) == Ending(-1, 9)
+    assert trace(lambda: _write(tmp_path / "x"), tmp_path, log) == Ending(-1, signal.SIGKILL)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert log.calls[-1].name == "rename"
 
@@ -123,7 +127,11 @@ def test_marks_are_shown_apart_from_the_calls(tmp_path: Path) -> None:
 
 
 def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
-    assert trace(lambda: (time.sleep(600), 0)[1], tmp_path, _Log(), limit_s=1).signal == 14
+    def main() -> int:
+        time.sleep(600)
+        return 0
+
+    assert trace(main, tmp_path, _Log(), limit_s=1) == Ending(-1, signal.SIGALRM)
 
 
 def test_other_machines_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +195,37 @@ def test_the_chain_is_counted_independently_of_the_rows() -> None:
     twice = [{"updates": ["a" * 32]}, {"updates": ["a" * 32]}]
     findings = list(counted([], twice, head=2))
     assert [finding.kind for finding in findings] == ["double", "gaps"]
+
+
+def _counting(experiments: int, seed: int, mutants: bool) -> dict[str, Any]:
+    if seed > 5 and experiments == 1:
+        raise ConfigError("this part fails")
+    return {"campaign": "syscalls", "seed": seed, "points": experiments, "mutants": int(mutants), "ok": seed != 6} | {
+        "places": {"here": experiments},
+        "problems": [f"seed {seed}"],
+        "slowest_s": float(experiments),
+    }
+
+
+def test_parts_are_added_up() -> None:
+    whole = run_in_parts(_counting, 5, 4, mutants=True, jobs=2)
+    assert whole.pop("seconds") >= 0
+    assert whole == {
+        "campaign": "syscalls",
+        "seed": 4,
+        "points": 5,
+        "mutants": 1,
+        "ok": True,
+        "places": {"here": 5},
+        "problems": ["seed 4", "seed 1000007"],
+        "slowest_s": 3.0,
+    }
+
+
+def test_a_broken_part_breaks_the_whole_and_a_failed_one_ends_it() -> None:
+    assert not run_in_parts(_counting, 4, 6, mutants=False, jobs=2)["ok"]
+    with pytest.raises(ConfigError, match="1 of 2 parts of the campaign failed"):
+        run_in_parts(_counting, 3, 4, mutants=False, jobs=2)
 
 
 def test_the_command_ends_with_one_json_object() -> None:
