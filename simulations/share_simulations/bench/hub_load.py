@@ -18,7 +18,6 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,11 @@ _REBASE_S = 2.0
 _CONNECTING = 16
 """Handshakes at once."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+_REFUSAL_S = 0.001
+_SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+"""Refusals that are meant to be tried again."""
+_AGAIN = (*_SHED, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+"""Also what gRPC itself says when the other side ended the call in the middle of a message."""
 
 
 @dataclass
@@ -179,22 +183,19 @@ class Load:
         while True:
             attempt = time.monotonic()
             try:
-                admitted = asyncio.Event()
-                call = submit(_messages(update, admitted))
-                await call.initial_metadata()  # the hub's word that the payload may come, as the real client waits for
-                admitted.set()
-                answer = await call
+                answer = await _send(submit(), update)
             except aio.AioRpcError as error:
                 hint = _hint_s(error)
                 name = _trailing(error, ERROR_KEY) or "gRPC"
                 if name == "gRPC" and f"{error.code().name} {name}" not in tally.errors:
                     print(f"{error.code().name}: {error.details()}", file=sys.stderr)  # goes to the log
                 tally.errors[f"{error.code().name} {name}"] += 1
-                if error.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE):
-                    update = self._prepare(task_id)  # too old by now, or broken: a new one on the newest version
+                if error.code() not in _AGAIN:
+                    update = self._prepare(task_id)  # too old by now: a new one on the newest version
                     await asyncio.sleep(wait)
                     continue
-                tally.refused(attempt, hint is not None)
+                if error.code() in _SHED:
+                    tally.refused(attempt, hint is not None)
                 if time.monotonic() > tally.end:
                     return
                 await asyncio.sleep(random.uniform(1.0, 1.5) * hint if hint else random.uniform(0.5, 1.0) * wait)
@@ -222,11 +223,23 @@ class Load:
             await asyncio.sleep(_REBASE_S)
 
 
-async def _messages(update: Prepared, admitted: asyncio.Event) -> AsyncIterator[bytes]:
-    yield update.header
-    await admitted.wait()
-    for chunk in update.chunks():
-        yield chunk
+async def _send(call: Any, update: Prepared) -> bytes:
+    """Send one update as the real client does: the payload only after the hub's word, so that a refusal costs none.
+
+    Raises:
+        AioRpcError: the call has failed.
+    """
+    await call.write(update.header)
+    await call.initial_metadata()
+    # Of a refused call this word and the refusal are one, but told apart; writing in between would hide the refusal
+    # behind an internal error of gRPC.
+    await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=_REFUSAL_S)
+    with contextlib.suppress(asyncio.InvalidStateError):  # refused after all; the status below says why
+        for chunk in [] if call.done() else update.chunks():
+            await call.write(chunk)
+        await call.done_writing()
+    answer: bytes = await call
+    return answer
 
 
 def _trailing(error: aio.AioRpcError, key: str) -> str | None:
