@@ -24,6 +24,11 @@ class Layout:
         return self.root / "space.toml"
 
     @property
+    def space_next(self) -> Path:
+        """``space.toml.next``: limits of a rebuild whose version may not be committed yet."""
+        return self.root / "space.toml.next"
+
+    @property
     def ca_cert(self) -> Path:
         """Certificate of the federation's authority."""
         return self.root / "ca" / "ca.pem"

@@ -207,9 +207,12 @@ def check_manifests(layout: Layout, versions: list[VersionRow], report: Report, 
             told("signatures", done, len(signed))
 
 
-def check_payloads(folder: Path, rows: Rows, report: Report, told: Told) -> None:
-    """Re-hash every payload file; find those that are missing, damaged, or needed by nobody."""
-    needed = needed_payloads(rows.updates, rows.versions)
+def check_payloads(folder: Path, rows: Rows | None, report: Report, told: Told) -> None:
+    """Re-hash every payload file; find those that are missing, damaged, or needed by nobody.
+
+    Without ``rows``, where the journal cannot be read, every file is compared with its name and nothing else.
+    """
+    needed = {} if rows is None else needed_payloads(rows.updates, rows.versions)
     files = sorted((folder / "blobs").glob("*/*"))
     seen: dict[str, int] = {}
     for done, path in enumerate(files, start=1):
@@ -221,15 +224,16 @@ def check_payloads(folder: Path, rows: Rows, report: Report, told: Told) -> None
             report.bytes += size
             seen[path.name] = size
             wrong = digest != path.name or path.parent.name != path.name[:2]
-            if path.name not in needed:
+            expected = needed.get(path.name, size)
+            if rows is not None and path.name not in needed:
                 report.orphans.append(path.name)
-            elif wrong or size != needed[path.name]:
+            elif wrong or size != expected:
                 report.problems.append(
-                    f"payload {path.name} is damaged: expected {needed[path.name]} bytes of that digest, "
+                    f"payload {path.name} is damaged: expected {expected} bytes of that digest, "
                     f"got {size} bytes of {digest}"
                 )
         told("payloads", done, len(files))
-    owners = _owners(rows)
+    owners = {} if rows is None else _owners(rows)
     for digest in needed:
         if digest not in seen:
             report.problems.append(f"payload {digest} of {owners.get(digest, 'the store')} is missing")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -65,11 +64,6 @@ class Rebuilt:
     """Every task, sorted."""
 
 
-def pending(layout: Layout) -> Path:
-    """Return where the limits of a rebuild lie until its version is committed."""
-    return layout.space.with_name("space.toml.next")
-
-
 def rebuild(layout: Layout, k_max: int, tau: float | None = None, told: Told = silent) -> Rebuilt:
     """Make the space of a stopped server anew.
 
@@ -91,7 +85,7 @@ async def settle(layout: Layout, spec: SpaceSpec) -> SpaceSpec:
 
     Returns the limits in force. Raises as :meth:`share_server.store.store.Store.open`.
     """
-    following = pending(layout)
+    following = layout.space_next
     if not following.exists():
         return spec
     wanted = read_spec(following)
@@ -132,7 +126,7 @@ async def _make(layout: Layout, config: ServerConfig, wanted: SpaceSpec, engine:
     errors = await _errors(contents, before, after, policy)
     snapshot = encode_snapshot(after.space)
     digest = await store.io(lambda: store.blobs.put(snapshot))
-    write_atomic(pending(layout), spec_to_toml(wanted).encode(), PUBLIC)
+    write_atomic(layout.space_next, spec_to_toml(wanted).encode(), PUBLIC)
     key = layout.signing_key.read_bytes()
 
     def commit(journal: Journal) -> None:
@@ -168,7 +162,7 @@ async def _errors(contents: Contents, before: HubState, after: HubState, policy:
 
 
 def _put_in_place(layout: Layout) -> None:
-    pending(layout).rename(layout.space)
+    layout.space_next.rename(layout.space)
     flush_directory(layout.root)
 
 

@@ -39,17 +39,21 @@ async def _verify(layout: Layout, replay: bool, told: Told) -> Report:
     spec = read_spec(layout.space)
     with copied(layout) as folder:
         mark = check_pages(folder, report)
+        if layout.space_next.exists():
+            report.notes.append("a rebuild was cut short; the next start of the hub finishes or forgets it")
         if not (folder / "journal.db").exists():
-            if (folder / "blobs").exists() and any((folder / "blobs").glob("*/*")):
+            if any((folder / "blobs").glob("*/*")):
                 report.problems.append("the journal (store/journal.db) is gone, but payloads are there")
+                check_payloads(folder, None, report, told)
             return report
         try:
-            async with reading(folder) as store:
+            async with reading(folder) as store:  # every check of its own turns what it meets into a problem
                 await _check(layout, spec, store, mark, replay, report, told)
         except ConfigError:
             raise
         except FedshareError as error:
             report.problems.append(str(error))
+            check_payloads(folder, None, report, told)
     return report
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,7 +54,7 @@ def _acknowledged(root: Path) -> list[tuple[Any, ...]]:
 
 def _kept(root: Path) -> list[tuple[Any, ...]]:
     store = root / "store"
-    journal = Journal(store / "journal.db", (root / "space.toml").read_text().split('id = "')[1].split('"')[0])
+    journal = Journal(store / "journal.db", read_spec(root / "space.toml").space_id)
     try:
         journal.verify_chain()
         return [(row.new.update_id, row.new.sha256, row.entry_hash.upper()) for row in all_updates(journal)]
@@ -118,6 +120,63 @@ def test_a_store_that_is_only_opened_stays_whole(older_server: Callable[[str], P
     promised = _acknowledged(root)
     for _ in range(3):
         assert _kept(root) == promised
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from share_server.store import journal
+from share_server.store.anchor import Anchor
+from share_server.store.pages import PageSums
+
+where, path, space_id = sys.argv[1:]
+
+def die(*rest):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+honest = journal.migrate
+
+def half(database, version):
+    honest(database, version)
+    die()
+
+if where == "inside the migration":
+    journal.migrate = half
+elif where == "before the sums":
+    PageSums.recount = die
+elif where == "before the first count":
+    journal.Journal.transaction = die
+elif where == "before the anchor":
+    Anchor.write = die
+elif where == "before the checkpoint":
+    journal.Journal.checkpoint = die
+journal.Journal(Path(path), space_id)
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "inside the migration",
+        "before the sums",
+        "before the first count",
+        "before the anchor",
+        "before the checkpoint",
+    ],
+)
+@pytest.mark.parametrize("name", STORES)
+def test_a_migration_that_is_killed_loses_nothing(
+    where: str, name: str, older_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = older_server(name)
+    promised = _acknowledged(root)
+    (tmp_path / "kill.py").write_text(KILL)
+    arguments = [where, str(root / "store" / "journal.db"), read_spec(root / "space.toml").space_id]
+    for _ in range(2):  # and once more, while it is being brought back
+        command = [sys.executable, str(tmp_path / "kill.py"), *arguments]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert _kept(root) == promised
+    assert _kept(root) == promised
 
 
 PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

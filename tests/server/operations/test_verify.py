@@ -169,6 +169,14 @@ def test_what_a_crash_left_is_listed_and_no_problem(server: Path) -> None:
     assert report.orphans == [rest.name] and report.problems == []
 
 
+def test_payloads_are_proved_also_where_the_journal_cannot_be_read(server: Path) -> None:
+    (server / "store" / "journal.db").write_bytes(b"rubbish" * 4096)
+    _flip(next((server / "store" / "blobs").glob("*/*")), 100)
+    problems = verify(Layout(server)).problems
+    assert any("journal cannot be read" in problem for problem in problems), problems
+    assert any("payload" in problem and "is damaged" in problem for problem in problems), problems
+
+
 def test_a_running_hub_is_left_alone(server: Path, reopen: Callable[..., LocalHub]) -> None:
     hub = reopen(server)
     hub.start()
