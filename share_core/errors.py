@@ -42,6 +42,9 @@ from typing import ClassVar
 ERROR_KEY = "share-error"
 """Trailing metadata of a gRPC answer that names the class of a refusal."""
 
+GO_AHEAD_KEY = "share-go-ahead"
+"""Initial metadata of a Submit call whose header was admitted: the payload may come."""
+
 RETRY_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata that says after how many milliseconds to try again; the name is gRPC's own (proposal A6)."""
 

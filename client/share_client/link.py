@@ -19,7 +19,7 @@ from share_client.backoff import Backoff
 from share_client.channel import CHUNK_BYTES, error_from_rpc, open_channel
 from share_client.member import Credentials
 from share_client.uploading import Submission, upload
-from share_core.errors import DigestError, FedshareError, UnavailableError, UnknownUpdateError
+from share_core.errors import GO_AHEAD_KEY, DigestError, FedshareError, UnavailableError, UnknownUpdateError
 from share_core.types import SiteSpec, SpaceSpec
 from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
 
@@ -113,8 +113,8 @@ class HubLink:
         try:
             call = self._hub.Submit.future(messages(), timeout=deadline)
             # The hub answers the header before the payload: one that it refuses costs nobody a byte more.
-            call.initial_metadata()
-            admitted.set()
+            if any(key == GO_AHEAD_KEY for key, _ in call.initial_metadata()):
+                admitted.set()
             return call.result()
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpc import aio
 
-from share_core.errors import AccessError, RequestError, UnknownUpdateError, VersionError
+from share_core.errors import GO_AHEAD_KEY, AccessError, RequestError, UnknownUpdateError, VersionError
 from share_core.names import check_update_id, split_task_id
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
@@ -69,7 +69,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         """Receive one update; answer when it is durable."""
 
         async def go_ahead() -> None:
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata(((GO_AHEAD_KEY, "1"),))
 
         row, duplicate = await self._intake.receive(CALLER.get(), aiter(request_iterator), go_ahead)
         self._loop.wake()

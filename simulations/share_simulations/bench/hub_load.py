@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from share_core.errors import ERROR_KEY, RETRY_KEY
+from share_core.errors import ERROR_KEY, GO_AHEAD_KEY, RETRY_KEY
 from share_core.spec_file import read_spec
 from share_proto.v1 import hub_pb2
 from share_simulations.bench.payloads import Prepared, Source
@@ -48,12 +48,6 @@ _REBASE_S = 2.0
 _CONNECTING = 16
 """Handshakes at once."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
-_REFUSAL_S = 0.001
-_SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
-"""Refusals that are meant to be tried again."""
-_AGAIN = (*_SHED, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
-"""Also what gRPC itself says when the other side ended the call in the middle of a message."""
-
 
 @dataclass
 class _Tally:
@@ -230,12 +224,9 @@ async def _send(call: Any, update: Prepared) -> bytes:
         AioRpcError: the call has failed.
     """
     await call.write(update.header)
-    await call.initial_metadata()
-    # Of a refused call this word and the refusal are one, but told apart; writing in between would hide the refusal
-    # behind an internal error of gRPC.
-    await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=_REFUSAL_S)
-    with contextlib.suppress(asyncio.InvalidStateError):  # refused after all; the status below says why
-        for chunk in [] if call.done() else update.chunks():
+    # A refused call never says this word; writing to one would hide the refusal behind an internal error of gRPC.
+    if any(key == GO_AHEAD_KEY for key, _ in await call.initial_metadata()):
+        for chunk in update.chunks():
             await call.write(chunk)
         await call.done_writing()
     answer: bytes = await call

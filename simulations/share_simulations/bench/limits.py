@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from share_core.errors import GO_AHEAD_KEY
 from share_server.hub.options import HUB_OPTIONS
 from share_simulations.bench.hub_load import SUBMIT
 from share_simulations.bench.worker import read_job, serve_commands
@@ -86,7 +87,7 @@ class _Counting(grpc.GenericRpcHandler):
 
     async def _count(self, messages: Any, context: Any) -> bytes:
         self.bytes += len(await anext(messages))
-        await context.send_initial_metadata(())  # as the hub does when it has read the header
+        await context.send_initial_metadata(((GO_AHEAD_KEY, "1"),))  # as the hub does when it has read the header
         async for message in messages:
             self.bytes += len(message)
         return b""
