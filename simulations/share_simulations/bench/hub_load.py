@@ -48,6 +48,10 @@ _REBASE_S = 2.0
 _CONNECTING = 16
 """Handshakes at once."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+_SHED = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+_AGAIN = (*_SHED, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+"""Answers after which the same update is sent again."""
+
 
 @dataclass
 class _Tally:
