@@ -227,12 +227,13 @@ async def _send(call: Any, update: Prepared) -> bytes:
     Raises:
         AioRpcError: the call has failed.
     """
-    await call.write(update.header)
-    # A refused call never says this word; writing to one would hide the refusal behind an internal error of gRPC.
-    if any(key == GO_AHEAD_KEY for key, _ in await call.initial_metadata()):
-        for chunk in update.chunks():
-            await call.write(chunk)
-        await call.done_writing()
+    with contextlib.suppress(asyncio.InvalidStateError):  # it ended between two messages; its status says why
+        await call.write(update.header)
+        # A refused call never says this word; writing to one would hide the refusal behind an internal error of gRPC.
+        if any(key == GO_AHEAD_KEY for key, _ in await call.initial_metadata()):
+            for chunk in update.chunks():
+                await call.write(chunk)
+            await call.done_writing()
     answer: bytes = await call
     return answer
 
