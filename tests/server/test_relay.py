@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -14,15 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import torch
+from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from share_core import identity as ids
-from share_core.errors import ConfigError, TokenError
+from share_core.errors import CertificateError, ConfigError, ManifestError, RebaseError, TokenError
 from share_core.fingerprint import describe_space
 from share_core.types import Factors, SiteUpdate, SpaceSpec, Update
 from share_core.wire import decode_snapshot, encode_update
@@ -31,6 +34,8 @@ from share_server.cli import app
 from share_server.local import Holder, LocalHub, submit_header, submit_messages
 from share_server.operator import CHANNEL_OPTIONS
 from share_server.provision import free_ports, invite_member
+from share_server.relay.replica import Replica
+from share_server.relay.verify import Checker
 
 TELL = "import sys; from share_server.cli import main; sys.argv[0] = 'share-server'; main()"
 
@@ -231,7 +236,9 @@ def test_two_levels_pass_on_the_same_bytes_and_the_hub_sends_once(
             assert whole[0].header.version == newest
             assert whole[0].header.manifest.body
     with hub.hub(hub.own("operator")) as stub:
+        end = time.monotonic() + 40
         while (status := stub.GetStatus(hub_pb2.GetStatusRequest(), timeout=10)).subscribers != 1:
+            assert time.monotonic() < end, (status, first.log.read_text(), second.log.read_text())
             time.sleep(0.05)  # our own stream is being closed
     sent = {row.member: row.down_deltas for row in status.traffic}
     assert sent["acme/first"] == sum(len(payload) for _, payload in original)
@@ -487,6 +494,163 @@ def test_late_readers_begin_with_a_whole_version(
     finally:
         if hub.running:
             hub.kill()
+
+
+IMPATIENT = (
+    "import dataclasses\nfrom share_server.relay import process\nreal = process._build\n"
+    "process._build = lambda home, state, limits, pace: real(\n"
+    "    home, state, dataclasses.replace(limits, write_timeout_s=1.0), pace)\n" + TELL
+)
+
+
+def test_a_reader_that_takes_nothing_is_cut(
+    tmp_path: Path, new_relay: Callable[[LocalHub], Relay], wide_spec: SpaceSpec
+) -> None:
+    hub = LocalHub(tmp_path / "wide", wide_spec)
+    hub.start()
+    try:
+        alice = hub.enrol("acme/alice")
+        for seed in range(3):
+            newest = _publish(hub, alice, _wide_payload(wide_spec, seed))
+        relay = new_relay(hub)
+        relay.enrol(program=IMPATIENT)
+        _wait_for(relay, alice, newest)
+        asyncio.run(_stall(relay, alice))
+        with relay.stub(alice) as stub:  # the others go on
+            whole = list(stub.FetchSnapshot(hub_pb2.FetchSnapshotRequest(space_id=wide_spec.space_id), timeout=60))
+            assert sum(len(message.chunk) for message in whole) == whole[0].header.payload_size
+    finally:
+        hub.kill()
+
+
+async def _stall(relay: Relay, holder: Holder) -> None:
+    """Ask for a whole version, take one message, and nothing more until the relay ends it."""
+    authority = relay.hub.layout.ca_cert.read_bytes()
+    credentials = grpc.ssl_channel_credentials(authority, holder.key, holder.certificate)
+    window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with aio.secure_channel(relay.address, credentials, [*CHANNEL_OPTIONS, *window]) as channel:
+        request = hub_pb2.FetchSnapshotRequest(space_id=relay.hub.spec.space_id)
+        stream = hub_pb2_grpc.HubStub(channel).FetchSnapshot(request, timeout=120)
+        first: Any = await stream.read()
+        assert first.header.payload_size > 1_000_000
+        end = time.monotonic() + 60
+        while "nothing was read" not in relay.log.read_text():
+            assert time.monotonic() < end, "the reader was never cut"
+            await asyncio.sleep(0.05)
+
+
+class _Signer:
+    """Makes versions as a hub would, with real signatures."""
+
+    def __init__(self) -> None:
+        self.authority, authority_key = ids.make_authority("fedshare authority", _now())
+        signer = ids.Identity("signer", "server", "hub")
+        self.certificate, self._key = ids.make_signer(self.authority, authority_key, signer, _now(), 30)
+        self.links = [""]
+
+    def checker(self) -> Checker:
+        return Checker(self.authority, self.certificate, "sha256:s")
+
+    def _manifest(self, kind: str, version: int, previous: str, payload: bytes) -> ids.SignedManifest:
+        digest = hashlib.sha256(payload).hexdigest()
+        return ids.sign_manifest(self._key, ids.Manifest(kind, "sha256:s", version, previous, digest, len(payload), 1))
+
+    def step(self, payload: bytes) -> hub_pb2.DeltaHeader:
+        version = len(self.links)
+        signed = self._manifest("version", version, self.links[-1], payload)
+        self.links.append(signed.sha256)
+        self.last = hub_pb2.Manifest(body=signed.body, signature=signed.signature)
+        return hub_pb2.DeltaHeader(
+            from_version=version - 1,
+            version=version,
+            payload_size=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            manifest=self.last,
+        )
+
+    def whole(self, payload: bytes) -> hub_pb2.SnapshotHeader:
+        version = len(self.links) - 1
+        signed = self._manifest("snapshot", version, self.links[version], payload)
+        return hub_pb2.SnapshotHeader(
+            version=version,
+            payload_size=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            manifest=hub_pb2.Manifest(body=signed.body, signature=signed.signature),
+            version_manifest=self.last,
+        )
+
+
+def test_what_a_relay_keeps_is_bounded_and_late_readers_can_always_begin(tmp_path: Path) -> None:
+    async def run() -> None:
+        signer = _Signer()
+        checker = signer.checker()
+        replica = Replica(tmp_path, kept_bytes=100_000)
+        await replica.load(checker)
+        for number in range(1, 60):
+            payload = bytes([number]) * 10_000
+            header = signer.step(payload)
+            await replica.append(header, payload, checker.step(header, replica.head, replica.link))
+            if number % 7 == 0:
+                whole = bytes([number]) * 5000
+                kept = signer.whole(whole)
+                await replica.put_whole(kept, whole, checker.whole(kept))
+            held = sum(path.stat().st_size for path in tmp_path.glob("*.step"))
+            if replica.whole is not None:
+                assert held <= 100_000 + 7 * 10_000
+                assert replica.base <= replica.whole.version <= replica.head == number
+                for version in range(replica.base + 1, replica.head + 1):
+                    assert (await replica.step(version))[1] == bytes([version]) * 10_000
+        assert replica.base > 0
+        with pytest.raises(RebaseError):
+            await replica.step(replica.base)
+        again = Replica(tmp_path)
+        await again.load(checker)
+        assert again.whole is not None
+        assert (again.head, again.link, again.whole.version) == (replica.head, replica.link, again.base)
+        signer.step(b"one more")
+        ahead = signer.whole(b"far ahead")
+        await again.put_whole(ahead, b"far ahead", checker.whole(ahead))
+        assert (again.base, again.head) == (60, 60)
+        assert [path.name for path in tmp_path.glob("*.step")] == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("field", ["version", "from_version", "payload_size", "payload_sha256", "manifest", "none"])
+def test_a_step_that_is_not_what_was_signed_is_refused(field: str) -> None:
+    signer = _Signer()
+    checker = signer.checker()
+    first, second = signer.step(b"first"), signer.step(b"second")
+    link = checker.step(first, 0, "")
+    assert checker.step(second, 1, link)
+    if field == "manifest":
+        second.manifest.CopyFrom(first.manifest)
+    elif field == "none":
+        second.ClearField("manifest")
+    elif field == "payload_sha256":
+        second.payload_sha256 = first.payload_sha256
+    else:
+        setattr(second, field, getattr(second, field) + 1)
+    with pytest.raises(ManifestError):
+        checker.step(second, 1, link)
+
+
+def test_another_history_and_another_signer_are_refused() -> None:
+    signer, other = _Signer(), _Signer()
+    checker = signer.checker()
+    first = signer.step(b"first")
+    whole = signer.whole(b"whole")
+    second = signer.step(b"second")
+    with pytest.raises(ManifestError, match="another history"):
+        checker.step(second, 1, "ab" * 32)
+    with pytest.raises(ManifestError, match="not the hub's"):
+        checker.step(other.step(b"first"), 0, "")
+    with pytest.raises(CertificateError):
+        Checker(signer.authority, other.certificate, "sha256:s")
+    assert checker.whole(whole) == checker.step(first, 0, "")
+    whole.version_manifest.CopyFrom(second.manifest)
+    with pytest.raises(ManifestError):
+        checker.whole(whole)
 
 
 def test_tokens_of_relays() -> None:

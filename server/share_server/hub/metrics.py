@@ -35,6 +35,7 @@ _LEVELS: Mapping[str, tuple[str, str]] = {
     "disk_free_bytes": ("Free bytes on the disk of the store.", ""),
     "open_calls": ("Calls in progress, streams included.", ""),
     "open_connections": ("Connections to the hub's port.", ""),
+    "roster_age_seconds": ("On a relay: age of what it knows of whom it may serve.", ""),
     "bytes_in_flight": ("Payload bytes that are being received.", ""),
     "certificate_expiry_seconds": ("Seconds until the listeners' certificate expires.", ""),
 }

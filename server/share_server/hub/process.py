@@ -30,7 +30,7 @@ from share_server.hub.access import CALLER, Gate, Roster, require_tls13
 from share_server.hub.engine import Engine
 from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit
 from share_server.hub.fleet_service import FleetService
-from share_server.hub.interceptor import Door, backstop
+from share_server.hub.interceptor import Door, backstop, stop_in_order
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import ENROLMENT_OPTIONS, HUB_OPTIONS
 from share_server.hub.streams import Streams
@@ -55,9 +55,6 @@ DAY_S = 86_400.0
 
 LAST_GRACE_S = 0.25
 """Seconds for those who watch the health of the hub to learn of its end."""
-
-_QUIET_LOOKS = 10
-_LAST_CALLS_S = 1.0
 
 ENROLMENT_CALLS = 32
 """Most enrolment calls in progress at once."""
@@ -196,18 +193,6 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     return levels
 
 
-async def _release_watchers(hub: _Hub) -> None:
-    """End the calls that watch the health once they are all that is left: they never end by themselves.
-
-    All that is left means: for a while. A call that gRPC has let in may not have come to the door yet.
-    """
-    quiet = 0
-    while quiet < _QUIET_LOOKS:
-        quiet = quiet + 1 if hub.door.open_calls == hub.door.watching else 0
-        await asyncio.sleep(0.05)
-    await hub.servers[0].stop(_LAST_CALLS_S)
-
-
 async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> int:
     """Wait for the first of: asked to stop, storage failed, a background task ended."""
     store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
@@ -228,7 +213,8 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: C
     for task in (counting, *others):
         task.cancel()
     grace = LAST_GRACE_S if broken else config.limits.drain_s
-    await asyncio.gather(*(server.stop(grace) for server in hub.servers), _release_watchers(hub))
+    main, enrolment = hub.servers
+    await asyncio.gather(stop_in_order(main, hub.door, grace), enrolment.stop(grace))
     await asyncio.gather(merging, counting, *others, return_exceptions=True)
     if not broken:
         await hub.traffic.flush()

@@ -44,6 +44,10 @@ def relay(
             help="Seconds between two looks at who may be served. A roster four times as old serves nobody.", min=0.1
         ),
     ] = 15.0,
+    metrics_port: Annotated[
+        int,
+        typer.Option(help="Port of the Prometheus metrics, on this machine only. 0 turns them off.", min=0, max=65535),
+    ] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for machines when the relay serves.")
     ] = False,
@@ -68,7 +72,8 @@ def relay(
                     typer.echo(line)
 
             log.start_logging()
-            code = asyncio.run(serve_relay(home, state, ready, pace=Pace(roster_seconds, 4 * roster_seconds)))
+            pace = Pace(roster_seconds, 4 * roster_seconds)
+            code = asyncio.run(serve_relay(home, state, ready, pace=pace, metrics_port=metrics_port))
     raise typer.Exit(code)
 
 

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from grpc import aio
@@ -16,10 +18,10 @@ from share_proto.v1 import hub_pb2_grpc
 from share_server.config import LimitConfig
 from share_server.hub import log
 from share_server.hub.access import CALLER, Roster
-from share_server.hub.interceptor import Door, backstop
-from share_server.hub.metrics import Metrics
+from share_server.hub.interceptor import Door, backstop, stop_in_order
+from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import HUB_OPTIONS
-from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, bind
+from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind
 from share_server.hub.streams import Streams
 from share_server.hub.tls import PairFile, server_credentials
 from share_server.relay.home import RelayHome, RelayState, split_address
@@ -33,12 +35,28 @@ RECHECK_S = 5.0
 Context = aio.ServicerContext[Any, Any]
 
 
+@dataclass
+class _Relay:
+    """The running parts."""
+
+    upstream: Upstream
+    replica: Replica
+    source: RelaySource
+    health: HealthServicer
+    server: aio.Server
+    door: Door
+    pair: PairFile
+    metrics: Metrics
+    port: int
+
+
 async def serve_relay(
     home: RelayHome,
     state: RelayState,
     ready: Callable[[int], None],
     limits: LimitConfig | None = None,
     pace: Pace | None = None,
+    metrics_port: int = 0,
 ) -> int:
     """Run one relay; return the exit code. ``ready`` is told the version held when the relay first serves.
 
@@ -49,8 +67,30 @@ async def serve_relay(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    relay = await _build(home, state, limits, pace or Pace())
+    async with serve_metrics(relay.metrics, lambda: _levels(relay), metrics_port):
+        await relay.server.start()
+        log.info("listening", listen=state.listen, upstream=state.upstream)
+        working = [
+            asyncio.create_task(relay.upstream.run(), name="upstream"),
+            asyncio.create_task(_keep_health(relay, ready), name="health"),
+        ]
+        asked = asyncio.create_task(stop.wait())
+        await asyncio.wait({asked, *working}, return_when=asyncio.FIRST_COMPLETED)
+        broken = _failures(working)
+        await relay.health.enter_graceful_shutdown()
+        relay.replica.close()
+        for task in (asked, *working):
+            task.cancel()
+        await stop_in_order(relay.server, relay.door, LAST_GRACE_S if broken else limits.drain_s)
+        await asyncio.gather(asked, *working, return_exceptions=True)
+    log.info("stopped", broken=broken)
+    return EXIT_FAILED if broken else EXIT_STOPPED
+
+
+async def _build(home: RelayHome, state: RelayState, limits: LimitConfig, pace: Pace) -> _Relay:
     metrics, roster, replica = Metrics(), Roster([]), Replica(home.cache)
-    upstream = Upstream(home, state, replica, roster, pace or Pace())
+    upstream = Upstream(home, state, replica, roster, pace)
     gate = RelayGate(roster, upstream)
     health = HealthServicer()
     await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -68,25 +108,22 @@ async def serve_relay(
     hub_pb2_grpc.add_HubServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     authority = home.authority.read_bytes()
-    pair = PairFile(home.key, home.serving, authority)
-    bind(server, *split_address(state.listen), server_credentials(pair, authority))
-    await server.start()
-    log.info("listening", listen=state.listen, upstream=state.upstream)
-    working = [
-        asyncio.create_task(upstream.run(), name="upstream"),
-        asyncio.create_task(_keep_health(health, upstream, replica, ready), name="health"),
-    ]
-    asked = asyncio.create_task(stop.wait())
-    await asyncio.wait({asked, *working}, return_when=asyncio.FIRST_COMPLETED)
-    broken = _failures(working)
-    await health.enter_graceful_shutdown()
-    replica.close()
-    for task in (asked, *working):
-        task.cancel()
-    await server.stop(limits.drain_s if not broken else 0.0)
-    await asyncio.gather(asked, *working, return_exceptions=True)
-    log.info("stopped", broken=broken)
-    return EXIT_FAILED if broken else EXIT_STOPPED
+    pair = PairFile(home.key, home.serving, authority, metrics.certificate_alarm)
+    host, port = split_address(state.listen)
+    bind(server, host, port, server_credentials(pair, authority))
+    return _Relay(upstream, replica, source, health, server, door, pair, metrics, port)
+
+
+async def _levels(relay: _Relay) -> Levels:
+    """Return what a scrape asks for."""
+    return {
+        "version": relay.replica.head,
+        "subscribers": relay.source.subscribers,
+        "open_calls": relay.door.open_calls,
+        "open_connections": await asyncio.to_thread(count_connections, relay.port),
+        "certificate_expiry_seconds": (relay.pair.expires - datetime.now(UTC)).total_seconds(),
+        "roster_age_seconds": relay.upstream.roster_age_s,
+    }
 
 
 def _failures(working: list[asyncio.Task[None]]) -> bool:
@@ -98,19 +135,16 @@ def _failures(working: list[asyncio.Task[None]]) -> bool:
     return bool(ended)
 
 
-async def _keep_health(
-    health: HealthServicer, upstream: Upstream, replica: Replica, ready: Callable[[int], None]
-) -> None:
+async def _keep_health(relay: _Relay, ready: Callable[[int], None]) -> None:
     """Report SERVING exactly while callers would be served."""
-    serving = False
-    told = False
+    serving = told = False
     while True:
-        if upstream.fresh != serving:
-            serving = upstream.fresh
+        if relay.upstream.fresh != serving:
+            serving = not serving
             status = health_pb2.HealthCheckResponse
-            await health.set("", status.SERVING if serving else status.NOT_SERVING)
-            log.info("serving" if serving else "not serving", version=replica.head)
+            await relay.health.set("", status.SERVING if serving else status.NOT_SERVING)
+            log.info("serving" if serving else "not serving", version=relay.replica.head)
             if serving and not told:
                 told = True
-                ready(replica.head)
+                ready(relay.replica.head)
         await asyncio.sleep(0.2)
