@@ -141,8 +141,8 @@ def kill(
 ) -> None:
     """Kill a real hub (SIGKILL) at random moments while 200 clients send, and start it again each time.
 
-    Clients keep the manners of an outbox: the same id and bytes until acknowledged. A tenth of the kills hits a hub in its
-    recovery. Rounds have a server directory of their own, because a start verifies everything in it. After
+    Clients keep the manners of an outbox: the same id and bytes until acknowledged. A tenth of the kills hits a hub in
+    its recovery. Rounds have a server directory of their own, because a start verifies everything in it. After
     each round: every acknowledged update is in the journal with its bytes and its number, every update merged once,
     no published version is lost or another one. Quick look: --acks 2000 --kills 12 --per-round 1000 --mutants.
     """
