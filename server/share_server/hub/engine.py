@@ -71,7 +71,8 @@ class Engine:
         """
         retention = config.retention
         store, state = await Store.open(root, spec, retention.upload_hours * 3600)
-        await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id))
+        policy = policy_of(spec, config.merge)
+        await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
         feed = Feed(state, spec.space_id, await store.do(oldest_version))
         history = History(store, spec, feed)
         contents = Contents(store, spec, history)
@@ -79,7 +80,6 @@ class Engine:
         metrics = metrics or Metrics()
         intake = Intake(store, spec, config, feed, history, metrics)
         stepper = Stepper(contents, spec)
-        policy = policy_of(spec, config.merge)
         loop = MergeLoop(
             store, feed, contents, stepper, collector, policy, config.merge, retention, signing_key, metrics
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from share_core.identity import Manifest, SignedManifest, sign_manifest
 from share_core.identity.manifest import GENESIS, VERSION
 from share_server.hub.clock import now_ms
+from share_server.hub.policy import StepPolicy
 from share_server.store.journal import Journal
 from share_server.store.records import VersionRow
 from share_server.store.versions import head_version, list_versions, read_manifest, record_manifests
@@ -36,11 +37,12 @@ def sign_version(
     return sign_manifest(key, said)
 
 
-def sign_unsigned(journal: Journal, key: bytes, space_id: str) -> int:
+def sign_unsigned(journal: Journal, key: bytes, space_id: str, policy: StepPolicy) -> int:
     """Sign the versions of format 1, which had no manifests; return how many there were.
 
-    Without that no member could follow them. They are signed from version 1 on, as many in a transaction as are read
-    at once, so that a start that is cut short goes on where it was.
+    Without that no member could follow them. They did not record their policy either: the one in force now is written
+    down with the signatures, for the limits of the space may change later. They are signed from version 1 on, as many
+    in a transaction as are read at once, so that a start that is cut short goes on where it was.
     """
     signed = 0
     head = head_version(journal)
@@ -50,7 +52,7 @@ def sign_unsigned(journal: Journal, key: bytes, space_id: str) -> int:
         for row in rows:
             previous = sign_version(key, space_id, row.version, (row.delta_sha256, row.delta_size), previous)
             made[row.version] = previous
-        record_manifests(journal, made)
+        record_manifests(journal, made, policy.to_text())
         signed += len(made)
     return signed
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Rows:
     """From version 1."""
     head: int
     """The newest version."""
+
+    @cached_property
+    def policy_of_format_1(self) -> dict[str, Any] | None:
+        """The policy that was written down when versions of format 1 were signed, or None."""
+        return next((body["policy"] for kind, body, _ in self.entries.values() if kind == "signed"), None)
 
 
 def check_pages(folder: Path, report: Report) -> Mark:
@@ -152,6 +158,10 @@ def _other_row_problems(
     for version in versions:
         if version.collected != (version.version < before):
             yield f"version {version.version} is {'' if version.collected else 'not '}collected, which was not chained"
+    for kind, body, _ in entries.values():
+        for number, digest in body["versions"].items() if kind == "signed" else ():
+            if int(number) > len(versions) or versions[int(number) - 1].manifest.sha256 != digest:
+                yield f"version {number} has another manifest than was chained"
     yield from _member_problems(journal, said.get("enrolled", {}))
     yield from _task_problems(journal, updates, said.get("shared", {}))
 

@@ -39,6 +39,7 @@ class _Replay:
 
     store: ReadStore
     spec: SpaceSpec
+    rows: Rows
     contents: Contents
     stepper: Stepper
     report: Report
@@ -56,7 +57,7 @@ async def replay_versions(
     """Replay every kept version; the store must have passed the other checks."""
     torch.set_num_threads(1)
     contents = make_contents(store, spec, newest.space)
-    run = _Replay(store, spec, contents, Stepper(contents, spec), report)
+    run = _Replay(store, spec, rows, contents, Stepper(contents, spec), report)
     run.updates = {row.new.update_id: row for row in rows.updates}
     kept = [row for row in rows.versions if not row.collected]
     whole = len(kept) == len(rows.versions)
@@ -93,7 +94,7 @@ async def _begin(run: _Replay, row: VersionRow) -> HubState:
     ledger: dict[str, TaskLedger] = {}
     for task in space.cores:
         stored = task_adapter(space, task, torch.float64)
-        original = await run.contents.of_task(task, row.version, recorded_policy(row, run.spec))
+        original = await run.contents.of_task(task, row.version, recorded_policy(row, run.rows, run.spec))
         ledger[task] = measure(original or stored, stored)
     return HubState(space, ledger)
 
@@ -102,7 +103,7 @@ async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubSta
     """Make one version anew and compare it; return the stored version with the ledger of the replay."""
     stored = read_step(run.store.blobs, run.spec, before.space, row)
     run.report.replayed += 1
-    policy = recorded_policy(row, run.spec)
+    policy = recorded_policy(row, run.rows, run.spec)
     if not row.updates:
         made = await remake(run.store, run.contents, before, policy, run.spec)
         _compare(run.report, row, made.space, stored, "", encode_snapshot(made.space), before.space.cores)

@@ -77,9 +77,16 @@ def make_contents(store: ReadStore, spec: SpaceSpec, space: Space) -> Contents:
     return Contents(store, spec, History(store, spec, feed))
 
 
-def recorded_policy(row: VersionRow, spec: SpaceSpec) -> StepPolicy:
-    """Return the policy under which a version was made; format 1 had only the space's own limits."""
-    return policy_from_text(row.policy) if row.policy else policy_of(spec, MergeConfig())
+def recorded_policy(row: VersionRow, rows: Rows, spec: SpaceSpec) -> StepPolicy:
+    """Return the policy under which a version was made.
+
+    Versions of format 1 had only the limits of the space, which were written down when they were signed; before that
+    they are those in force.
+    """
+    if row.policy:
+        return policy_from_text(row.policy)
+    older = rows.policy_of_format_1
+    return policy_of(spec, MergeConfig()) if older is None else StepPolicy(**older)
 
 
 async def check_ledger(
@@ -115,7 +122,9 @@ def _last_use(rows: Rows, spec: SpaceSpec) -> list[tuple[StepPolicy, int]]:
     """Return every rule by which contents were mixed, with the last version that was made by it."""
     found: dict[str, tuple[StepPolicy, int]] = {}
     for row in rows.versions:
-        policy = replace(recorded_policy(row, spec), k_max=1, tau=0.0, refits=0)  # what does not mix does not matter
+        policy = replace(
+            recorded_policy(row, rows, spec), k_max=1, tau=0.0, refits=0
+        )  # what does not mix does not matter
         found[policy.to_text()] = (policy, row.version)
     return list(found.values())
 

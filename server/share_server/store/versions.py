@@ -156,8 +156,8 @@ def _record_merging(journal: Journal, version: int, one: Merging) -> None:
     )
 
 
-def record_manifests(journal: Journal, manifests: Mapping[int, SignedManifest]) -> None:
-    """Write the manifests of versions that have none, in one transaction."""
+def record_manifests(journal: Journal, manifests: Mapping[int, SignedManifest], policy: str) -> None:
+    """Write the manifests of versions that have none, in one transaction; chain them and the policy of that time."""
     with journal.transaction():
         for version, manifest in manifests.items():
             _exactly_one(
@@ -167,7 +167,8 @@ def record_manifests(journal: Journal, manifests: Mapping[int, SignedManifest]) 
                 ),
                 f"version {version} is signed already",
             )
-        journal.append_entry("signed", {"versions": {str(v): one.sha256 for v, one in manifests.items()}})
+        digests = {str(version): manifest.sha256 for version, manifest in manifests.items()}
+        journal.append_entry("signed", {"versions": digests, "policy": json.loads(policy)})
 
 
 def mark_collected(journal: Journal, before: int) -> int:

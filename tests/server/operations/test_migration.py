@@ -26,6 +26,7 @@ from share_server.hub import engine
 from share_server.hub.engine import Engine
 from share_server.layout import Layout
 from share_server.local import LocalHub
+from share_server.operations.rebuild import rebuild
 from share_server.operations.verify import verify
 from share_server.store import journal as journal_module
 from share_server.store.journal import Journal
@@ -112,6 +113,14 @@ def test_members_can_follow_it_from_the_start(
     assert seen == list(range(1, merged + 1))
     assert hub.stop() == 0
     assert verify(hub.layout).problems == []
+
+
+def test_its_limits_are_written_down_before_they_change(older_server: Callable[[str], Path]) -> None:
+    """Versions of format 1 do not say by which limits they were made: a rebuild must not make that forgotten."""
+    layout = Layout(older_server("store-1"))
+    assert rebuild(layout, 24).version == 9
+    report = verify(layout, replay=True)
+    assert report.problems == [] and report.replayed == report.bit_equal == 9
 
 
 def test_a_store_that_is_only_opened_stays_whole(older_server: Callable[[str], Path]) -> None:
