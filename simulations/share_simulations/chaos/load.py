@@ -284,6 +284,7 @@ class Swarm:
         self, hub: hub_pb2_grpc.HubAsyncStub, update_id: str, messages: list[hub_pb2.SubmitRequest]
     ) -> bool:
         """Send the same until there is a receipt; False if the hub wants the update in a newer version."""
+        pause_s = 0.05
         while True:
             try:
                 answer = await hub.Submit(iter(messages), timeout=_CALL_S)
@@ -295,7 +296,8 @@ class Swarm:
                     self._book.broken.append(f"update {update_id} is honest and was refused: {name} {error.details()}")
                     return True
                 self.retries += 1
-                await asyncio.sleep(self._random.uniform(0.05, 0.3))
+                await asyncio.sleep(self._random.uniform(0.5, 1.0) * pause_s)
+                pause_s = min(1.0, 2 * pause_s)
                 continue
             self._book.acknowledge(update_id, answer)
             return True
