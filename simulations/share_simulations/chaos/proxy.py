@@ -31,8 +31,8 @@ from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
 
-_PIECE = 64 * 2**10
-_BUFFER = 128 * 2**10
+_PIECE = 32 * 2**10
+_BUFFER = 64 * 2**10
 """Bytes of one direction that may be on their way inside the proxy, and in each socket's buffer, as in a network."""
 _RESET = struct.pack("ii", 1, 0)
 
