@@ -30,6 +30,7 @@ from share_simulations.bench.payloads import upload_space
 from share_simulations.bench.promises import Promises, check_promises, read_journal
 from share_simulations.bench.stats import RssSampler, percentile, slope_per_minute
 from share_simulations.bench.worker import Worker, ask_all
+from share_simulations.processes import installed
 
 Progress = Callable[[str], None]
 
@@ -261,7 +262,11 @@ class Bench:
         for worker in self._workers:
             self._receipts += [(a, b) for a, b in worker.receive(120.0)["promised"]]
         promises = self._promises()
-        return {"hub_lost_after_kill": promises.lost + promises.wrong_bytes, "hub_restart_s": round(recovered, 2)}
+        return {
+            "hub_receipts_checked_after_kill": promises.receipts,
+            "hub_lost_after_kill": promises.lost + promises.wrong_bytes,
+            "hub_restart_s": round(recovered, 2),
+        }
 
     def _promises(self) -> Promises:
         self._note(f"checking {len(self._receipts)} receipts")
@@ -333,6 +338,8 @@ def _check(options: HubOptions) -> None:
         raise ConfigError(f"--payload-mib {options.payload_mib:g}: expected 0.0625 to 16")
     if options.clients * options.overload > 100 * options.clients:
         raise ConfigError("--overload: at most 100, the streams of one connection")
+    for command in ("flower-superlink", "flower-supernode", "flwr") if options.peers else ():
+        installed(command)  # missing ones are said before the long work
     place = options.directory or Path(tempfile.gettempdir())
     existing = next(path for path in (place, *place.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
