@@ -54,13 +54,13 @@ class _Entry:
     end: int
 
 
-def tensor_sizes(payload: bytes) -> dict[str, int]:
+def tensor_sizes(payload: bytes | memoryview) -> dict[str, int]:
     """Return the data bytes of every tensor by name, reading only the header."""
     _, entries, _ = _read_header(payload)
     return {entry.name: entry.end - entry.begin for entry in entries}
 
 
-def read_tensors(payload: bytes) -> TensorFile:
+def read_tensors(payload: bytes | memoryview) -> TensorFile:
     """Read a whole file.
 
     Raises:
@@ -79,7 +79,7 @@ def read_tensors(payload: bytes) -> TensorFile:
     return TensorFile(tensors, metadata)
 
 
-def _read_header(payload: bytes) -> tuple[int, list[_Entry], dict[str, str]]:
+def _read_header(payload: bytes | memoryview) -> tuple[int, list[_Entry], dict[str, str]]:
     if len(payload) < 8:
         raise HeaderError(f"a safetensors file has at least 8 bytes, got {len(payload)}")
     length = int.from_bytes(payload[:8], "little")
@@ -87,7 +87,7 @@ def _read_header(payload: bytes) -> tuple[int, list[_Entry], dict[str, str]]:
         raise HeaderError(f"header of {length} bytes announced, at most {MAX_HEADER_BYTES} are allowed")
     if 8 + length > len(payload):
         raise HeaderError(f"header of {length} bytes announced in a file of {len(payload)}: the file is cut short")
-    header = _parse_json(payload[8 : 8 + length])
+    header = _parse_json(bytes(payload[8 : 8 + length]))
     metadata = _metadata(header.pop("__metadata__", {}))
     if len(header) > MAX_TENSORS:
         raise HeaderError(f"{len(header)} tensors announced, at most {MAX_TENSORS} are allowed")

@@ -71,7 +71,7 @@ class PayloadSplit:
     """Header and length prefix."""
 
 
-def payload_bytes(payload: bytes) -> PayloadSplit:
+def payload_bytes(payload: bytes | memoryview) -> PayloadSplit:
     """Split the bytes of an update payload by purpose.
 
     Raises:
@@ -108,7 +108,7 @@ def encode_update(update: Update, dtype: torch.dtype = torch.float32) -> bytes:
     return _save(tensors, {"format": UPDATE, "base_version": update.base_version}, dtype)
 
 
-def decode_update(payload: bytes, spec: SpaceSpec) -> Update:
+def decode_update(payload: bytes | memoryview, spec: SpaceSpec) -> Update:
     """Read an update that came from somebody else.
 
     Whether cores fit the bases of the base version is checked where those bases are
@@ -244,7 +244,7 @@ class _Payload:
     header: Mapping[str, object]
 
 
-def _read(payload: bytes, expected: str) -> _Payload:
+def _read(payload: bytes | memoryview, expected: str) -> _Payload:
     file = read_tensors(payload)
     try:
         header = json.loads(file.metadata.get("fedshare", "{}"))

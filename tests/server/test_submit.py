@@ -14,12 +14,14 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import grpc
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 
 from share_core.errors import FedshareError
 from share_core.types import Factors, SiteUpdate, SpaceSpec, Update
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import LimitConfig
+from share_server.hub.chunks import read_submit_request
 from share_server.local import Holder, LocalHub, submit_header, submit_messages
 from share_server.operator import named_error
 
@@ -365,3 +367,25 @@ def test_one_organisation_cannot_hold_all_upload_slots(
             release.set()
         assert {type(call.result()).__name__ for call in held} == {"DigestError"}, "the payloads never came"
     _serves(hub, toy_spec, payload)
+
+
+def test_chunks_are_read_without_protobuf_and_everything_else_with_it() -> None:
+    """The quick reader gives what protobuf gives, whatever the bytes; odd encodings take the slow way."""
+    request = hub_pb2.SubmitRequest
+    for size in (0, 1, 127, 128, 300, 2**20):
+        chunk = bytes(range(256)) * (size // 256) + bytes(size % 256)
+        read = read_submit_request(request(chunk=chunk).SerializeToString())
+        assert isinstance(read, memoryview)
+        assert bytes(read) == chunk
+    twice = request(chunk=b"first").SerializeToString() + request(chunk=b"second").SerializeToString()
+    with_header = request(chunk=b"x").SerializeToString() + request(header={"update_id": "u"}).SerializeToString()
+    padded = b"\x12\x83\x00abc"  # a length in two bytes where one would do
+    for data in (twice, with_header, b"", request(header={"rows": 3}).SerializeToString()):
+        read = read_submit_request(data)
+        assert isinstance(read, request)
+        assert read == request.FromString(data)
+    read = read_submit_request(padded)
+    assert (bytes(read) if isinstance(read, memoryview) else read.chunk) == request.FromString(padded).chunk
+    for broken in (b"\x12", b"\x12\x05abc", b"\x12\xff\xff\xff\xff\xff\xff", b"\x12\xff"):
+        with pytest.raises(DecodeError):
+            read_submit_request(broken)

@@ -49,7 +49,8 @@ class Feed:
         if self.version > version or self.closing:
             return
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for: it can forget a cancellation
+                await self._changed.wait()
         except TimeoutError:
             return
 

@@ -34,6 +34,7 @@ from share_core.wire import PayloadSplit, decode_update, max_payload_bytes, payl
 from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig
 from share_server.hub.access import Caller
+from share_server.hub.chunks import SubmitPart
 from share_server.hub.clock import now_ms
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
@@ -98,7 +99,7 @@ class Intake:
         """The operator's limit, or what an update of this space can need if that is less."""
 
     async def receive(
-        self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest], go_ahead: GoAhead = _no_word
+        self, caller: Caller, messages: AsyncIterator[SubmitPart], go_ahead: GoAhead = _no_word
     ) -> tuple[UpdateRow, bool]:
         """Receive one update; return (its row, whether it was durable before this call).
 
@@ -145,7 +146,7 @@ class Intake:
             raise OverloadError(f"{organisation} has {share} uploads in progress, its share: try again", _SLOT_MS)
 
     async def _receive(
-        self, caller: Caller, messages: AsyncIterator[hub_pb2.SubmitRequest], go_ahead: GoAhead
+        self, caller: Caller, messages: AsyncIterator[SubmitPart], go_ahead: GoAhead
     ) -> tuple[UpdateRow, bool]:
         header = await self._header(messages)
         self._check_header(header)
@@ -166,7 +167,7 @@ class Intake:
     async def _fill(
         self,
         caller: Caller,
-        messages: AsyncIterator[hub_pb2.SubmitRequest],
+        messages: AsyncIterator[SubmitPart],
         header: hub_pb2.SubmitHeader,
         upload: Upload,
     ) -> tuple[UpdateRow, bool]:
@@ -195,9 +196,9 @@ class Intake:
         finally:
             await self.uploads.end(upload, keep=False)
 
-    async def _header(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitHeader:
+    async def _header(self, messages: AsyncIterator[SubmitPart]) -> hub_pb2.SubmitHeader:
         first = await self._next(messages)
-        if first is None or first.WhichOneof("part") != "header":
+        if first is None or isinstance(first, memoryview) or first.WhichOneof("part") != "header":
             raise RequestError("Submit begins with a header: expected it as first message")
         return first.header
 
@@ -227,19 +228,19 @@ class Intake:
             raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
 
     async def _payload(
-        self, messages: AsyncIterator[hub_pb2.SubmitRequest], header: hub_pb2.SubmitHeader, staged: Staged
-    ) -> list[bytes]:
+        self, messages: AsyncIterator[SubmitPart], header: hub_pb2.SubmitHeader, staged: Staged
+    ) -> list[memoryview]:
         """Read every chunk, writing to ``staged`` when several are there; return the last ones, not yet written.
 
         Stops at the first byte too many. When it ends early, everything that came has been written.
         """
-        waiting: list[bytes] = []
+        waiting: list[memoryview] = []
         count = staged.size
         try:
             while (message := await self._next(messages)) is not None:
-                if message.WhichOneof("part") != "chunk":
+                if not isinstance(message, memoryview) and message.WhichOneof("part") != "chunk":
                     raise RequestError("Submit has one header, then chunks: got another header")
-                chunk = message.chunk  # a copy at each access
+                chunk = message if isinstance(message, memoryview) else memoryview(message.chunk)
                 if len(chunk) > CHUNK_BYTES:
                     raise RequestError(f"a chunk holds at most {CHUNK_BYTES} bytes, got {len(chunk)}")
                 count += len(chunk)
@@ -259,7 +260,7 @@ class Intake:
             raise
         return waiting
 
-    async def _next(self, messages: AsyncIterator[hub_pb2.SubmitRequest]) -> hub_pb2.SubmitRequest | None:
+    async def _next(self, messages: AsyncIterator[SubmitPart]) -> SubmitPart | None:
         try:
             async with asyncio.timeout(self._limits.upload_idle_s):
                 return await anext(messages, None)
@@ -274,7 +275,7 @@ class Intake:
             self._free = (time.monotonic(), await self._store.io(self._store.blobs.free_bytes))
         return self._free[1]
 
-    def _finish(self, staged: Staged, rest: Sequence[bytes], header: hub_pb2.SubmitHeader) -> _Checked:
+    def _finish(self, staged: Staged, rest: Sequence[memoryview], header: hub_pb2.SubmitHeader) -> _Checked:
         """Write the last chunks, compare the digest and parse; runs on a thread."""
         whole = rest[0] if not staged.size and len(rest) == 1 else None
         staged.write(*rest)

@@ -18,6 +18,7 @@ from grpc import aio
 
 from share_core.errors import ERROR_KEY, RETRY_KEY, FedshareError, OverloadError, UnavailableError
 from share_server.hub import log
+from share_server.hub.chunks import DECODERS
 from share_server.hub.metrics import Metrics
 
 SHED_RETRY_MS = 1000
@@ -67,7 +68,7 @@ class Door(aio.ServerInterceptor):
         if handler is None:
             return handler
         method = handler_call_details.method
-        codec = (handler.request_deserializer, handler.response_serializer)
+        codec = (DECODERS.get(method, handler.request_deserializer), handler.response_serializer)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._single(method, handler.unary_unary), *codec)
         if handler.stream_unary is not None:
@@ -126,7 +127,10 @@ class Door(aio.ServerInterceptor):
     async def _write(self, context: aio.ServicerContext[Any, Any], message: Any) -> None:
         """Send one message; a reader that does not take it in time is cut and costs nothing any more."""
         try:
-            await asyncio.wait_for(context.write(message), self._write_timeout_s)
+            # Not wait_for: before Python 3.12 it forgets a cancellation that comes with the end of the write, and the
+            # handler of a caller that is gone would wait on for the next version.
+            async with asyncio.timeout(self._write_timeout_s):
+                await context.write(message)
         except TimeoutError as error:
             raise UnavailableError(
                 f"nothing was read for {self._write_timeout_s:g} s: connect again and read faster"

@@ -13,7 +13,7 @@ import ctypes
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-MAPPED_BYTES = 256 * 2**10
+MAPPED_BYTES = 4 * 2**20
 """Blocks of at least this size are returned at once."""
 
 

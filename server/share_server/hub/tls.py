@@ -156,7 +156,8 @@ async def keep_renewed(
         except Exception as error:
             log.failure("certificates not renewed", error)
         try:
-            await asyncio.wait_for(wanted.wait(), every_s)
+            async with asyncio.timeout(every_s):
+                await wanted.wait()
         except TimeoutError:
             continue
         wanted.clear()

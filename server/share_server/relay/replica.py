@@ -70,7 +70,8 @@ class Replica:
         if self.head > version or self.closing:
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for: it can forget a cancellation
+                await self._changed.wait()
 
     def close(self) -> None:
         """Tell everybody who waits that the relay stops."""

@@ -57,7 +57,7 @@ class Staged:
         """Hexadecimal SHA-256 of what was written so far."""
         return self._hash.hexdigest()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, *parts: bytes | memoryview) -> None:
         """Append ``parts``; they are not durable yet.
 
         Raises:
