@@ -238,7 +238,7 @@ def test_two_levels_pass_on_the_same_bytes_and_the_hub_sends_once(
     with hub.hub(hub.own("operator")) as stub:
         end = time.monotonic() + 40
         while (status := stub.GetStatus(hub_pb2.GetStatusRequest(), timeout=10)).subscribers != 1:
-            assert time.monotonic() < end, (status, first.log.read_text(), second.log.read_text())
+            assert time.monotonic() < end, "a stream that was cancelled is still counted"
             time.sleep(0.05)  # our own stream is being closed
     sent = {row.member: row.down_deltas for row in status.traffic}
     assert sent["acme/first"] == sum(len(payload) for _, payload in original)
