@@ -320,6 +320,45 @@ def test_when_the_storage_fails_health_says_so_and_the_hub_ends(
     assert (states[-1] == health_pb2.HealthCheckResponse.NOT_SERVING) is not silent
 
 
+FORGETS = """
+import asyncio, sys
+from share_server.hub import __main__, interceptor
+
+async def write(self, context, message):
+    await asyncio.wait_for(context.write(message), self._write_timeout_s)
+
+interceptor.Door._write = write
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["real", "planted"])
+def test_streams_cancelled_at_any_moment_leave_nothing_behind(
+    new_hub: Callable[..., LocalHub], make_payload: Callable[..., bytes], tmp_path: Path, planted: bool
+) -> None:
+    """The planted bug: a cancellation that comes with the end of a write is forgotten, and the stream waits on."""
+    script = tmp_path / "forgets.py"
+    script.write_text(FORGETS)
+    hub = new_hub(script=script if planted else None)
+    hub.start()
+    alice = hub.enrol("acme/alice")
+    payload = make_payload(1)
+    with hub.hub(alice) as stub, hub.hub(hub.own("operator")) as operator:
+        stub.Submit(submit_messages(submit_header(hub.spec, "acme/t", payload), payload), timeout=30)
+        while operator.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).merged == 0:
+            time.sleep(0.02)
+        for _ in range(400):
+            stream = stub.FollowVersions(hub_pb2.FollowVersionsRequest(space_id=hub.spec.space_id), timeout=120)
+            next(stream)
+            stream.cancel()
+        end = time.monotonic() + (3 if planted else 60)
+        while (left := operator.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).subscribers) and (
+            time.monotonic() < end
+        ):
+            time.sleep(0.05)
+    assert (left > 0) is planted
+
+
 def _secrets_in_log(hub: LocalHub, make_payload: Callable[..., bytes]) -> list[str]:
     """Use the hub in good and bad ways and return which secrets its log holds; every line must be a JSON object."""
     hub.start()
