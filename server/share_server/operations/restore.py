@@ -15,7 +15,8 @@ from share_server.operations.verify import verify
 
 WARNING = (
     "this server goes back to version {version}: updates that were acknowledged after the backup are not in it, and "
-    "members whose clients have seen a later version refuse this hub until they join again"
+    "clients that have seen a later version refuse this hub: tell their members what happened, so that they remove the "
+    "cache in the client's directory and go on, and submit again what is missing"
 )
 """What restoring means for members; format with ``version``."""
 
