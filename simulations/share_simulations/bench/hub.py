@@ -28,7 +28,7 @@ from share_simulations.bench.limits import durable_files_per_second
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.payloads import upload_space
 from share_simulations.bench.promises import Promises, check_promises, read_journal
-from share_simulations.bench.stats import RssSampler, percentile, slope_per_minute
+from share_simulations.bench.stats import RssSampler, cpu_seconds, percentile, slope_per_minute
 from share_simulations.bench.worker import Worker, ask_all
 from share_simulations.processes import installed
 
@@ -148,14 +148,17 @@ class Bench:
         limits = [self._limits("before")]
         self._note(f"{options.clients} clients for {options.seconds:g} s")
         ramp = min(10.0, max(1.0, options.seconds / 6))
+        used, begun = self._cpu(), time.monotonic()
         with RssSampler(self._hub.pid) as rss:
             peak = self._phase(self._hub.config.local_hub_address, options.seconds, ramp, 1)
+        elapsed = time.monotonic() - begun
+        cores = [round((now - before) / elapsed, 2) for before, now in zip(used, self._cpu(), strict=True)]
         merged = self._merged()
         limits.append(self._limits("after"))
         report = _main_figures(options, peak, limits, self.payload_bytes)
         steady = rss.samples[len(rss.samples) // 3 :]  # the first third is warming up
         report |= {"rss_mib": round(rss.peak(), 1), "rss_slope_mib_per_min": round(slope_per_minute(steady), 2)}
-        report |= {"merged": merged}
+        report |= {"merged": merged, "hub_cores": cores[0], "load_cores": round(sum(cores[1:]), 2)}
         if options.overload:
             report |= self._overload(report)
         if options.peers:
@@ -272,6 +275,10 @@ class Bench:
         self._note(f"checking {len(self._receipts)} receipts")
         with self._hub.hub(self._hub.own("operator")) as stub:
             return check_promises(self._receipts, *read_journal(stub))
+
+    def _cpu(self) -> list[float]:
+        """Return the processor time used by the hub and by every load process."""
+        return [cpu_seconds(pid) for pid in (self._hub.pid, *(worker.pid for worker in self._workers))]
 
     def _merged(self) -> int:
         from share_proto.v1 import hub_pb2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-_PAGE_MIB = 4096 / 2**20
+_PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -35,6 +36,15 @@ def rss_mib(pid: int) -> float:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_MIB
     except (OSError, IndexError):
         return 0.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used so far; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class RssSampler:

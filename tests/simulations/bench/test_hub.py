@@ -38,6 +38,8 @@ KEYS = {
     "rss_mib",
     "rss_slope_mib_per_min",
     "merged",
+    "hub_cores",
+    "load_cores",
     "overload_goodput_fraction",
     "overload_rss_mib",
     "shed",
