@@ -25,7 +25,7 @@ from share_server.store.records import UpdateRow, UpdateState, VersionRow
 from share_server.store.updates import list_updates
 from share_server.store.versions import head_version, list_versions
 from share_simulations.chaos.ptrace import Ending, run_child
-from share_simulations.chaos.scenario import Plan, Promised, digest_of, resume, settle
+from share_simulations.chaos.scenario import Plan, Promised, after_fork, digest_of, resume, settle
 
 _ROWS = 10**9
 _MOST = 40
@@ -78,6 +78,7 @@ def ask(main: Callable[[], Any], log: Path | None) -> tuple[Any, Ending]:
 
     def child() -> int:
         os.close(read)
+        after_fork()
         with os.fdopen(write, "w") as pipe:
             json.dump(main(), pipe)
         return 0

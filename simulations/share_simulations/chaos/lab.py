@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
@@ -20,9 +21,9 @@ from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import Space
 from share_core.wire import decode_snapshot, encode_snapshot
 from share_server.hub.engine import Engine
-from share_simulations.chaos.checks import Finding, recovery
+from share_simulations.chaos.checks import Finding, ask, recovery
 from share_simulations.chaos.mutants import Mutant
-from share_simulations.chaos.ptrace import GO, KILL, Call, Ending, Handler, Verdict, require_tracer, run_child, trace
+from share_simulations.chaos.ptrace import GO, KILL, Call, Ending, Handler, Verdict, require_tracer, trace
 from share_simulations.chaos.scenario import Letter, Plan, Promised, live, say_to, toy_config, toy_spec, write_letters
 
 _FILLED = 7
@@ -154,8 +155,6 @@ class Lab:
 
     def _newest(self, plan: Plan) -> Space:
         """Return the newest version of a closed store; a child reads it, so that no thread is left here."""
-        import asyncio
-
         path = self.folder / "newest.safetensors"
 
         async def read() -> None:
@@ -163,7 +162,7 @@ class Lab:
             path.write_bytes(encode_snapshot(engine.feed.state.space))
             await engine.close()
 
-        run_child(lambda: asyncio.run(read()) or 0, log=self.log)
+        ask(lambda: asyncio.run(read()), self.log)
         return decode_snapshot(path.read_bytes(), self.spec)
 
     def last_words(self) -> str:

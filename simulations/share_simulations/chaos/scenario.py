@@ -157,8 +157,14 @@ def say_to(marker: int) -> Callable[[str], None]:
     return lambda text: (os.write(marker, f"{text}\n".encode("ascii")), None)[1]
 
 
+def after_fork() -> None:
+    """Make PyTorch usable in a forked child: its thread pool is made anew here, before threads race to do it."""
+    torch.set_num_threads(1)
+
+
 def live(plan: Plan, say: Callable[[str], None]) -> int:
     """Open the hub, send everything, let it merge and publish, collect, close; return its exit code."""
+    after_fork()
     journal._CHECKPOINT_BYTES = _CHECKPOINT_BYTES  # so that a short life has checkpoints in its middle too
     try:
         return asyncio.run(_live(plan, say))

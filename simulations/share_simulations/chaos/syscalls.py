@@ -121,7 +121,7 @@ def shoot(lab: Lab, start: Start, plan: Plan, number: int, mutant: Mutant | None
     findings = lab.recover(plan, handler.promised, mutant)
     killed = len(handler.calls) >= number
     if not killed and ending.code != 0 and mutant is None:
-        findings.append(Finding("hung", f"the hub was not killed and ended with {ending}"))
+        findings.append(Finding("hung", f"the hub was not killed and ended with {ending}: {lab.last_words()[-300:]}"))
     acks = len(handler.promised.acks) - len(start.promised.acks)
     return Shot(killed, acks, place(handler.calls[-1]) if handler.calls else "", findings)
 
