@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from share_core.errors import CertificateError, ConfigError
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
 from share_server.config import config_to_toml
+from share_server.fleet.hub_link import HubLink
 from share_server.fleet.tls_listener import tls_context
 from share_server.hub.tls import PairFile
 from share_server.local import Holder, LocalHub
@@ -268,3 +270,29 @@ def test_the_gateways_listener_follows_the_files_and_stays_strict(new_hub: Calla
     loop.call_soon_threadsafe(stop.set)
     thread.join(10)
     loop.close()
+
+
+def test_the_fleets_connection_takes_up_a_renewed_certificate(new_hub: Callable[..., LocalHub]) -> None:
+    hub = new_hub()
+    layout = hub.layout
+
+    def issue(seconds: float) -> None:
+        own = (layout.ca_cert.read_bytes(), layout.ca_key.read_bytes())
+        csr = ids.make_csr(layout.key("fleet").read_bytes())
+        fresh = ids.sign_csr(*own, csr, OWN_CERTIFICATES["fleet"], datetime.now(UTC), seconds / 86400)
+        write_atomic(layout.certificate("fleet"), fresh)
+
+    hub.start()
+    issue(3)
+    with contextlib.closing(HubLink(layout, hub.config)) as link:
+        assert link.list_nodes() == []
+        while True:  # until it has expired on the open connection
+            try:
+                link.list_nodes()
+            except grpc.RpcError as error:
+                assert isinstance(error, grpc.Call)
+                assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+                break
+            time.sleep(0.1)
+        issue(3600)
+        assert link.list_nodes() == []

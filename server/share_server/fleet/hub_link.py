@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import grpc
@@ -15,6 +16,9 @@ from share_server.operator import open_channel
 
 CALL_SECONDS = 5.0
 """Longest wait for one call. The hub is on this machine."""
+
+_GONE = -1
+"""Stamp of a certificate that cannot be looked at: the connection there is stays in use."""
 
 _TRANSIENT = frozenset(
     {
@@ -47,22 +51,45 @@ class EnrolledNode:
 class HubLink:
     """A connection to the hub. Safe to use from several threads; ``close`` when done.
 
-    Every method raises UnavailableError when the hub cannot be reached or asks to come again.
+    When the hub has renewed our certificate, the next call opens a connection with the new one. Every method raises
+    UnavailableError when the hub cannot be reached or asks to come again.
     """
 
     def __init__(self, layout: Layout, config: ServerConfig) -> None:
-        self._channel = open_channel(layout, config, "fleet")
-        self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._layout = layout
+        self._config = config
+        self._lock = threading.Lock()
+        self._channel, self._opened_with = open_channel(layout, config, "fleet"), self._stamp()
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
+    def _current(self) -> grpc.Channel:
+        """Return the connection, a new one if the certificate has changed since it was opened.
+
+        The old one is let go, not closed: another thread may be waiting for an answer on it.
+        """
+        with self._lock:
+            if (stamp := self._stamp()) not in (self._opened_with, _GONE):
+                self._channel, self._opened_with = open_channel(self._layout, self._config, "fleet"), stamp
+            return self._channel
+
+    def _stamp(self) -> int:
+        try:
+            return self._layout.certificate("fleet").stat().st_mtime_ns
+        except OSError:
+            return _GONE
+
+    @property
+    def _fleet(self) -> fleet_pb2_grpc.FleetStub:
+        return fleet_pb2_grpc.FleetStub(self._current())
+
     def serving(self) -> bool:
         """Return whether the hub says that it serves. Raises nothing."""
         try:
-            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
+            health = health_pb2_grpc.HealthStub(self._current())
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_SECONDS)
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
