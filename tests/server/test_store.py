@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -403,6 +404,16 @@ def test_payloads_without_their_journal_are_not_taken_for_an_empty_space(
     damage(tmp_path / "journal.db")
     with pytest.raises(StorageError, match=r"journal .* is gone, but payloads"):
         _with_store(tmp_path, toy_spec, lambda store: store.io(store.blobs.free_bytes))
+
+
+def test_a_store_that_is_gone_is_not_taken_for_a_fresh_one(tmp_path: Path, toy_spec: SpaceSpec) -> None:
+    root = tmp_path / "store"
+    _with_store(root, toy_spec, lambda store: store.do(head_version))
+    shutil.rmtree(root)
+    with pytest.raises(StorageError, match="the store is gone"):
+        _with_store(root, toy_spec, lambda store: store.do(head_version))
+    (tmp_path / "store.begun").unlink()
+    assert _with_store(root, toy_spec, lambda store: store.do(head_version)) == 0
 
 
 def test_metrics_of_one_task_and_version_are_limited_and_all_or_none(journal: Journal) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from share_core.durable import write_atomic
 from share_core.errors import ConfigError, StorageError
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
@@ -86,6 +87,7 @@ class Store:
             await store.io(lambda: _require_journal(root, store.blobs))
             store._journal = await store._on_journal(lambda: Journal(root / "journal.db", spec.space_id))
             state = await store.do(lambda journal: recover(journal, store.blobs, spec))
+            await store.io(lambda: _remember(root))
         except BaseException:
             store._release()
             raise
@@ -184,13 +186,29 @@ class Store:
         os.close(self._lock)
 
 
+def _begun(root: Path) -> Path:
+    """Return the file beside the store that says that it has been begun."""
+    return root.with_name(root.name + ".begun")
+
+
+def _remember(root: Path) -> None:
+    if not _begun(root).exists():
+        with storage("remembering that the store is begun"):
+            write_atomic(_begun(root), b"The store beside this file holds what a hub has promised.\n")
+
+
 def _require_journal(root: Path, blobs: BlobStore) -> None:
-    """Refuse payloads without a journal: an empty one would begin a new space and forget what was acknowledged.
+    """Refuse to begin anew where promises were made: an empty journal would forget what was acknowledged.
 
     Raises:
-        StorageError: the journal is gone or empty and payloads are there.
+        StorageError: the journal is gone or empty, and payloads or the mark beside the store say that it was there.
     """
     path = root / "journal.db"
+    if not path.exists() and _begun(root).exists() and blobs.empty():
+        raise StorageError(
+            f"the store is gone: bring {root.name}/ back from a backup, or remove {_begun(root).name} beside it to "
+            "begin an empty space"
+        )
     if (not path.exists() or path.stat().st_size == 0) and not blobs.empty():
         raise StorageError(
             "the journal (store/journal.db) is gone, but payloads of earlier updates are there: bring it back from a "
