@@ -11,7 +11,7 @@ slices          pieces leave in segments of a random small size
 bandwidth       each direction of a connection passes so many bytes per second
 reset           both ends of a connection get a RST, at a random byte of what the client sends or when asked
 blackhole       for some seconds nothing passes and new connections hang; nothing that was sent is lost
-half-open       the hub's end is gone and the client is not told: what it sends vanishes
+half-open       the hub's end is gone and the client is not told: nothing takes what it sends any more
 corrupt         one bit is changed in what passes
 ==============  ====================================================================================================
 """
@@ -225,6 +225,9 @@ class _Connection:
         try:
             with contextlib.suppress(ConnectionError):
                 while not delivering.done() and (piece := await reader.read(_PIECE)):
+                    if up and self._lost:
+                        # Taken by nobody from now on, as behind a dead line; cancelled when the proxy ends.
+                        await asyncio.get_running_loop().create_future()
                     due = max(due, clock() + self._delay())
                     await self._put(pieces, (due, self._count(piece, up)), delivering)
             await self._put(pieces, (due, b""), delivering)

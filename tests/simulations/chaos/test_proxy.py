@@ -134,15 +134,17 @@ def test_nothing_is_lost_in_a_blackhole(echo: Echo) -> None:
         assert proxy.faults == {"blackhole": 1}
 
 
-def test_half_open_the_client_is_not_told(echo: Echo) -> None:
+def test_half_open_the_client_is_not_told_and_nothing_takes_what_it_sends(echo: Echo) -> None:
     with Proxy(echo.address, 5) as proxy, connect(proxy) as client:
         assert exchange(client, b"x") == b"x"
         assert proxy.half_open() == 1
         until(lambda: echo.endings == ["reset"])
-        client.sendall(bytes(1_000_000))
         client.settimeout(0.3)
         with pytest.raises(TimeoutError):
+            client.sendall(bytes(50_000_000))
+        with pytest.raises(TimeoutError):
             client.recv(1)
+        assert proxy.bytes_up < 200_000
 
 
 def test_a_changed_bit_is_one_bit(echo: Echo) -> None:
@@ -157,6 +159,6 @@ def test_a_changed_bit_is_one_bit(echo: Echo) -> None:
 def test_nobody_listens_is_a_reset_as_from_a_real_host() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nobody = f"127.0.0.1:{taken.getsockname()[1]}"
-    with Proxy(nobody, 7) as proxy, connect(proxy) as client, pytest.raises(ConnectionError):
+    with Proxy(nobody, 7) as proxy, pytest.raises(ConnectionError), connect(proxy) as client:
         client.recv(1)
         client.recv(1)
