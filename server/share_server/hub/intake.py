@@ -156,8 +156,9 @@ class Intake:
         if known is not None and _same_header(known, caller, header):
             return known, True
         _check_task(header, task)
-        self.quota.admit(caller.member, caller.organisation, header.payload_size - header.offset)
-        with self.quota.in_flight(header.payload_size - header.offset):
+        rest = header.payload_size - header.offset
+        with self.quota.in_flight(rest):
+            self.quota.admit(caller.member, caller.organisation, rest)
             if await self._free_bytes() < self._limits.free_space_bytes + header.payload_size:
                 raise OverloadError("the hub's disk is nearly full: try again when the operator has made space", 60_000)
             upload = await self.uploads.begin(caller, header.update_id, header.offset, header.payload_size)
