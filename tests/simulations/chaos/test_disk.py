@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
 
 from share_simulations.chaos.disk import DiskOptions, FailAt, fail, faults_of, hunt, run_disk
-from share_simulations.chaos.lab import Lab
+from share_simulations.chaos.lab import Lab, Witness
 from share_simulations.chaos.mutants import Mutant, mutants_of
-from share_simulations.chaos.ptrace import GO, Call
+from share_simulations.chaos.ptrace import GO, Call, Verdict
 from share_simulations.chaos.scenario import Promised
 from share_simulations.chaos.syscalls import trial
 
@@ -36,6 +37,43 @@ def test_a_failed_flush_ends_the_hub_without_an_ack(lab: Lab, where: str) -> Non
     assert (handler.failed.name, findings, ending.code) == (name, [], 1)
     assert handler.promised.failed
     assert handler.promised.acks == start.promised.acks
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "fault"),
+    [("rename", r"\.tmp-journal.*", "EIO"), ("pwrite64", r"journal\.db", "ENOSPC"), ("pwrite64", "anchor", "short")],
+)
+def test_the_last_failure_of_a_life_leaves_a_store_that_opens(lab: Lab, name: str, part: str, fault: str) -> None:
+    """The last checkpoint is made while the hub closes, when SQLite would copy what the page sums do not know."""
+    start = lab.starts[1]
+    plan = lab.plan(start, 6, orderly=True)
+    fits = [call for call in trial(lab, start, plan) if _fits(call, name, part)]
+    lab.put_back(start)
+    handler = _FailLast(start.promised.copy(), name, part, len(fits), fault)
+    lab.run(plan, handler)
+    assert handler.seen >= len(fits)
+    assert lab.recover(plan, handler.promised) == []
+
+
+def _fits(call: Call, name: str, part: str) -> bool:
+    return call.name == name and re.fullmatch(part, Path(call.path).name) is not None
+
+
+class _FailLast(Witness):
+    """Fails the last call of one kind, whatever the threads do in between."""
+
+    def __init__(self, promised: Promised, name: str, part: str, count: int, fault: str) -> None:
+        super().__init__(promised)
+        self.seen = 0
+        self._fits = (name, part)
+        self._count = count
+        self._verdict = Verdict(short=100) if fault == "short" else Verdict(error=getattr(errno, fault))
+
+    def entered(self, call: Call) -> Verdict:
+        if not _fits(call, *self._fits):
+            return GO
+        self.seen += 1
+        return self._verdict if self.seen == self._count else GO
 
 
 def test_an_ack_is_late_unless_its_row_was_flushed_before_the_failure(tmp_path: Path) -> None:
