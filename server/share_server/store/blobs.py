@@ -19,7 +19,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from share_core.durable import flush_directory
 from share_core.errors import StorageError, UnavailableError
 
 _READ_BYTES = 2**20
+
+Each = Callable[[Callable[[Path], None], list[Path]], Iterable[None]]
 
 
 class Staged:
@@ -144,9 +146,18 @@ class BlobStore:
         with storage("opening the payload store"):
             for folder in (self._blobs, self._staging):
                 make_durable_directory(folder)
+            self._make_folders()
             for rest in self._staging.glob("t-*"):
                 rest.unlink()
         self.forget_uploads(keep_uploads_s)
+
+    def _make_folders(self) -> None:
+        """Make every folder of payloads at once: one flush now instead of one at each first use."""
+        missing = {f"{number:02x}" for number in range(256)} - {path.name for path in self._blobs.iterdir()}
+        for name in missing:
+            (self._blobs / name).mkdir()
+        if missing:
+            flush_directory(self._blobs)
 
     def path(self, digest: str) -> Path:
         """Return where the payload with this hexadecimal SHA-256 lies."""
@@ -187,8 +198,12 @@ class BlobStore:
                     if path.name in named or time.time() - path.stat().st_mtime >= older_than_s:
                         path.unlink(missing_ok=True)
 
-    def adopt(self, group: Sequence[Staged]) -> None:
+    def adopt(self, group: Sequence[Staged], each: Each = map) -> None:
         """Give flushed payloads the names under which they are found; all durable when this returns.
+
+        ``each`` applies a function to all of a list, like ``map``. With one that does so side by side, the flushes of
+        the directories join the same commit of the file system; one after the other each would begin another one, which
+        writes out whatever other uploads have brought meanwhile.
 
         Raises:
             StorageError: the disk refused; none of them counts as durable.
@@ -196,12 +211,9 @@ class BlobStore:
         with storage("making a payload durable"):
             targets = [self.path(staged.sha256) for staged in group]
             folders = sorted({target.parent for target in targets})
-            for folder in folders:
-                make_durable_directory(folder)
             for staged, target in zip(group, targets, strict=True):
                 staged.rename(target)
-            for folder in folders:
-                flush_directory(folder)
+            list(each(flush_directory, folders))
 
     def remove(self, digests: Iterable[str]) -> int:
         """Remove payloads that no row needs any more; return how many bytes that freed."""

@@ -43,6 +43,10 @@ _FLUSHES = 8
 """Files flushed side by side; the file system joins their journal commits."""
 
 
+_DIRECTORIES = 16
+"""Directories flushed side by side."""
+
+
 @dataclass(frozen=True)
 class _Ready:
     """An update whose payload is flushed and that waits for its group."""
@@ -62,6 +66,7 @@ class Store:
         self._journal_thread = ThreadPoolExecutor(1, "journal")
         self._file_threads = ThreadPoolExecutor(4, "payloads")
         self._flush_threads = ThreadPoolExecutor(_FLUSHES, "flushes")
+        self._directory_threads = ThreadPoolExecutor(_DIRECTORIES, "directories")
         self._ready: list[_Ready] = []
         self._committer: asyncio.Task[None] | None = None
         self._failure: StorageError | None = None
@@ -150,7 +155,7 @@ class Store:
 
     async def _commit_group(self, group: list[_Ready]) -> Sequence[tuple[UpdateRow, bool] | Exception]:
         # The same payload may be in the group twice; its second file is renamed over the first, which is harmless.
-        await self.io(lambda: self.blobs.adopt([ready.staged for ready in group]))
+        await self.io(lambda: self.blobs.adopt([ready.staged for ready in group], self._directory_threads.map))
         news, now_ms = [ready.new for ready in group], max(ready.now_ms for ready in group)
         return await self.do(lambda journal: accept_updates(journal, news, now_ms))
 
@@ -183,6 +188,7 @@ class Store:
         self._journal_thread.shutdown(wait=True)
         self._file_threads.shutdown(wait=True)
         self._flush_threads.shutdown(wait=True)
+        self._directory_threads.shutdown(wait=True)
         os.close(self._lock)
 
 
