@@ -146,6 +146,8 @@ async def _round(server: LocalHub, plan: KillOptions, meter: Meter, bug: str | N
             result.verdict = await asyncio.to_thread(_check, server, result.book, 60.0 if bug is None else 10.0)
         result.acks = len(result.book.receipts)
         result.problems = list(result.verdict.problems)
+        if result.acks != plan.acks:
+            result.problems.append(f"{result.acks} updates were acknowledged of {plan.acks}: some clients gave up")
         if (code := await victim.stop()) != 0:
             result.problems.append(f"the hub ended with exit code {code} when it was asked to stop")
     except UnavailableError as error:

@@ -288,6 +288,14 @@ class Swarm:
         while True:
             try:
                 answer = await hub.Submit(iter(messages), timeout=_CALL_S)
+            except asyncio.CancelledError:
+                # gRPC cancels a call whose connection breaks while a request is written; a task group would take
+                # that for a client that was told to end.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                self.retries += 1
+                continue
             except aio.AioRpcError as error:
                 name = error_name(error)
                 if name == "RebaseError":
