@@ -15,7 +15,7 @@ from share_core.errors import ERROR_KEY, RETRY_KEY, OverloadError
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import LimitConfig
-from share_server.hub.quota import Bucket, Buckets, Quota, retry_ms
+from share_server.hub.quota import Bucket, Buckets, Crowd, Quota, retry_ms
 from share_server.local import LocalHub, submit_header, submit_messages
 
 
@@ -202,3 +202,21 @@ def test_calls_above_the_limit_are_shed_in_the_words_of_the_contract(
                 break
             except grpc.RpcError as error:
                 _overloaded(error)
+
+
+def test_the_hint_grows_with_the_crowd_and_falls_again() -> None:
+    now = [0.0]
+    crowd = Crowd(lambda: now[0])
+    for _ in range(100):  # one at a time is turned away now and then: come back when an upload's time has passed
+        now[0] += 0.1
+        crowd.served(1.0)
+    calm = crowd.turned_away()
+    assert 900 <= calm <= 1100
+    for _ in range(1000):
+        now[0] += 0.001
+        busy = crowd.turned_away()
+    assert busy > 10 * calm
+    for _ in range(300):
+        now[0] += 0.1
+        crowd.served(1.0)
+    assert crowd.turned_away() <= 1.1 * calm

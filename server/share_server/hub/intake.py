@@ -40,7 +40,7 @@ from share_server.hub.feed import Feed
 from share_server.hub.history import History
 from share_server.hub.metrics import Metrics
 from share_server.hub.options import CHUNK_BYTES
-from share_server.hub.quota import Quota
+from share_server.hub.quota import Crowd, Quota
 from share_server.hub.uploads import Upload, Uploads
 from share_server.store.blobs import Staged
 from share_server.store.journal import Journal
@@ -51,8 +51,6 @@ from share_server.store.versions import find_task
 
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _HEX_64_OR_NOTHING = re.compile(r"(?:[0-9a-f]{64})?")
-_SLOT_MS = 500
-"""When to try again after all upload slots were taken."""
 _LEASE = re.compile(r"(?:[0-9a-f]{32})?")
 _MOST_ROWS = 2**53
 
@@ -91,6 +89,7 @@ class Intake:
         self._metrics = metrics
         self._slots: Counter[str] = Counter()
         self._free = (-math.inf, 0)
+        self._crowd = Crowd()
         self.quota = Quota(config.limits)
         """What callers have used of their shares."""
         self.uploads = Uploads(store, config.retention)
@@ -113,18 +112,21 @@ class Intake:
         """
         if self._feed.closing:
             raise UnavailableError("the hub is stopping: send the update again in a moment")
+        # A call that is refused before its header was read looks to its caller like a broken one.
+        header = await self._header(messages)
         self._check_slots(caller.organisation)
         self._slots[caller.organisation] += 1
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._limits.upload_total_s):
-                row, duplicate = await self._receive(caller, messages, go_ahead)
+                row, duplicate = await self._receive(caller, header, messages, go_ahead)
         except TimeoutError as error:
             raise UnavailableError(
                 f"the upload took longer than {self._limits.upload_total_s:g} s: send it again"
             ) from error
         finally:
             self._slots[caller.organisation] -= 1
+            self._crowd.served(time.monotonic() - begun)
         self._metrics.acknowledged(time.monotonic() - begun, row.new.size)
         return row, duplicate
 
@@ -141,14 +143,21 @@ class Intake:
         most = self._limits.concurrent_uploads
         share = max(1, most // 4)
         if self._slots.total() >= most:
-            raise OverloadError(f"{most} uploads are in progress, which is the most: try again", _SLOT_MS)
+            hint = self._crowd.turned_away()
+            raise OverloadError(f"{most} uploads are in progress, which is the most: try again in {hint} ms", hint)
         if self._slots[organisation] >= share:
-            raise OverloadError(f"{organisation} has {share} uploads in progress, its share: try again", _SLOT_MS)
+            hint = self._crowd.turned_away()
+            raise OverloadError(
+                f"{organisation} has {share} uploads in progress, its share: try again in {hint} ms", hint
+            )
 
     async def _receive(
-        self, caller: Caller, messages: AsyncIterator[SubmitPart], go_ahead: GoAhead
+        self,
+        caller: Caller,
+        header: hub_pb2.SubmitHeader,
+        messages: AsyncIterator[SubmitPart],
+        go_ahead: GoAhead,
     ) -> tuple[UpdateRow, bool]:
-        header = await self._header(messages)
         self._check_header(header)
         await self.uploads.settled(caller, header.update_id)
         known, task = await self._store.do(lambda journal: _look_up(journal, header))

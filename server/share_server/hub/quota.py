@@ -23,6 +23,7 @@ BURST_S = 2.0
 _MOST_BUCKETS = 16_384
 _SHORTEST_MS, _LONGEST_MS = 50, 60_000
 _FIRST_HOLD_S = 0.5
+_CROWD_S = 3.0
 _HOLD_WEIGHT = 0.1
 
 
@@ -134,6 +135,37 @@ class Quota:
         finally:
             self.bytes_in_flight -= size
             self._hold_s += _HOLD_WEIGHT * (self._clock() - begun - self._hold_s)
+
+
+class Crowd:
+    """How many want in, against how many get in: from this follows when somebody who was turned away should come again.
+
+    If everybody came back after the time that one upload takes, most would be turned away again, and turning away costs
+    as well. So the hint grows with the number of those who come in vain, until about as many come as can be served.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._refused, self._served = 0.0, 0.0  # per second, averaged over the last _CROWD_S
+        self._last = clock()
+        self._hold_s = _FIRST_HOLD_S
+
+    def served(self, seconds: float) -> None:
+        """Count an upload that has ended after so many seconds."""
+        self._fade()
+        self._served += 1 / _CROWD_S
+        self._hold_s += _HOLD_WEIGHT * (seconds - self._hold_s)
+
+    def turned_away(self) -> int:
+        """Count one that was refused; return after how many milliseconds it should try again."""
+        self._fade()
+        self._refused += 1 / _CROWD_S
+        return retry_ms(self._hold_s * max(1.0, self._refused / max(self._served, 1 / _CROWD_S)))
+
+    def _fade(self) -> None:
+        now = self._clock()
+        left = math.exp((self._last - now) / _CROWD_S)
+        self._refused, self._served, self._last = self._refused * left, self._served * left, now
 
 
 def retry_ms(wait_s: float) -> int:

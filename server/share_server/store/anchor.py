@@ -77,7 +77,9 @@ class Anchor:
             StorageError: the disk refused.
         """
         with storage("writing the journal's anchor"):
-            os.pwrite(self._file, _slot(mark), (mark.count % 2) * SECTOR)
+            slot, done = _slot(mark), 0
+            while done < len(slot):  # a write may take a part only
+                done += os.pwrite(self._file, slot[done:], (mark.count % 2) * SECTOR + done)
             os.fdatasync(self._file)
         self.mark = mark
 

@@ -12,6 +12,7 @@ big-endian lengths and ``body`` canonical JSON. The first ``previous`` is 32 zer
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import sqlite3
@@ -40,9 +41,6 @@ _PRAGMAS = (
     "trusted_schema=OFF",
     "cell_size_check=ON",
 )
-
-
-_ABANDONED: list[sqlite3.Connection] = []
 
 
 class Journal:
@@ -256,10 +254,12 @@ class Journal:
         """Close the file; the write-ahead log is folded in."""
         try:
             self.checkpoint()
-        finally:
-            with _database("closing the journal"):
-                self._db.close()
-            self._anchor.close()
+        except BaseException:
+            self.abandon()
+            raise
+        with _database("closing the journal"):
+            self._db.close()
+        self._anchor.close()
 
     def abandon(self) -> None:
         """Let go of the file after a failure, writing nothing more.
@@ -270,7 +270,7 @@ class Journal:
         """
         self._anchor.close()
         if hasattr(self, "_db"):
-            _ABANDONED.append(self._db)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._db))
 
     def _read_last(self) -> tuple[int, bytes]:
         row = self.row("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1")
