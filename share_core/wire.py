@@ -26,7 +26,7 @@ always gives float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor
 from share_core.errors import HeaderError, TensorNameError, TensorShapeError
 from share_core.names import split_task_id
 from share_core.space import check_core
-from share_core.tensorfile import MAX_HEADER_BYTES, read_tensors, tensor_sizes
+from share_core.tensorfile import MAX_HEADER_BYTES, TensorFile, read_shapes, read_tensors, tensor_sizes
 from share_core.types import (
     Adapter,
     Core,
@@ -117,7 +117,19 @@ def decode_update(payload: bytes | memoryview, spec: SpaceSpec) -> Update:
     Raises:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
-    file = _read(payload, UPDATE)
+    return _update(_read(payload, UPDATE), spec)
+
+
+def check_update(payload: bytes | memoryview, spec: SpaceSpec) -> Update:
+    """Check an update as :func:`decode_update` does and return it without values: its tensors only have shapes.
+
+    Raises:
+        PayloadError: as :func:`decode_update`.
+    """
+    return _update(_read(payload, UPDATE, read_shapes), spec)
+
+
+def _update(file: _Payload, spec: SpaceSpec) -> Update:
     found: dict[str, dict[str, Tensor]] = {}
     head: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
@@ -244,8 +256,10 @@ class _Payload:
     header: Mapping[str, object]
 
 
-def _read(payload: bytes | memoryview, expected: str) -> _Payload:
-    file = read_tensors(payload)
+def _read(
+    payload: bytes | memoryview, expected: str, reader: Callable[[bytes | memoryview], TensorFile] = read_tensors
+) -> _Payload:
+    file = reader(payload)
     try:
         header = json.loads(file.metadata.get("fedshare", "{}"))
     except (ValueError, RecursionError):

@@ -14,6 +14,9 @@ from share_server.hub.memory import keep_flat
 from share_server.hub.process import serve
 from share_server.layout import Layout
 
+_SWITCH_S = 0.001
+"""How long a thread may keep the others waiting: a commit asks for the interpreter a hundred times."""
+
 
 def main(arguments: list[str]) -> int:
     """Run until stopped; return the exit code: 0 stopped, 1 failed, 2 wrong usage."""
@@ -21,6 +24,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m share_server.hub DIR", file=sys.stderr)
         return 2
     keep_flat()
+    sys.setswitchinterval(_SWITCH_S)
     log.start_logging()
     try:
         return asyncio.run(serve(Layout(Path(arguments[0]))))

@@ -30,7 +30,7 @@ from share_core.errors import (
 )
 from share_core.names import check_name, check_update_id, split_task_id
 from share_core.types import SpaceSpec, Update
-from share_core.wire import PayloadSplit, decode_update, max_payload_bytes, payload_bytes
+from share_core.wire import PayloadSplit, check_update, max_payload_bytes, payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig
 from share_server.hub.access import Caller
@@ -292,7 +292,7 @@ class Intake:
         if staged.sha256 != header.payload_sha256:
             raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
         payload = staged.read() if whole is None else whole
-        return _Checked(decode_update(payload, self._spec), payload_bytes(payload))
+        return _Checked(check_update(payload, self._spec), payload_bytes(payload))
 
     async def _check_base(self, update: Update) -> None:
         """Refuse what could not be merged anyway: a version nobody has, cores of another size than its bases."""

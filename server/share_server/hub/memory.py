@@ -12,6 +12,8 @@ import ctypes
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD = -1
+_M_TOP_PAD = -2
 
 MAPPED_BYTES = 4 * 2**20
 """Blocks of at least this size are returned at once."""
@@ -22,4 +24,6 @@ def keep_flat() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(_M_ARENA_MAX, 4)
+        mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+        mallopt(_M_TOP_PAD, 16 * 2**20)

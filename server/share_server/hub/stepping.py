@@ -22,7 +22,7 @@ from share_server.hub.contents import Contents, Originals
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import Merging, UpdateRow
 
-_NICE = 10
+_NICE = 15
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Uploads:
         else:
             if self._left:
                 await self._make_room(caller, size)
-            staged = await self._store.io(lambda: self._store.blobs.stage(key))
+            staged = self._store.blobs.stage(key)
         self._left.pop(key, None)
         upload = self._active[key] = Upload(key, staged)
         return upload
@@ -84,7 +84,8 @@ class Uploads:
         if self._active.get(upload.key) is upload:
             del self._active[upload.key]
         upload.over.set()
-        await self._store.io(upload.staged.suspend if keep else upload.staged.discard)
+        if upload.staged.open:
+            await self._store.io(upload.staged.suspend if keep else upload.staged.discard)
         if keep and upload.key not in self._active:
             self._left[upload.key] = upload.staged.size
 

@@ -35,24 +35,25 @@ class Staged:
     """A payload being received: write it, then commit, suspend or discard it, from any thread."""
 
     def __init__(self, store: BlobStore, path: Path, resume: bool = False) -> None:
-        """Create ``path``, or with ``resume`` continue what an earlier connection left there."""
+        """Begin ``path``, which is made at the first write; or with ``resume`` go on with what lies there."""
         self._store = store
         self._path = path
         self._hash = hashlib.sha256()
         self._open = True
         self._turn = threading.Lock()  # a caller that went away discards while a thread may still be writing
-        start = 0 if resume else os.O_CREAT | os.O_TRUNC
-        with storage("creating a staging file"):
-            self._file = os.open(path, start | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._file: int | None = None
         self.size = 0
         if resume:
             with storage("reading a staged payload"):
-                self._take_up()
+                self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                while part := os.read(self._file, _READ_BYTES):
+                    self._hash.update(part)
+                    self.size += len(part)
 
-    def _take_up(self) -> None:
-        while part := os.read(self._file, _READ_BYTES):
-            self._hash.update(part)
-            self.size += len(part)
+    @property
+    def open(self) -> bool:
+        """Whether it is neither committed, suspended nor discarded."""
+        return self._open
 
     @property
     def sha256(self) -> str:
@@ -66,20 +67,19 @@ class Staged:
             StorageError: the disk refused.
         """
         with self._turn:
-            self._require_open()
+            file = self._require_file()
             for part in parts:
                 self._hash.update(part)
                 self.size += len(part)
                 view = memoryview(part)
                 with storage("writing a payload"):
                     while view:
-                        view = view[os.write(self._file, view) :]
+                        view = view[os.write(file, view) :]
 
     def read(self) -> bytes:
         """Return everything written so far."""
         with self._turn, storage("reading a staged payload"):
-            self._require_open()
-            return os.pread(self._file, self.size, 0)
+            return os.pread(self._require_file(), self.size, 0)
 
     def sync(self) -> None:
         """Flush the bytes to the disk; the payload has no name yet under which it would be found.
@@ -88,8 +88,7 @@ class Staged:
             StorageError: the disk refused.
         """
         with self._turn, storage("making a payload durable"):
-            self._require_open()
-            sync_file(self._file)
+            sync_file(self._require_file())
 
     def commit(self) -> str:
         """Make the payload durable under its digest and return the digest.
@@ -104,7 +103,7 @@ class Staged:
     def rename(self, target: Path) -> None:
         """Give the flushed payload its name; durable once the directory of ``target`` is flushed."""
         with self._turn:
-            self._require_open()
+            self._require_file()
             self._close()
             os.rename(self._path, target)  # noqa: PTH104 - the order of these calls is checked by a test
 
@@ -113,7 +112,8 @@ class Staged:
         with self._turn, storage("keeping an unfinished upload"):
             if not self._open:
                 return 0
-            sync_file(self._file)
+            if self._file is not None:
+                sync_file(self._file)
             self._close()
         return self.size
 
@@ -121,16 +121,24 @@ class Staged:
         """Throw the payload away; nothing happens after a commit."""
         with self._turn, storage("removing a staging file"):
             if self._open:
+                made = self._file is not None
                 self._close()
-                self._path.unlink(missing_ok=True)
+                if made:
+                    self._path.unlink(missing_ok=True)
 
-    def _require_open(self) -> None:
+    def _require_file(self) -> int:
+        """Return the open file, made now if nothing was written yet."""
         if not self._open:
             raise UnavailableError("this upload was given up: send it again")
+        if self._file is None:
+            with storage("creating a staging file"):
+                self._file = os.open(self._path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return self._file
 
     def _close(self) -> None:
         self._open = False
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 class BlobStore:

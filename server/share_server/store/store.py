@@ -66,6 +66,7 @@ class Store:
         self._journal_thread = ThreadPoolExecutor(1, "journal")
         self._file_threads = ThreadPoolExecutor(4, "payloads")
         self._flush_threads = ThreadPoolExecutor(_FLUSHES, "flushes")
+        self._adopting_thread = ThreadPoolExecutor(1, "adopting")  # never behind those who write or parse
         self._directory_threads = ThreadPoolExecutor(_DIRECTORIES, "directories")
         self._ready: list[_Ready] = []
         self._committer: asyncio.Task[None] | None = None
@@ -155,7 +156,9 @@ class Store:
 
     async def _commit_group(self, group: list[_Ready]) -> Sequence[tuple[UpdateRow, bool] | Exception]:
         # The same payload may be in the group twice; its second file is renamed over the first, which is harmless.
-        await self.io(lambda: self.blobs.adopt([ready.staged for ready in group], self._directory_threads.map))
+        files = [ready.staged for ready in group]
+        adopting = lambda: self.blobs.adopt(files, self._directory_threads.map)  # noqa: E731
+        await self._loop.run_in_executor(self._adopting_thread, self._guarded, adopting)
         news, now_ms = [ready.new for ready in group], max(ready.now_ms for ready in group)
         return await self.do(lambda journal: accept_updates(journal, news, now_ms))
 
@@ -188,6 +191,7 @@ class Store:
         self._journal_thread.shutdown(wait=True)
         self._file_threads.shutdown(wait=True)
         self._flush_threads.shutdown(wait=True)
+        self._adopting_thread.shutdown(wait=True)
         self._directory_threads.shutdown(wait=True)
         os.close(self._lock)
 

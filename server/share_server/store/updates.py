@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Sequence, Sized
+from dataclasses import fields
 
 from share_core.errors import FedshareError, StorageError, UnknownTaskError, UpdateConflictError
 from share_server.store.journal import Journal, canonical
@@ -78,6 +78,9 @@ def same_update(known: UpdateRow, *, update_id: str, member: str, task_id: str, 
     )
 
 
+_STORED = tuple(f.name for f in fields(NewUpdate) if f.name not in ("create", "sharing", "schema_sha256"))
+"""What of a new update stands in its own row; the rest belongs to its task."""
+
 Accepted = tuple[UpdateRow, bool] | FedshareError
 """What became of one update of a group: (its row, whether it was there before), or why it is refused."""
 
@@ -91,9 +94,10 @@ def accept_updates(journal: Journal, group: Sequence[NewUpdate], now_ms: int) ->
     """
     answers: list[Accepted] = []
     with journal.transaction():
+        desk = _Desk(journal, group)
         for new in group:
             try:
-                answers.append(_accept(journal, new, now_ms))
+                answers.append(desk.accept(new, now_ms))
             except StorageError:
                 raise
             except FedshareError as error:
@@ -109,48 +113,78 @@ def accept_update(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[Update
     return answer
 
 
-def _accept(journal: Journal, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
-    known = find_update(journal, new.update_id)
-    if known is not None and same_update(
-        known,
-        update_id=new.update_id,
-        member=new.member,
-        task_id=new.task_id,
-        sha256=new.sha256,
-        size=new.size,
-    ):
-        return known, True
-    if journal.row("SELECT 1 FROM tasks WHERE task_id = ?", (new.task_id,)) is None:
+class _Desk:
+    """Accepts one group of updates inside a transaction. What they need to know of the journal is read once for all."""
+
+    def __init__(self, journal: Journal, group: Sequence[NewUpdate]) -> None:
+        ids, tasks = sorted({new.update_id for new in group}), sorted({new.task_id for new in group})
+        rows = journal.rows(f"{_SELECT} WHERE u.update_id IN ({_marks(ids)})", ids)
+        self._journal = journal
+        self._known = {row["update_id"]: _update(row) for row in rows}
+        self._tasks = {
+            row[0] for row in journal.rows(f"SELECT task_id FROM tasks WHERE task_id IN ({_marks(tasks)})", tasks)
+        }
+        last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
+        self._last = int(last[0]) if last else 0
+
+    def accept(self, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
+        """Write one update; return (its row, whether it was there before)."""
+        known = self._known.get(new.update_id)
+        if known is not None and same_update(
+            known,
+            update_id=new.update_id,
+            member=new.member,
+            task_id=new.task_id,
+            sha256=new.sha256,
+            size=new.size,
+        ):
+            return known, True
+        if new.task_id not in self._tasks:
+            self._create_task(new)
+        ingest_seq = self._last + 1
+        entry_seq, entry_hash = self._journal.append_entry("update", update_entry(new, ingest_seq, now_ms))
+        stored = {name: getattr(new, name) for name in _STORED}
+        values = {
+            **stored,
+            "ingest_seq": ingest_seq,
+            "entry_seq": entry_seq,
+            "organisation": new.organisation,
+            "state": UpdateState.ACCEPTED.value,
+            "received_ms": now_ms,
+        }
+        self._journal.change(
+            f"INSERT INTO updates ({', '.join(values)}) VALUES ({_marks(values)})", list(values.values())
+        )
+        row = UpdateRow(
+            new=NewUpdate(**stored, create=False),
+            ingest_seq=ingest_seq,
+            entry_hash=entry_hash.hex(),
+            state=UpdateState.ACCEPTED,
+            reason="",
+            version=0,
+            received_ms=now_ms,
+            relative_error=0.0,
+        )
+        self._last = ingest_seq
+        self._known[new.update_id] = row
+        return row, False
+
+    def _create_task(self, new: NewUpdate) -> None:
         if not new.create:
             raise UnknownTaskError(f"there is no task {new.task_id!r}: set create to make it with this update")
-        journal.change(
+        self._journal.change(
             "INSERT INTO tasks (task_id, owner, sharing, schema_sha256) VALUES (?, ?, ?, ?)",
             (new.task_id, new.member, sharing_to_text(new.sharing), new.schema_sha256),
         )
         if new.sharing.shared:
             terms = {"open": new.sharing.open, "organisations": sorted(new.sharing.organisations)}
             body = {"task_id": new.task_id, "owner": new.member, "schema_sha256": new.schema_sha256, **terms}
-            journal.append_entry("shared", body)
-    last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
-    ingest_seq = (last[0] if last else 0) + 1
-    entry_seq, _ = journal.append_entry("update", update_entry(new, ingest_seq, now_ms))
-    values = {
-        **asdict(new),
-        "ingest_seq": ingest_seq,
-        "entry_seq": entry_seq,
-        "organisation": new.organisation,
-        "state": UpdateState.ACCEPTED.value,
-        "received_ms": now_ms,
-    }
-    for name in ("create", "sharing", "schema_sha256"):
-        del values[name]
-    columns = ", ".join(values)
-    marks = ", ".join("?" * len(values))
-    journal.change(f"INSERT INTO updates ({columns}) VALUES ({marks})", list(values.values()))
-    stored = find_update(journal, new.update_id)
-    if stored is None:
-        raise StorageError(f"update {new.update_id} was committed and is not there: the journal is damaged")
-    return stored, False
+            self._journal.append_entry("shared", body)
+        self._tasks.add(new.task_id)
+
+
+def _marks(values: Sized) -> str:
+    return ", ".join("?" * len(values))
 
 
 def refuse_update(journal: Journal, update_id: str, reason: str) -> None:
