@@ -154,18 +154,18 @@ class BlobStore:
         with storage("opening the payload store"):
             for folder in (self._blobs, self._staging):
                 make_durable_directory(folder)
-            self._make_folders()
             for rest in self._staging.glob("t-*"):
                 rest.unlink()
         self.forget_uploads(keep_uploads_s)
 
-    def _make_folders(self) -> None:
+    def make_folders(self) -> None:
         """Make every folder of payloads at once: one flush now instead of one at each first use."""
-        missing = {f"{number:02x}" for number in range(256)} - {path.name for path in self._blobs.iterdir()}
-        for name in missing:
-            (self._blobs / name).mkdir()
-        if missing:
-            flush_directory(self._blobs)
+        with storage("making the folders of payloads"):
+            missing = {f"{number:02x}" for number in range(256)} - {path.name for path in self._blobs.iterdir()}
+            for name in missing:
+                (self._blobs / name).mkdir()
+            if missing:
+                flush_directory(self._blobs)
 
     def path(self, digest: str) -> Path:
         """Return where the payload with this hexadecimal SHA-256 lies."""
@@ -219,6 +219,8 @@ class BlobStore:
         with storage("making a payload durable"):
             targets = [self.path(staged.sha256) for staged in group]
             folders = sorted({target.parent for target in targets})
+            for folder in folders:
+                make_durable_directory(folder)
             for staged, target in zip(group, targets, strict=True):
                 staged.rename(target)
             list(each(flush_directory, folders))

@@ -94,6 +94,7 @@ class Store:
             store._journal = await store._on_journal(lambda: Journal(root / "journal.db", spec.space_id))
             state = await store.do(lambda journal: recover(journal, store.blobs, spec))
             await store.io(lambda: _remember(root))
+            await store.io(store.blobs.make_folders)
         except BaseException:
             store._release()
             raise
