@@ -7,8 +7,6 @@ the recorded policy the bytes are equal.
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from share_core.wire import decode_delta, decode_snapshot, encode_delta, encode_
 from share_server.hub.contents import Contents, Originals
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import Merging, UpdateRow
-
-_NICE = 15
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Stepper:
     def __init__(self, contents: Contents, spec: SpaceSpec) -> None:
         self._contents = contents
         self._spec = spec
-        self._thread = ThreadPoolExecutor(1, "merge", _stand_back)
+        self._thread = ThreadPoolExecutor(1, "merge")
 
     async def step(self, state: HubState, rows: Sequence[UpdateRow], policy: StepPolicy, snapshot_every: int) -> Tried:
         """Merge ``rows``, given in ingest order, into ``state``.
@@ -124,11 +120,6 @@ class Stepper:
             compacts=merged.delta.compacts,
             merged=_mergings(rows, merged),
         )
-
-
-def _stand_back() -> None:
-    """Let the merge thread have what receiving and sending leave over: on Linux a thread has its own nice value."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _bounded(said: list[tuple[UpdateRow, Adapter]], most: int) -> list[tuple[UpdateRow, Adapter]]:
