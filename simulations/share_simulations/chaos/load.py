@@ -213,7 +213,7 @@ class Crowd:
     """Logical clients; each has one update under way."""
     organisations: int = 4
     """Members, one connection each; the clients are dealt to them."""
-    tasks: int = 3
+    tasks: int = 12
     """Tasks of each organisation."""
     twice: float = 0.05
     """Share of the updates that are sent twice at once."""
