@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from share_core.errors import DigestError, FedshareError, OverloadError, UnavailableError
+from share_core.errors import DigestError, FedshareError, OverloadError, StorageError, UnavailableError
 from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
@@ -164,6 +164,30 @@ async def _stuck(engine: Engine, payload: bytes, name: str) -> None:
             await asyncio.sleep(0.05)
 
     await engine.intake.receive(ALICE, messages())
+
+
+def test_nothing_is_acknowledged_once_another_thread_has_met_a_failure(
+    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update itself is durable and will be there; but a hub whose storage has failed must say nothing any more."""
+    honest = Intake._make_durable
+
+    async def failing(self: Intake, *arguments: object) -> object:
+        answer = await honest(self, *arguments)  # type: ignore[arg-type]
+
+        def fail() -> None:
+            raise StorageError("the disk refused")
+
+        with pytest.raises(StorageError):
+            await self._store.io(fail)
+        return answer
+
+    async def work(engine: Engine) -> None:
+        monkeypatch.setattr(Intake, "_make_durable", failing)
+        with pytest.raises(StorageError, match="the disk refused"):
+            await _send(engine, make_payload(1), secrets.token_hex(16))
+
+    _run(tmp_path / "store", toy_spec, work, CONFIG)
 
 
 def test_what_is_left_unfinished_is_bounded_and_the_oldest_goes_first(

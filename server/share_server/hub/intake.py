@@ -127,6 +127,7 @@ class Intake:
         finally:
             self._slots[caller.organisation] -= 1
             self._crowd.served(time.monotonic() - begun)
+        self._store.require_sound()  # this update is durable, but another thread may have met a failure meanwhile
         self._metrics.acknowledged(time.monotonic() - begun, row.new.size)
         return row, duplicate
 

@@ -139,6 +139,11 @@ class Store:
             self._committer = asyncio.create_task(self._commit_ready(), name="group commit")
         return await ready.answer
 
+    def require_sound(self) -> None:
+        """Raise StorageError if the storage has failed, whoever met it: from then on nothing is acknowledged any more."""
+        if self._failure is not None:
+            raise StorageError(str(self._failure))
+
     async def _commit_ready(self) -> None:
         """Commit whatever is ready, group after group, until nothing is."""
         while self._ready:
@@ -179,8 +184,7 @@ class Store:
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """Run ``work`` on a thread. A failure is noted here, since the caller may be gone when it happens."""
-        if self._failure is not None:
-            raise StorageError(str(self._failure))
+        self.require_sound()
         try:
             return work()
         except StorageError as error:
