@@ -140,7 +140,7 @@ class Store:
         return await ready.answer
 
     def require_sound(self) -> None:
-        """Raise StorageError if the storage has failed, whoever met it: from then on nothing is acknowledged any more."""
+        """Raise StorageError if the storage has failed, whoever met it: nothing is acknowledged any more then."""
         if self._failure is not None:
             raise StorageError(str(self._failure))
 
