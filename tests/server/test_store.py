@@ -116,6 +116,7 @@ def _lint(events: list[str]) -> list[str]:
 
 def _record_order(root: Path, monkeypatch: pytest.MonkeyPatch, mutant: str = "") -> list[str]:
     blobs = BlobStore(root)
+    blobs.make_folders()
     journal = Journal(root / "journal.db", "sha256:1")
     events: list[str] = []
     rename = os.rename
@@ -128,7 +129,6 @@ def _record_order(root: Path, monkeypatch: pytest.MonkeyPatch, mutant: str = "")
     monkeypatch.setattr(blob_module, "flush_directory", lambda path: events.append("fsync directory"))
     monkeypatch.setattr(os, "rename", recorded_rename)
     journal._db.set_trace_callback(lambda text: events.append("commit") if text == "COMMIT" else None)
-    events.clear()
     if mutant == "no fsync":
         monkeypatch.setattr(blob_module, "sync_file", lambda file: None)
     if mutant == "no directory fsync":

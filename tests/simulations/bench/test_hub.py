@@ -213,7 +213,7 @@ def test_an_interrupt_leaves_no_process_and_no_file(tmp_path: Path) -> None:
         assert started
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(60) == 130, said
     assert "interrupted" in said
     assert list(tmp_path.iterdir()) == []
     deadline = time.monotonic() + 30
