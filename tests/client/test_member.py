@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from share_client.enrol import enrol, make_node_key
@@ -17,7 +16,7 @@ from share_client.link import HubLink
 from share_client.member import ClientLayout, check_node_key, load_credentials, load_member
 from share_core.durable import write_atomic
 from share_core.errors import CertificateError, ConfigError, FedshareError
-from share_core.identity import new_private_key_pem, public_key_pem
+from share_core.identity import certificate_fingerprint, new_private_key_pem, public_key_pem
 
 NOW = datetime.now(UTC)
 
@@ -122,9 +121,7 @@ def test_no_flipped_bit_changes_who_we_are(name: str, offline: Any) -> None:
     def meaning() -> tuple[object, ...]:
         credentials = load_credentials(layout, NOW)
         key = public_key_pem(credentials.key)
-        # What is signed, not the signature: another valid encoding of it changes nothing.
-        loaded = [x509.load_pem_x509_certificate(pem) for pem in (credentials.certificate, credentials.authority)]
-        certificates = [certificate.tbs_certificate_bytes for certificate in loaded]
+        certificates = [certificate_fingerprint(pem) for pem in (credentials.certificate, credentials.authority)]
         check_node_key(layout)
         node = serialization.load_ssh_private_key(layout.node_key.read_bytes(), None).public_key()
         public = serialization.load_pem_public_key(layout.node_public_key.read_bytes())

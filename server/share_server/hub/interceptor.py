@@ -29,7 +29,7 @@ _ALWAYS_ADMITTED = "/grpc.health.v1.Health/Check"
 _WATCH = "/grpc.health.v1.Health/Watch"
 _LOG_EVERY_S = 1.0
 _QUIET_LOOKS = 10
-_LAST_CALLS_S = 1.0
+_LAST_CALLS_S = 5.0
 
 Context = aio.ServicerContext[Any, Any]
 
