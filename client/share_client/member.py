@@ -252,6 +252,9 @@ def _check_issued(certificate: bytes, authority: bytes) -> None:
         issued.verify_directly_issued_by(issuer)
     except InvalidSignature as error:
         raise CertificateError("its signature is not the authority's") from error
+    # The count of unused bits before the signature is not signed; parsers let other values than none pass.
+    if not issued.public_bytes(serialization.Encoding.DER).endswith(b"\0" + issued.signature):
+        raise CertificateError("its signature is not written as it must be")
 
 
 def _ssh_public_key(private: bytes) -> bytes:
