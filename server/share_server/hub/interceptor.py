@@ -29,7 +29,9 @@ _ALWAYS_ADMITTED = "/grpc.health.v1.Health/Check"
 _WATCH = "/grpc.health.v1.Health/Watch"
 _LOG_EVERY_S = 1.0
 _QUIET_LOOKS = 10
-_LAST_CALLS_S = 5.0
+_LOOK_S = 0.05
+_LAST_CALLS_S = 1.0
+_NEWCOMERS_S = 2.0
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -57,6 +59,26 @@ class Door(aio.ServerInterceptor):
         """Calls in progress, streams included."""
         self.watching = 0
         """Those of them that only watch the health."""
+        self.newcomers = 0
+        """Calls that have come since :meth:`shut`."""
+        self._opened: asyncio.Event | None = None
+
+    def shut(self) -> None:
+        """Let no call in any more; those that come wait until :meth:`turn_away`. Only the health is still answered."""
+        self._opened = asyncio.Event()
+
+    def turn_away(self) -> None:
+        """Answer those that wait before the shut door: the server is stopping."""
+        if self._opened is not None:
+            self._opened.set()
+
+    async def _pass(self, method: str) -> None:
+        """Return at once while the door is open; else wait and refuse."""
+        if self._opened is None or method in (_ALWAYS_ADMITTED, _WATCH):
+            return
+        self.newcomers += 1
+        await self._opened.wait()
+        raise UnavailableError("the server is stopping: connect again in a moment")
 
     async def intercept_service(
         self,
@@ -82,6 +104,7 @@ class Door(aio.ServerInterceptor):
     def _single(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def guarded(request: Any, context: Context) -> Any:
             try:
+                await self._pass(method)
                 with self._room(method):
                     self._admit(method, context)
                     return await behaviour(request, context)
@@ -93,6 +116,7 @@ class Door(aio.ServerInterceptor):
     def _many(self, method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         async def guarded(request: Any, context: Context) -> None:
             try:
+                await self._pass(method)
                 with self._room(method):
                     self._admit(method, context)
                     answer = behaviour(request, context)
@@ -140,18 +164,33 @@ class Door(aio.ServerInterceptor):
 async def stop_in_order(server: aio.Server, door: Door, grace_s: float) -> None:
     """Stop ``server``: calls in progress have ``grace_s``; those that watch the health end with the last other one.
 
-    They would never end by themselves. The last one means: none for a while, for a call that gRPC has let in may not
-    have come to the door yet.
+    The watchers would never end by themselves. Calls that gRPC has let in and no handler has taken yet are cut without
+    a word when the server stops. So the door is shut first and newcomers are kept waiting, which also keeps their
+    callers from coming again; when no more come, the server stops, and then they are told.
     """
+    door.shut()
+    await _none_for_a_while(lambda: door.newcomers, _NEWCOMERS_S if grace_s else 0.0)
+    stopping = asyncio.create_task(server.stop(grace_s))
+    await asyncio.sleep(_LOOK_S)
+    door.turn_away()
 
     async def release() -> None:
         quiet = 0
         while quiet < _QUIET_LOOKS:
             quiet = quiet + 1 if door.open_calls == door.watching else 0
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_LOOK_S)
         await server.stop(_LAST_CALLS_S)
 
-    await asyncio.gather(server.stop(grace_s), release())
+    await asyncio.gather(stopping, release())
+
+
+async def _none_for_a_while(count: Callable[[], int], most_s: float) -> None:
+    """Return when ``count`` has not changed for a few looks, at the latest after ``most_s``."""
+    seen, quiet, looks = count(), 0, 0
+    while quiet < _QUIET_LOOKS and looks * _LOOK_S < most_s:
+        await asyncio.sleep(_LOOK_S)
+        quiet, looks = (quiet + 1 if count() == seen else 0), looks + 1
+        seen = count()
 
 
 class Refusals:
