@@ -131,6 +131,8 @@ def _anchor_problems(journal: ReadJournal, mark: Mark, entries: Entries) -> Iter
     count = int(journal.meta("transactions") or 0)
     if count < mark.count:
         yield f"the journal has {count} transactions, but {mark.count} were promised: its end is lost"
+    elif mark.count and count > mark.count + 1:
+        yield f"the journal has {count} transactions, but its anchor says {mark.count}: it is of another time"
     found = entries[mark.entries][2] if mark.entries in entries else bytes(32).hex() if not mark.entries else ""
     if found != mark.hash.hex():
         yield f"entry {mark.entries} of the hash chain is not the one that was promised: the journal's end was changed"
