@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,6 +179,23 @@ def test_percentiles_and_slopes() -> None:
 
 def test_the_limit_of_files_leaves_nothing_behind(tmp_path: Path) -> None:
     assert durable_files_per_second(tmp_path, 4096, threads=3, seconds=0.5) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("started", [0, 2])
+def test_an_interrupt_between_the_threads_of_the_limit_is_still_an_interrupt(
+    started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, count = threading.Thread.start, iter(range(3))
+
+    def interrupted(thread: threading.Thread) -> None:
+        if next(count) == started:
+            raise KeyboardInterrupt
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        durable_files_per_second(tmp_path, 4096, threads=3, seconds=60)
     assert list(tmp_path.iterdir()) == []
 
 
