@@ -83,14 +83,14 @@ class LocalHub:
         process.start()
         return process
 
-    def start(self) -> None:
-        """Start the hub and return when it serves.
+    def start(self, patience_s: float = _START_S) -> None:
+        """Start the hub and return when it serves, which is after it has verified its store.
 
         Raises:
-            UnavailableError: it ended, or did not serve within a minute; the end of its log is in the message.
+            UnavailableError: it ended, or did not serve within ``patience_s``; the end of its log is in the message.
         """
         self._process = self.launch()
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + patience_s
         with self.channel(self.own("operator")) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < end and self._process.is_alive():

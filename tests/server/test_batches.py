@@ -20,11 +20,13 @@ from share_core.types import Adapter, Factors, SiteUpdate, Space, SpaceSpec, Upd
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import MergeConfig, RetentionConfig, ServerConfig
+from share_server.hub import history
 from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
-from share_server.store.records import UpdateRow
+from share_server.store.journal import Journal
+from share_server.store.records import UpdateRow, VersionRow
 from share_server.store.updates import find_update, list_updates
-from share_server.store.versions import list_versions
+from share_server.store.versions import list_versions, read_version
 
 NOW = datetime.now(UTC)
 SCHEMA = "cd" * 32
@@ -97,6 +99,30 @@ def _dense(adapter: Adapter, site: str) -> torch.Tensor:
 
 def _content(space: Space, task_id: str, site: str) -> torch.Tensor:
     return _dense(task_adapter(space, task_id, torch.float64), site)
+
+
+def test_sizes_of_earlier_versions_are_read_once_and_only_some_are_kept(
+    tmp_path: Path, toy_spec: SpaceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def recorded(journal: Journal, version: int) -> VersionRow:
+        read.append(version)
+        return read_version(journal, version)
+
+    async def work(engine: Engine) -> None:
+        for number in range(4):
+            await _submit(engine, "acme", f"acme/t{number}", _payload(_adapter(toy_spec, number)))
+            await _settle(engine)
+        monkeypatch.setattr(history, "read_version", recorded)
+        monkeypatch.setattr(history, "_KEPT_SIZES", 2)
+        rows = await engine.store.do(lambda journal: list_versions(journal, 0, 4))
+        for version in (1, 2, 1, 3, 1, 2):
+            assert await engine.history.sizes(version) == rows[version - 1].sizes
+        assert read == [1, 2, 3, 2]
+        assert (await engine.history.sizes(1)) != (await engine.history.sizes(3))
+
+    _run(tmp_path / "store", toy_spec, ServerConfig(), work)
 
 
 def test_what_waits_together_becomes_one_version(tmp_path: Path, toy_spec: SpaceSpec) -> None:

@@ -22,6 +22,7 @@ from share_server.hub.policy import policy_of
 from share_server.hub.published import Published
 from share_server.hub.signing import sign_unsigned
 from share_server.hub.stepping import Stepper
+from share_server.store.recovery import Verified, tell_nobody
 from share_server.store.store import Store
 from share_server.store.versions import oldest_version
 
@@ -55,6 +56,7 @@ class Engine:
         config: ServerConfig,
         signing_key: bytes,
         metrics: Metrics | None = None,
+        verified: Verified = tell_nobody,
     ) -> Engine:
         """Lock and verify the store under ``root`` and build the parts around its newest state.
 
@@ -64,13 +66,14 @@ class Engine:
             config: limits and policies.
             signing_key: Ed25519 private key, PEM, under which versions are signed.
             metrics: where events are counted.
+            verified: is told how far the verification is, on a thread.
 
         Raises:
             ConfigError: another hub runs on this directory, or the store belongs to another space.
             StorageError: the store is damaged or the disk refused.
         """
         retention = config.retention
-        store, state = await Store.open(root, spec, retention.upload_hours * 3600)
+        store, state = await Store.open(root, spec, retention.upload_hours * 3600, verified)
         policy = policy_of(spec, config.merge)
         await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
         feed = Feed(state, spec.space_id, await store.do(oldest_version))

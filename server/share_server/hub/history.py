@@ -19,6 +19,7 @@ from share_server.store.store import Store
 from share_server.store.versions import epoch_end, read_version
 
 _KEPT_SPACES = 4
+_KEPT_SIZES = 256
 
 
 class History:
@@ -29,6 +30,7 @@ class History:
         self._spec = spec
         self._feed = feed
         self._spaces: OrderedDict[int, Space] = OrderedDict()
+        self._sizes: OrderedDict[int, Mapping[str, tuple[int, int]]] = OrderedDict()
 
     async def space(self, version: int) -> Space:
         """Return one version.
@@ -59,7 +61,13 @@ class History:
             return dict.fromkeys(self._spec.sites, (0, 0))
         if version > newest.version:
             raise VersionError(f"this hub has no version {version}: its newest is {newest.version}")
-        return (await self._store.do(lambda journal: read_version(journal, version))).sizes
+        if version not in self._sizes:
+            self._sizes[version] = (await self._store.do(lambda journal: read_version(journal, version))).sizes
+        self._sizes.move_to_end(version)
+        found = self._sizes[version]
+        while len(self._sizes) > _KEPT_SIZES:
+            self._sizes.popitem(last=False)
+        return found
 
     async def bases(self, version: int) -> Mapping[str, SiteBasis]:
         """Return the bases of one version; raises as :meth:`space`."""

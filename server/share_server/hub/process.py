@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,6 +54,9 @@ EXIT_FAILED = 1
 DAY_S = 86_400.0
 """The hub looks so often, in seconds, whether its certificates are due; SIGHUP makes it look at once."""
 
+VERIFYING_LINE_S = 5.0
+"""How often, in seconds, the log says how far the verification of a start is."""
+
 LAST_GRACE_S = 0.25
 """Seconds for those who watch the health of the hub to learn of its end."""
 
@@ -75,6 +79,21 @@ class _Hub:
     metrics: Metrics
 
 
+class _Verification:
+    """Tells the log how far the verification of a start is, and ends it when the hub is asked to stop."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise UnavailableError("asked to stop before the store was verified")
+        if time.monotonic() - self._said >= VERIFYING_LINE_S:
+            self._said = time.monotonic()
+            log.info("verifying", bytes=done, of=total)
+
+
 async def serve(layout: Layout) -> int:
     """Run the hub of one server directory; return the exit code.
 
@@ -91,7 +110,13 @@ async def serve(layout: Layout) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look.set)
     metrics = Metrics()
-    engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes(), metrics)
+    verified = _Verification(stop)
+    try:
+        engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes(), metrics, verified)
+    except UnavailableError:
+        if not stop.is_set():
+            raise
+        return EXIT_STOPPED
     space = engine.feed.state.space
     log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
     hub = await _build(layout, config, spec, engine, metrics)

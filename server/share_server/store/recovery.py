@@ -8,7 +8,8 @@ replay. The stored bytes are the authority: a running hub continues from what it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ SNAPSHOT_EVERY = 64
 """A full snapshot is stored at least this often, in versions."""
 
 _PAGE = 1000
+
+_VERIFYING = 4
+"""Payloads read and hashed side by side."""
+
+Verified = Callable[[int, int], None]
+"""Is told how far a verification is: (bytes of payloads that were found whole, bytes of all). May raise to end it."""
+
+
+def tell_nobody(done: int, total: int) -> None:
+    """For who does not wait."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ def replay(blobs: BlobStore, spec: SpaceSpec, plan: ReplayPlan) -> Space:
     return space
 
 
-def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
-    """Verify the whole store and return the newest committed state.
+def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec, verified: Verified = tell_nobody) -> HubState:
+    """Verify the whole store and return the newest committed state; ``verified`` is told how far it is.
 
     Checked, in order: the hash chain; that every update and version says what its chained entry says; that the versions
     are 1 to head without a gap and their manifests link; that every payload they need is there and has its digest.
@@ -95,10 +106,18 @@ def recover(journal: Journal, blobs: BlobStore, spec: SpaceSpec) -> HubState:
     updates = all_updates(journal)
     for problem in row_problems(entries, updates, versions, head):
         raise StorageError(f"{problem}: the store is damaged")
-    for digest, size in needed_payloads(updates, versions).items():
-        blobs.verify(digest, size)
+    _verify_payloads(blobs, needed_payloads(updates, versions), verified)
     space = replay(blobs, spec, plan_replay(journal, head))
     return HubState(space=space, ledger=read_ledger(journal))
+
+
+def _verify_payloads(blobs: BlobStore, sizes: Mapping[str, int], verified: Verified) -> None:
+    """Read every payload again; raises StorageError for the first that is not whole."""
+    done, total = 0, sum(sizes.values())
+    with ThreadPoolExecutor(_VERIFYING, "verifying") as threads:
+        for size, _ in zip(sizes.values(), threads.map(blobs.verify, sizes, sizes.values()), strict=True):
+            done += size
+            verified(done, total)
 
 
 def needed_payloads(updates: list[UpdateRow], versions: list[VersionRow]) -> dict[str, int]:

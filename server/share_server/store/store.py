@@ -31,7 +31,7 @@ from share_core.types import SpaceSpec
 from share_server.store.blobs import BlobStore, Staged, make_durable_directory, storage
 from share_server.store.journal import Journal, refuse_newer
 from share_server.store.records import NewUpdate, UpdateRow
-from share_server.store.recovery import recover
+from share_server.store.recovery import Verified, recover, tell_nobody
 from share_server.store.updates import accept_updates
 
 T = TypeVar("T")
@@ -76,10 +76,13 @@ class Store:
         self._lock = lock_directory(root)
 
     @classmethod
-    async def open(cls, root: Path, spec: SpaceSpec, keep_uploads_s: float = 0.0) -> tuple[Store, HubState]:
+    async def open(
+        cls, root: Path, spec: SpaceSpec, keep_uploads_s: float = 0.0, verified: Verified = tell_nobody
+    ) -> tuple[Store, HubState]:
         """Lock the directory, verify everything in it and return (the store, the newest committed state).
 
-        Unfinished uploads younger than ``keep_uploads_s`` seconds can be continued.
+        Unfinished uploads younger than ``keep_uploads_s`` seconds can be continued. ``verified`` is told how far the
+        verification is, on a thread.
 
         Raises:
             ConfigError: another hub runs on this directory, the store belongs to another space, or a newer
@@ -92,7 +95,7 @@ class Store:
             store.blobs = await store.io(lambda: BlobStore(root, keep_uploads_s))
             await store.io(lambda: _require_journal(root, store.blobs))
             store._journal = await store._on_journal(lambda: Journal(root / "journal.db", spec.space_id))
-            state = await store.do(lambda journal: recover(journal, store.blobs, spec))
+            state = await store.do(lambda journal: recover(journal, store.blobs, spec, verified))
             await store.io(lambda: _remember(root))
             await store.io(store.blobs.make_folders)
         except BaseException:

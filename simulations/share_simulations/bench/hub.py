@@ -39,6 +39,8 @@ RANK = 32
 _TASKS_PER_ORGANISATION = 4
 _FINISH_S = 30.0
 """Longest wait for calls in progress at the end of a phase."""
+_RESTART_S = 900.0
+"""Longest wait for a killed hub, which reads every payload again before it serves."""
 _START_S = 2.0
 """From a command to the moment at which all load processes begin."""
 
@@ -260,7 +262,7 @@ class Bench:
         time.sleep(4.0)
         self._hub.kill()
         began = time.monotonic()
-        self._hub.start()
+        self._hub.start(_RESTART_S)
         recovered = time.monotonic() - began
         for worker in self._workers:
             self._receipts += [(a, b) for a, b in worker.receive(120.0)["promised"]]
