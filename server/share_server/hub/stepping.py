@@ -87,10 +87,14 @@ class Stepper:
         originals = await self._originals(state, adapters, policy)
         loop = asyncio.get_running_loop()
         taken = [row for row, _ in said]
-        step = await loop.run_in_executor(
+        work = loop.run_in_executor(
             self._thread, self._compute, state, taken, adapters, policy, originals, snapshot_every
         )
-        return Tried(step, refused)
+        try:
+            return Tried(await asyncio.shield(work), refused)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # it asks this event loop for originals: without it, it would never end
+            raise
 
     def close(self) -> None:
         """End the thread."""
