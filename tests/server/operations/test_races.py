@@ -24,7 +24,7 @@ from share_server.operations.verify import verify
 from share_server.store.journal import Journal
 from share_server.store.records import UpdateRow
 from share_server.store.updates import accept_update, list_bound_to, list_updates
-from share_server.store.versions import oldest_version
+from share_server.store.versions import mark_collected, oldest_version
 
 
 def test_an_update_accepted_during_a_collection_can_be_read_afterwards(
@@ -39,11 +39,9 @@ def test_an_update_accepted_during_a_collection_can_be_read_afterwards(
         looks.append(not found)
         return found
 
-    mark = collecting.mark_collected
-
     def noted(journal: Journal, before: int) -> int:
         marked.append(before)
-        return mark(journal, before)
+        return mark_collected(journal, before)
 
     async def work() -> None:
         config = ServerConfig(retention=RetentionConfig(horizon_versions=2, snapshot_every=1))
