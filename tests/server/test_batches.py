@@ -111,16 +111,15 @@ def test_sizes_of_earlier_versions_are_read_once_and_only_some_are_kept(
         return read_version(journal, version)
 
     async def work(engine: Engine) -> None:
-        for number in range(4):
-            await _submit(engine, "acme", f"acme/t{number}", _payload(_adapter(toy_spec, number)))
-            await _settle(engine)
+        for number in range(4):  # of one task, so each in a version of its own
+            await _submit(engine, "acme", "acme/t", _payload(_adapter(toy_spec, number)))
+        await _settle(engine)
         monkeypatch.setattr(history, "read_version", recorded)
         monkeypatch.setattr(history, "_KEPT_SIZES", 2)
         rows = await engine.store.do(lambda journal: list_versions(journal, 0, 4))
         for version in (1, 2, 1, 3, 1, 2):
             assert await engine.history.sizes(version) == rows[version - 1].sizes
         assert read == [1, 2, 3, 2]
-        assert (await engine.history.sizes(1)) != (await engine.history.sizes(3))
 
     _run(tmp_path / "store", toy_spec, ServerConfig(), work)
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import pytest
 
 from share_core.errors import (
     ConfigError,
+    RebaseError,
     RequestError,
     StorageError,
     TokenError,
@@ -42,7 +44,14 @@ from share_server.store.records import (
 from share_server.store.reports import MOST_METRICS, list_evaluations, list_traffic, record_evaluations
 from share_server.store.store import Store
 from share_server.store.updates import accept_update, count_states, find_update, list_accepted, refuse_update
-from share_server.store.versions import commit_version, find_task, head_version, list_tasks, read_version
+from share_server.store.versions import (
+    commit_version,
+    find_task,
+    head_version,
+    list_tasks,
+    mark_collected,
+    read_version,
+)
 
 T = TypeVar("T")
 
@@ -335,6 +344,20 @@ def test_a_merge_is_committed_once_or_not_at_all(journal: Journal) -> None:
     assert read_version(journal, 1).sizes == {"a": (1, 1)}
     with pytest.raises(VersionError):
         read_version(journal, 2)
+
+
+def test_an_update_whose_base_was_just_collected_is_not_acknowledged(journal: Journal) -> None:
+    first, second = _new(), _new(sha256="ef" * 32)
+    for version, new in enumerate((first, second), start=1):
+        accept_update(journal, new, 1)
+        commit_version(journal, _commit(new.update_id, version), 1)
+    mark_collected(journal, 2)
+    late = replace(_new(sha256="12" * 32), base_version=1)
+    with pytest.raises(RebaseError, match="version 1 is no longer kept: fetch version 2"):
+        accept_update(journal, late, 1)
+    assert find_update(journal, late.update_id) is None
+    assert accept_update(journal, replace(late, base_version=2), 1)[1] is False
+    assert accept_update(journal, first, 1)[1] is True  # what was acknowledged before stays so
 
 
 def test_a_refused_update_keeps_its_reason_and_blocks_nobody(journal: Journal) -> None:

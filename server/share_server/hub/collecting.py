@@ -63,10 +63,11 @@ class Collector:
         cut = await self._store.do(lambda journal: _cut(journal, self._feed.version - self._config.horizon_versions))
         if cut is None:
             return 0
-        while rows := await self._store.do(lambda journal: list_bound_to(journal, cut, _PAGE)):
-            await self._keep_originals(rows)
         before = await self._store.do(lambda journal: _payloads(journal, cut))
-        count = await self._store.do(lambda journal: mark_collected(journal, cut))
+        bound, count = await self._store.do(lambda journal: _mark(journal, cut))
+        while bound:
+            await self._keep_originals(bound)
+            bound, count = await self._store.do(lambda journal: _mark(journal, cut))
         self._feed.oldest = cut
         needed = await self._store.do(referenced_blobs)
         blobs = self._store.blobs
@@ -97,6 +98,15 @@ def _cut(journal: Journal, horizon: int) -> int | None:
     waiting = oldest_waiting_base(journal)
     start = nearest_snapshot(journal, horizon if waiting is None else min(horizon, waiting))
     return start.version if start is not None and start.version > max(1, oldest_version(journal)) else None
+
+
+def _mark(journal: Journal, cut: int) -> tuple[list[UpdateRow], int]:
+    """Mark the versions below ``cut`` and return how many; or return updates that need them, and mark nothing.
+
+    One turn at the journal: an update that is accepted after the last look would lose the bases that it is read with.
+    """
+    bound = list_bound_to(journal, cut, _PAGE)
+    return (bound, 0) if bound else ([], mark_collected(journal, cut))
 
 
 def _payloads(journal: Journal, before: int) -> set[str]:

@@ -75,8 +75,12 @@ class Engine:
         retention = config.retention
         store, state = await Store.open(root, spec, retention.upload_hours * 3600, verified)
         policy = policy_of(spec, config.merge)
-        await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
-        feed = Feed(state, spec.space_id, await store.do(oldest_version))
+        try:
+            await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
+            feed = Feed(state, spec.space_id, await store.do(oldest_version))
+        except BaseException:
+            await store.close()
+            raise
         history = History(store, spec, feed)
         contents = Contents(store, spec, history)
         collector = Collector(store, feed, contents, retention)

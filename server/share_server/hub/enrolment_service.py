@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
@@ -85,7 +86,8 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         if token.role not in MEMBER_ROLES:
             raise TokenError(f"a join token cannot make a {token.role}")
         node_key = canonical_node_key(request.node_public_key_pem)
-        certificate = sign_csr(
+        sign = partial(
+            sign_csr,
             self._authority.certificate,
             self._authority.key,
             request.csr_pem,
@@ -93,17 +95,8 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             now,
             self._config.certificate_days,
         )
-        serving = b""
-        if token.hosts:
-            serving = sign_csr(
-                self._authority.certificate,
-                self._authority.key,
-                request.csr_pem,
-                token.identity,
-                now,
-                self._config.certificate_days,
-                server_names=token.hosts,
-            )
+        certificate = sign()
+        serving = sign(server_names=token.hosts) if token.hosts else b""
         member = MemberRow(
             member=token.identity.member,
             role=token.role,

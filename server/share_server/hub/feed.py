@@ -23,6 +23,7 @@ class Feed:
         """The oldest version whose bases are kept; 0 while all are. Raised by the collector."""
         self._changed = asyncio.Event()
         self.closing = False
+        """Whether the hub is about to stop."""
 
     @property
     def state(self) -> HubState:

@@ -14,6 +14,7 @@ from share_core.errors import VersionError
 from share_core.types import SiteBasis, Space, SpaceSpec
 from share_core.wire import encode_snapshot
 from share_server.hub.feed import Feed
+from share_server.hub.once import Once
 from share_server.store.recovery import plan_replay, replay, sizes_of
 from share_server.store.store import Store
 from share_server.store.versions import epoch_end, read_version
@@ -31,6 +32,7 @@ class History:
         self._feed = feed
         self._spaces: OrderedDict[int, Space] = OrderedDict()
         self._sizes: OrderedDict[int, Mapping[str, tuple[int, int]]] = OrderedDict()
+        self._rebuilding: Once[int, Space] = Once()
 
     async def space(self, version: int) -> Space:
         """Return one version.
@@ -44,13 +46,16 @@ class History:
         if version > newest.version:
             raise VersionError(f"this hub has no version {version}: its newest is {newest.version}")
         if version not in self._spaces:
-            plan = await self._store.do(lambda journal: plan_replay(journal, version))
-            self._spaces[version] = await self._store.io(lambda: replay(self._store.blobs, self._spec, plan))
+            self._spaces[version] = await self._rebuilding.run(version, lambda: self._rebuild(version))
         self._spaces.move_to_end(version)
         found = self._spaces[version]
         while len(self._spaces) > _KEPT_SPACES:
             self._spaces.popitem(last=False)
         return found
+
+    async def _rebuild(self, version: int) -> Space:
+        plan = await self._store.do(lambda journal: plan_replay(journal, version))
+        return await self._store.io(lambda: replay(self._store.blobs, self._spec, plan))
 
     async def sizes(self, version: int) -> Mapping[str, tuple[int, int]]:
         """Return (k_out, k_in) of every site in one version; raises as :meth:`space`."""
@@ -61,7 +66,7 @@ class History:
             return dict.fromkeys(self._spec.sites, (0, 0))
         if version > newest.version:
             raise VersionError(f"this hub has no version {version}: its newest is {newest.version}")
-        if version not in self._sizes:
+        if version < self._feed.oldest or version not in self._sizes:  # of a collected one the journal tells
             self._sizes[version] = (await self._store.do(lambda journal: read_version(journal, version))).sizes
         self._sizes.move_to_end(version)
         found = self._sizes[version]

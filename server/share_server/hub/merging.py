@@ -12,8 +12,6 @@ import asyncio
 from collections.abc import Sequence
 
 from share_core.errors import FedshareError, StorageError
-from share_core.identity import Manifest, sign_manifest
-from share_core.identity.manifest import GENESIS, VERSION
 from share_core.ledger import TaskLedger
 from share_core.merge import HubState
 from share_server.config import MergeConfig, RetentionConfig
@@ -24,6 +22,7 @@ from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
 from share_server.hub.metrics import Metrics
 from share_server.hub.policy import StepPolicy
+from share_server.hub.signing import sign_version
 from share_server.hub.stepping import Step, Stepper
 from share_server.store.records import UpdateRow, VersionCommit, VersionRow
 from share_server.store.recovery import sizes_of
@@ -89,7 +88,8 @@ class MergeLoop:
 
     async def _wait(self, pause_s: float | None) -> None:
         try:
-            await asyncio.wait_for(self._work.wait(), pause_s)
+            async with asyncio.timeout(pause_s):  # not wait_for: it can forget a cancellation
+                await self._work.wait()
         except TimeoutError:
             return
 
@@ -151,16 +151,8 @@ class MergeLoop:
         delta_sha256 = await self._store.io(lambda: self._store.blobs.put(step.delta))
         snapshot_sha256 = None if snapshot is None else await self._store.io(lambda: self._store.blobs.put(snapshot))
         previous = await self._store.do(lambda journal: read_manifest(journal, space.version - 1))
-        said = Manifest(
-            kind=VERSION,
-            space_id=self._feed.space_id,
-            version=space.version,
-            previous=GENESIS if previous is None else previous.sha256,
-            payload_sha256=delta_sha256,
-            payload_size=len(step.delta),
-            issued_ms=now_ms(),
-        )
-        manifest = sign_manifest(self._signing_key, said)
+        delta = (delta_sha256, len(step.delta))
+        manifest = sign_version(self._signing_key, self._feed.space_id, space.version, delta, previous)
         commit = VersionCommit(
             row=VersionRow(
                 version=space.version,

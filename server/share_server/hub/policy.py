@@ -43,6 +43,11 @@ class StepPolicy:
         return MergePolicy(k_max=self.k_max, tau=self.tau, refits=self.refits)
 
     @property
+    def most_rank(self) -> int:
+        """Most rank that one merge takes in, over all its updates together, so that a version stays of bounded size."""
+        return 4 * self.k_max
+
+    @property
     def rule(self) -> Staleness:
         """The staleness rule."""
         return Staleness(cast(Rule, self.staleness), self.staleness_a, self.staleness_b)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -76,7 +76,6 @@ class _Hub:
     servers: tuple[aio.Server, ...]
     door: Door
     pair: PairFile
-    metrics: Metrics
 
 
 class _Verification:
@@ -117,15 +116,22 @@ async def serve(layout: Layout) -> int:
         if not stop.is_set():
             raise
         return EXIT_STOPPED
-    space = engine.feed.state.space
-    log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
-    hub = await _build(layout, config, spec, engine, metrics)
-    async with serve_metrics(metrics, lambda: _levels(hub, config), config.metrics_port):
-        for server in hub.servers:
-            await server.start()
-        log.info("serving", hub=config.hub_address, enrolment=config.enrol_address, metrics=config.metrics_port)
-        renewing = keep_renewed(lambda: renew_certificates(layout, config, datetime.now(UTC)), hub.pair, DAY_S, look)
-        return await _run(hub, config, stop, renewing)
+    try:
+        space = engine.feed.state.space
+        log.info("recovered", version=space.version, tasks=len(space.cores), space_id=spec.space_id)
+        hub = await _build(layout, config, spec, engine, metrics)
+        async with serve_metrics(metrics, lambda: _levels(hub, config), config.metrics_port):
+            for server in hub.servers:
+                await server.start()
+            log.info("serving", hub=config.hub_address, enrolment=config.enrol_address, metrics=config.metrics_port)
+            renewing = keep_renewed(
+                lambda: renew_certificates(layout, config, datetime.now(UTC)), hub.pair, DAY_S, look
+            )
+            broken = await _run(hub, config, stop, renewing)
+    finally:
+        await engine.close()
+    log.info("stopped", broken=broken)
+    return EXIT_FAILED if broken else EXIT_STOPPED
 
 
 async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: Engine, metrics: Metrics) -> _Hub:
@@ -160,7 +166,7 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: 
     bind(main, config.listen, config.hub_port, server_credentials(pair, authority.certificate))
     enrolment = _enrolment_server(config, EnrolmentService(store, config, authority, roster, spec.space_id), metrics)
     bind(enrolment, config.listen, config.enrol_port, server_credentials(pair, None))
-    return _Hub(engine, traffic, health, (main, enrolment), door, pair, metrics)
+    return _Hub(engine, traffic, health, (main, enrolment), door, pair)
 
 
 def _enrolment_server(config: ServerConfig, service: EnrolmentService, metrics: Metrics) -> aio.Server:
@@ -218,8 +224,11 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     return levels
 
 
-async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> int:
-    """Wait for the first of: asked to stop, storage failed, a background task ended."""
+async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> bool:
+    """Wait for the first of: asked to stop, storage failed, a background task ended. Then stop the listeners.
+
+    Returns whether something was broken, be it only in the last merge.
+    """
     store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
     merging = asyncio.create_task(loop.run(), name="merge loop")
     counting = asyncio.create_task(hub.traffic.run(), name="traffic")
@@ -229,10 +238,9 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: C
     await asyncio.wait({merging, counting, *others}, return_when=asyncio.FIRST_COMPLETED)
     await hub.health.enter_graceful_shutdown()
     feed.close()
-    broken = failed.done() or merging.done() or counting.done()
-    for background in (merging, counting):
-        if background.done() and (error := background.exception()) is not None:
-            log.failure(f"{background.get_name()} failed", error)
+    ended = [task for task in (merging, counting) if task.done()]
+    log_failures(ended)
+    broken = failed.done() or bool(ended)
     log.info("stopping", broken=broken)
     loop.stop()
     for task in (counting, *others):
@@ -241,8 +249,18 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: C
     main, enrolment = hub.servers
     await asyncio.gather(stop_in_order(main, hub.door, grace), enrolment.stop(grace))
     await asyncio.gather(merging, counting, *others, return_exceptions=True)
+    late = log_failures(task for task in (merging, counting) if task not in ended)
+    broken = broken or late or store.failed.is_set()
     if not broken:
         await hub.traffic.flush()
-    await hub.engine.close()
-    log.info("stopped", broken=broken)
-    return EXIT_FAILED if broken else EXIT_STOPPED
+    return broken
+
+
+def log_failures(tasks: Iterable[asyncio.Task[None]]) -> bool:
+    """Write down why each of these tasks failed, as far as they have; return whether one did."""
+    failed = False
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            log.failure(f"{task.get_name()} failed", error)
+            failed = True
+    return failed

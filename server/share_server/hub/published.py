@@ -6,18 +6,21 @@ import hashlib
 from collections import OrderedDict
 
 from share_core.errors import RebaseError
-from share_core.identity import Manifest, SignedManifest, sign_manifest
-from share_core.identity.manifest import SNAPSHOT
+from share_core.identity import SignedManifest
 from share_proto.v1 import hub_pb2
-from share_server.hub.clock import now_ms
 from share_server.hub.feed import Feed, snapshot_bytes
 from share_server.hub.history import History
+from share_server.hub.once import Once
+from share_server.hub.signing import sign_whole
 from share_server.hub.streams import SMALL_CHAIN_BYTES
 from share_server.store.store import Store
 from share_server.store.versions import chain_bytes, read_manifest, read_version
 
 _KEPT_STEP_BYTES = 64 * 2**20
 _KEPT_WHOLE = 2
+
+Step = tuple[hub_pb2.DeltaHeader, bytes]
+Whole = tuple[hub_pb2.SnapshotHeader, bytes]
 
 
 class Published:
@@ -28,10 +31,13 @@ class Published:
         self._feed = feed
         self._history = history
         self._signing_key = signing_key
-        self._steps: OrderedDict[int, tuple[hub_pb2.DeltaHeader, bytes]] = OrderedDict()
+        self._steps: OrderedDict[int, Step] = OrderedDict()
         self._step_bytes = 0
-        self._whole: OrderedDict[int, tuple[hub_pb2.SnapshotHeader, bytes]] = OrderedDict()
+        self._whole: OrderedDict[int, Whole] = OrderedDict()
         self._better: tuple[int, dict[int, bool]] = (-1, {})
+        self._reading: Once[int, Step] = Once()
+        self._making: Once[int, Whole] = Once()
+        self._comparing: Once[tuple[int, int], bool] = Once()
         self.subscribers = 0
         """Open FollowVersions streams."""
 
@@ -61,7 +67,7 @@ class Published:
             self._better = (newest, {})
         known = self._better[1]
         if position not in known:  # a thousand readers stand at the same position: ask the journal once
-            known[position] = await self._compare(position, newest)
+            known[position] = await self._comparing.run((position, newest), lambda: self._compare(position, newest))
         return known[position]
 
     async def _compare(self, position: int, newest: int) -> bool:
@@ -71,54 +77,48 @@ class Published:
             return True
         return size > max(SMALL_CHAIN_BYTES, snapshot_bytes(self._feed.state.space))
 
-    async def step(self, version: int) -> tuple[hub_pb2.DeltaHeader, bytes]:
+    async def step(self, version: int) -> Step:
         """Return header and payload of the step to ``version``; raises RebaseError if it is no longer kept."""
-        if version not in self._steps:
-            row = await self._store.do(lambda journal: read_version(journal, version))
-            payload = await self._store.io(lambda: self._store.blobs.read(row.delta_sha256))
-            header = hub_pb2.DeltaHeader(
-                from_version=version - 1,
-                version=version,
-                payload_size=row.delta_size,
-                payload_sha256=row.delta_sha256,
-                manifest=_message(row.manifest),
-            )
-            if version not in self._steps:  # another reader may have been quicker
-                self._steps[version] = (header, payload)
-                self._step_bytes += len(payload)
+        if (found := self._steps.get(version)) is None:
+            return await self._reading.run(version, lambda: self._read_step(version))
         self._steps.move_to_end(version)
-        found = self._steps[version]
-        while len(self._steps) > 1 and self._step_bytes > _KEPT_STEP_BYTES:
-            self._step_bytes -= len(self._steps.popitem(last=False)[1][1])
         return found
 
-    async def whole(self, version: int) -> tuple[hub_pb2.SnapshotHeader, bytes]:
+    async def _read_step(self, version: int) -> Step:
+        row = await self._store.do(lambda journal: read_version(journal, version))
+        payload = await self._store.io(lambda: self._store.blobs.read(row.delta_sha256))
+        header = hub_pb2.DeltaHeader(
+            from_version=version - 1,
+            version=version,
+            payload_size=row.delta_size,
+            payload_sha256=row.delta_sha256,
+            manifest=_message(row.manifest),
+        )
+        self._steps[version] = (header, payload)
+        self._step_bytes += len(payload)
+        while len(self._steps) > 1 and self._step_bytes > _KEPT_STEP_BYTES:
+            self._step_bytes -= len(self._steps.popitem(last=False)[1][1])
+        return header, payload
+
+    async def whole(self, version: int) -> Whole:
         """Return header and payload of one whole version, 0 for the newest; raises VersionError, RebaseError."""
         version = version or self._feed.version
         if version not in self._whole:
-            self._whole[version] = await self._make_whole(version)
+            self._whole[version] = await self._making.run(version, lambda: self._make_whole(version))
         self._whole.move_to_end(version)
         found = self._whole[version]
         while len(self._whole) > _KEPT_WHOLE:
             self._whole.popitem(last=False)
         return found
 
-    async def _make_whole(self, version: int) -> tuple[hub_pb2.SnapshotHeader, bytes]:
+    async def _make_whole(self, version: int) -> Whole:
         payload = await self._history.snapshot(version)
         digest = await self._store.io(lambda: hashlib.sha256(payload).hexdigest())
         own = await self._store.do(lambda journal: read_manifest(journal, version))
         header = hub_pb2.SnapshotHeader(version=version, payload_size=len(payload), payload_sha256=digest)
         if version:
-            said = Manifest(
-                kind=SNAPSHOT,
-                space_id=self._feed.space_id,
-                version=version,
-                previous="" if own is None else own.sha256,
-                payload_sha256=digest,
-                payload_size=len(payload),
-                issued_ms=now_ms(),
-            )
-            header.manifest.CopyFrom(_message(sign_manifest(self._signing_key, said)))
+            signed = sign_whole(self._signing_key, self._feed.space_id, version, (digest, len(payload)), own)
+            header.manifest.CopyFrom(_message(signed))
         if own is not None:
             header.version_manifest.CopyFrom(_message(own))
         return header, payload

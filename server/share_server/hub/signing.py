@@ -1,9 +1,9 @@
-"""Manifests of versions: for the next one, and for those that were made before versions were signed."""
+"""Manifests of versions: of steps, of whole versions, and of those that were made before versions were signed."""
 
 from __future__ import annotations
 
 from share_core.identity import Manifest, SignedManifest, sign_manifest
-from share_core.identity.manifest import GENESIS, VERSION
+from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION
 from share_server.hub.clock import now_ms
 from share_server.hub.policy import StepPolicy
 from share_server.store.journal import Journal
@@ -25,16 +25,24 @@ def sign_version(
         delta: (digest, bytes) of its step; ("", 0) for a version that is only published whole.
         previous: manifest of the version before; None before version 1.
     """
-    said = Manifest(
-        kind=VERSION,
-        space_id=space_id,
-        version=version,
-        previous=GENESIS if previous is None else previous.sha256,
-        payload_sha256=delta[0],
-        payload_size=delta[1],
-        issued_ms=now_ms(),
-    )
-    return sign_manifest(key, said)
+    link = GENESIS if previous is None else previous.sha256
+    return sign_manifest(key, Manifest(VERSION, space_id, version, link, *delta, now_ms()))
+
+
+def sign_whole(
+    key: bytes, space_id: str, version: int, snapshot: tuple[str, int], own: SignedManifest | None
+) -> SignedManifest:
+    """Return the signed manifest of one version as a snapshot; it names the manifest of the version itself.
+
+    Args:
+        key: Ed25519 private key, PEM.
+        space_id: the space.
+        version: the version.
+        snapshot: (digest, bytes) of its payload.
+        own: manifest of the version.
+    """
+    link = "" if own is None else own.sha256
+    return sign_manifest(key, Manifest(SNAPSHOT, space_id, version, link, *snapshot, now_ms()))
 
 
 def sign_unsigned(journal: Journal, key: bytes, space_id: str, policy: StepPolicy) -> int:

@@ -7,9 +7,10 @@ the recorded policy the bytes are equal.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from share_core.errors import FedshareError, StorageError
 from share_core.merge import HubState, Merged, merge_all
@@ -19,6 +20,8 @@ from share_core.wire import decode_delta, decode_snapshot, encode_delta, encode_
 from share_server.hub.contents import Contents, Originals
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import Merging, UpdateRow
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Stepper:
         """Merge ``rows``, given in ingest order, into ``state``.
 
         Of many large updates only the first ones are taken, so that a version stays of bounded size; the others wait.
+
+        Raises:
+            StorageError: the store failed. What else the mathematics raises concerns the rows together.
         """
         refused: dict[str, FedshareError] = {}
         said: list[tuple[UpdateRow, Adapter]] = []
@@ -69,9 +75,9 @@ class Stepper:
                 raise
             except FedshareError as error:
                 refused[row.new.update_id] = error
-        said = _bounded(said, 4 * policy.k_max)
         if not said:
             return Tried(None, refused)
+        said = parts_by_rank(said, policy.most_rank)[0]
         groups: dict[str, list[tuple[UpdateRow, Adapter]]] = {}
         for row, adapter in said:
             groups.setdefault(row.new.task_id, []).append((row, adapter))
@@ -81,10 +87,14 @@ class Stepper:
         originals = await self._originals(state, adapters, policy)
         loop = asyncio.get_running_loop()
         taken = [row for row, _ in said]
-        step = await loop.run_in_executor(
+        work = loop.run_in_executor(
             self._thread, self._compute, state, taken, adapters, policy, originals, snapshot_every
         )
-        return Tried(step, refused)
+        try:
+            return Tried(await asyncio.shield(work), refused)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # it asks this event loop for originals: without it, it would never end
+            raise
 
     def close(self) -> None:
         """End the thread."""
@@ -122,14 +132,18 @@ class Stepper:
         )
 
 
-def _bounded(said: list[tuple[UpdateRow, Adapter]], most: int) -> list[tuple[UpdateRow, Adapter]]:
-    """Return the first updates whose ranks add up to at most ``most``, at least one."""
+def parts_by_rank(said: Iterable[tuple[T, Adapter]], most: int) -> list[list[tuple[T, Adapter]]]:
+    """Cut a sequence into parts, in order, so that the ranks of each add up to at most ``most``, or it is one alone."""
+    parts: list[list[tuple[T, Adapter]]] = []
     total = 0
-    for count, (_, adapter) in enumerate(said):
-        total += max((factors.rank for factors in adapter.values()), default=0)
-        if total > most and count:
-            return said[:count]
-    return said
+    for one in said:
+        rank = max((factors.rank for factors in one[1].values()), default=0)
+        if not parts or total + rank > most:
+            parts.append([])
+            total = 0
+        parts[-1].append(one)
+        total += rank
+    return parts
 
 
 def _mergings(rows: Sequence[UpdateRow], merged: Merged) -> tuple[Merging, ...]:

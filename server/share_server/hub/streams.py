@@ -164,11 +164,12 @@ class Streams:
         header.data = payload[:CHUNK_BYTES]
         yield hub_pb2.FollowVersionsResponse(delta=header)
         self._sent(caller.member, "delta", len(header.data))
-        for chunk in _chunks(payload[CHUNK_BYTES:]):
+        for chunk in _chunks(payload, CHUNK_BYTES):
             yield hub_pb2.FollowVersionsResponse(chunk=chunk)
             self._sent(caller.member, "delta", len(chunk))
 
 
-def _chunks(payload: bytes) -> Iterator[bytes]:
-    for start in range(0, len(payload), CHUNK_BYTES):
+def _chunks(payload: bytes, begin: int = 0) -> Iterator[bytes]:
+    """Yield what follows byte ``begin`` in chunks; a reader in the middle holds one of them and no copy of the rest."""
+    for start in range(begin, len(payload), CHUNK_BYTES):
         yield payload[start : start + CHUNK_BYTES]

@@ -22,7 +22,7 @@ from share_core.durable import PRIVATE, PUBLIC, flush_directory, write_flushed
 from share_core.errors import ConfigError, FedshareError
 from share_server.hub.clock import now_ms
 from share_server.layout import Layout
-from share_server.operations.reading import JOURNAL_FILES, ReadStore, Told, copied, held, reading, silent
+from share_server.operations.reading import JOURNAL_FILES, Told, copied, held, reading, silent
 from share_server.store.journal import Journal
 from share_server.store.store import Store
 from share_server.store.versions import head_version, referenced_blobs
@@ -84,9 +84,9 @@ async def backup_running(store: Store, target: Path) -> AsyncGenerator[tuple[int
     """
     layout = Layout(store.root.parent)
     partial = check_target(target, layout)
+    make_partial(partial)
     work: asyncio.Future[Any] | None = None
     try:
-        partial.mkdir(mode=0o700)
         (partial / "store").mkdir(mode=0o700)
         what = await store.do(lambda journal: _copy_journal(journal, partial / "store" / "journal.db"))
         if isinstance(what, Exception):
@@ -102,9 +102,9 @@ async def backup_running(store: Store, target: Path) -> AsyncGenerator[tuple[int
     except BaseException as error:
         if work is not None and not work.done():
             await asyncio.wait([work])
-        shutil.rmtree(partial, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)  # it may hold very many files
         if isinstance(error, OSError):
-            raise _refusal(target, error) from error
+            raise refusal(target, error) from error
         raise
 
 
@@ -117,8 +117,8 @@ def backup_stopped(layout: Layout, target: Path, told: Told = silent) -> int:
     partial = check_target(target, layout)
     with held(layout):
         what = asyncio.run(_look(layout))
+        make_partial(partial)
         try:
-            partial.mkdir(mode=0o700)
             (partial / "store").mkdir(mode=0o700)
             payloads = tuple(sorted(path.name for path in (layout.store / "blobs").glob("*/*")))
             steps = _steps(layout, partial, payloads)
@@ -134,7 +134,7 @@ def backup_stopped(layout: Layout, target: Path, told: Told = silent) -> int:
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
-                raise _refusal(target, error) from error
+                raise refusal(target, error) from error
             raise
     return what.version
 
@@ -144,11 +144,7 @@ async def _look(layout: Layout) -> Held:
         if not (folder / "journal.db").exists():
             return Held(0, 0, "")
         async with reading(folder) as store:
-            return await _held_by(store)
-
-
-async def _held_by(store: ReadStore) -> Held:
-    return await store.look(_what_is_held)
+            return await store.look(_what_is_held)
 
 
 def _what_is_held(journal: Journal) -> Held:
@@ -263,5 +259,18 @@ def _finish(partial: Path, target: Path, what: Held) -> None:
     put_in_place(partial, target)
 
 
-def _refusal(target: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"the backup {target} could not be written: {error.strerror or error}; nothing is left of it")
+def make_partial(partial: Path) -> None:
+    """Make the directory that grows. Whoever has made it removes it after a failure, and nobody else.
+
+    Raises:
+        ConfigError: it is there already, or cannot be made.
+    """
+    try:
+        partial.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{partial} could not be made: {error.strerror or error}") from error
+
+
+def refusal(target: Path, error: OSError) -> ConfigError:
+    """Return what to say where a directory could not be written and what had grown of it was removed."""
+    return ConfigError(f"{target} could not be written: {error.strerror or error}; nothing is left of it")

@@ -15,6 +15,7 @@ from share_core.errors import FedshareError, StorageError
 from share_core.identity import ManifestVerifier
 from share_core.types import SpaceSpec
 from share_server.layout import Layout
+from share_server.operations.backup import MARKER
 from share_server.operations.reading import ReadJournal, Told
 from share_server.operations.report import Report
 from share_server.store.anchor import START, Anchor, Mark
@@ -266,10 +267,10 @@ def _owners(rows: Rows) -> dict[str, str]:
 
 def check_marker(layout: Layout, rows: Rows, report: Report) -> None:
     """Compare the store of a backup with what its marker says it holds."""
-    path = layout.root / "backup.json"
+    path = layout.root / MARKER
     if not path.exists():
         return
-    with report.noting("backup.json"):
+    with report.noting(MARKER):
         said = json.loads(path.read_text("utf-8"))
         last = rows.entries.get(said["entries"])
         if said["entries"] and (last is None or last[2] != said["hash"]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from share_core.ledger import TaskLedger, charge, measure
@@ -13,6 +11,7 @@ from share_core.types import Adapter, Cores, Space, SpaceSpec
 from share_core.wire import decode_snapshot, encode_snapshot
 from share_server.hub.contents import Contents
 from share_server.hub.policy import StepPolicy
+from share_server.hub.stepping import parts_by_rank
 from share_server.operations.reading import Told, silent
 from share_server.store.store import Store
 from share_server.store.updates import newest_merged
@@ -32,9 +31,11 @@ async def remake(
     tasks = await _in_ingest_order(store, before.space)
     state = empty_state(spec)
     for start in range(0, len(tasks), _BATCH):
-        batch = {task: (await content_of(contents, before, task, policy))[0] for task in tasks[start : start + _BATCH]}
-        for part in _bounded(batch, 4 * policy.k_max):
-            state = merge_all(state, part, policy.merge).state
+        batch = [
+            (task, (await content_of(contents, before, task, policy))[0]) for task in tasks[start : start + _BATCH]
+        ]
+        for part in parts_by_rank(batch, policy.most_rank):
+            state = merge_all(state, dict(part), policy.merge).state
         told("bases", min(start + _BATCH, len(tasks)), len(tasks))
     version, bases = before.space.version + 1, state.space.bases
     cores: dict[str, Cores] = {}
@@ -65,17 +66,3 @@ async def _in_ingest_order(store: Store, space: Space) -> list[str]:
         rows = await store.do(lambda journal, task=task: newest_merged(journal, task, space.version))  # type: ignore[misc]
         places[task] = max(row.ingest_seq for row in rows)
     return sorted(places, key=lambda task: places[task])
-
-
-def _bounded(batch: Mapping[str, Adapter], most: int) -> list[dict[str, Adapter]]:
-    """Cut a batch so that the ranks of each part add up to at most ``most``, or it is one task."""
-    parts: list[dict[str, Adapter]] = []
-    total = 0
-    for task, adapter in batch.items():
-        rank = max((factors.rank for factors in adapter.values()), default=0)
-        if not parts or total + rank > most:
-            parts.append({})
-            total = 0
-        parts[-1][task] = adapter
-        total += rank
-    return parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -43,7 +43,7 @@ class _Replay:
     contents: Contents
     stepper: Stepper
     report: Report
-    updates: dict[str, UpdateRow] = field(default_factory=dict)
+    updates: dict[str, UpdateRow]
 
 
 async def replay_versions(
@@ -57,8 +57,8 @@ async def replay_versions(
     """Replay every kept version; the store must have passed the other checks."""
     torch.set_num_threads(1)
     contents = make_contents(store, spec, newest.space)
-    run = _Replay(store, spec, rows, contents, Stepper(contents, spec), report)
-    run.updates = {row.new.update_id: row for row in rows.updates}
+    updates = {row.new.update_id: row for row in rows.updates}
+    run = _Replay(store, spec, rows, contents, Stepper(contents, spec), report, updates)
     kept = [row for row in rows.versions if not row.collected]
     whole = len(kept) == len(rows.versions)
     try:

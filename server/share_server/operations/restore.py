@@ -9,7 +9,15 @@ from pathlib import Path
 
 from share_core.errors import ConfigError
 from share_server.layout import Layout
-from share_server.operations.backup import MARKER, OTHER_FILES, copy_flushed, flush_tree, put_in_place
+from share_server.operations.backup import (
+    MARKER,
+    OTHER_FILES,
+    copy_flushed,
+    flush_tree,
+    make_partial,
+    put_in_place,
+    refusal,
+)
 from share_server.operations.reading import JOURNAL_FILES, Told, silent
 from share_server.operations.verify import verify
 
@@ -42,6 +50,8 @@ def restore(backup: Path, directory: Path, told: Told = silent) -> int:
     if problems := verify(Layout(backup), told=told).problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ConfigError(f"{backup} is damaged, and nothing was restored: {'; '.join(problems[:_SHOWN])}{more}")
+    version = _version(backup)
+    make_partial(partial)
     try:
         files = _files(backup)
         for done, path in enumerate(files, start=1):
@@ -56,9 +66,17 @@ def restore(backup: Path, directory: Path, told: Told = silent) -> int:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            raise ConfigError(f"{directory} could not be written: {error.strerror}; nothing is left of it") from error
+            raise refusal(directory, error) from error
         raise
-    return int(json.loads((backup / MARKER).read_text("utf-8"))["version"])
+    return version
+
+
+def _version(backup: Path) -> int:
+    """Return the version that a backup says it holds."""
+    try:
+        return int(json.loads((backup / MARKER).read_text("utf-8"))["version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{backup / MARKER} cannot be read ({error}), and nothing was restored") from error
 
 
 def _files(backup: Path) -> list[Path]:

@@ -122,9 +122,8 @@ def _last_use(rows: Rows, spec: SpaceSpec) -> list[tuple[StepPolicy, int]]:
     """Return every rule by which contents were mixed, with the last version that was made by it."""
     found: dict[str, tuple[StepPolicy, int]] = {}
     for row in rows.versions:
-        policy = replace(
-            recorded_policy(row, rows, spec), k_max=1, tau=0.0, refits=0
-        )  # what does not mix does not matter
+        # What does not mix does not matter here.
+        policy = replace(recorded_policy(row, rows, spec), k_max=1, tau=0.0, refits=0)
         found[policy.to_text()] = (policy, row.version)
     return list(found.values())
 

@@ -93,9 +93,11 @@ def load_state(home: RelayHome) -> RelayState:
             "token from 'share-server invite ... --role relay'"
         ) from error
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{home.state} cannot be read: {error}: enrol anew with a fresh token") from error
+        raise ConfigError(
+            f"{home.state} cannot be read: {error}: remove it and enrol anew with a fresh token"
+        ) from error
     if not all(isinstance(value, str) for value in asdict(state).values()):
-        raise ConfigError(f"{home.state} holds something else than text: enrol anew with a fresh token")
+        raise ConfigError(f"{home.state} holds something else than text: remove it and enrol anew with a fresh token")
     return state
 
 

@@ -21,7 +21,7 @@ from share_server.hub.access import CALLER, Roster
 from share_server.hub.interceptor import Door, backstop, stop_in_order
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import HUB_OPTIONS
-from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind
+from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
 from share_server.hub.streams import Streams
 from share_server.hub.tls import PairFile, server_credentials
 from share_server.relay.home import RelayHome, RelayState, split_address
@@ -30,7 +30,10 @@ from share_server.relay.service import RelayGate, RelayService, RelaySource
 from share_server.relay.upstream import Pace, Upstream
 
 RECHECK_S = 5.0
-"""How often the caller of an open stream, and the health of the relay, are looked at."""
+"""Seconds between two looks at the caller of an open stream."""
+
+_HEALTH_S = 0.2
+"""Seconds between two looks at whether callers would be served."""
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -77,7 +80,8 @@ async def serve_relay(
         ]
         asked = asyncio.create_task(stop.wait())
         await asyncio.wait({asked, *working}, return_when=asyncio.FIRST_COMPLETED)
-        broken = _failures(working)
+        broken = any(task.done() for task in working)
+        log_failures(working)
         await relay.health.enter_graceful_shutdown()
         relay.replica.close()
         for task in (asked, *working):
@@ -126,15 +130,6 @@ async def _levels(relay: _Relay) -> Levels:
     }
 
 
-def _failures(working: list[asyncio.Task[None]]) -> bool:
-    """Log why a task ended by itself; return whether one did."""
-    ended = [task for task in working if task.done()]
-    for task in ended:
-        if (error := task.exception()) is not None:
-            log.failure(f"{task.get_name()} failed", error)
-    return bool(ended)
-
-
 async def _keep_health(relay: _Relay, ready: Callable[[int], None]) -> None:
     """Report SERVING exactly while callers would be served."""
     serving = told = False
@@ -147,4 +142,4 @@ async def _keep_health(relay: _Relay, ready: Callable[[int], None]) -> None:
             if serving and not told:
                 told = True
                 ready(relay.replica.head)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(_HEALTH_S)

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from share_core.errors import DigestError, ManifestError, RebaseError
+from share_core.errors import DigestError, ManifestError, RebaseError, StorageError, VersionError
 from share_proto.v1 import hub_pb2
 from share_server.hub import log
+from share_server.hub.once import Once
 from share_server.hub.streams import SMALL_CHAIN_BYTES
 from share_server.relay.verify import Checker, check_payload
 
@@ -38,8 +39,12 @@ class Replica:
         self._root = root
         self._kept_bytes = kept_bytes
         self._steps: dict[int, hub_pb2.DeltaHeader] = {}
+        self._step_bytes = 0
         self._memory: OrderedDict[int, bytes] = OrderedDict()
+        self._memory_bytes = 0
         self._whole_memory: tuple[int, bytes] | None = None
+        self._reading: Once[Path, bytes] = Once()
+        self._writing = asyncio.Lock()
         self._changed = asyncio.Event()
         self.whole: hub_pb2.SnapshotHeader | None = None
         """Header of the whole version that is held."""
@@ -62,7 +67,7 @@ class Replica:
     def whole_is_stale(self) -> bool:
         """Return whether a newer whole version would spare late readers much, or is needed to drop old steps."""
         if self.whole is None:
-            return self.chain_bytes(self.base) > self._kept_bytes
+            return self._step_bytes > self._kept_bytes
         return self.chain_bytes(self.whole.version) > max(SMALL_CHAIN_BYTES, self.whole.payload_size // 2)
 
     async def wait_after(self, version: int, timeout_s: float) -> None:
@@ -82,80 +87,118 @@ class Replica:
         """Take over what an earlier life left on the disk, as far as its signatures hold, and remove the rest."""
         loaded = await asyncio.to_thread(_load, self._root, checker)
         self.whole, self._steps, self.head, self.link = loaded
+        self._step_bytes = self.chain_bytes(self.base)
         log.info("versions on disk", whole=self.whole.version if self.whole else 0, head=self.head)
         self._wake()
 
     async def append(self, header: hub_pb2.DeltaHeader, payload: bytes, link: str) -> None:
-        """Hold the next step, which was verified; ``link`` is the digest of its manifest."""
+        """Hold the next step, which was verified; ``link`` is the digest of its manifest.
+
+        Raises:
+            VersionError: a whole version has replaced what it follows. OSError: the disk refused.
+        """
         kept = hub_pb2.DeltaHeader()
         kept.CopyFrom(header)
         kept.ClearField("data")
-        await asyncio.to_thread(_write, self._step_path(header.version), payload, kept.SerializeToString())
-        self._steps[header.version] = kept
-        self._remember(header.version, payload)
-        self.head, self.link = header.version, link
-        self._wake()
-        await self._drop_old()
-
-    async def put_whole(self, header: hub_pb2.SnapshotHeader, payload: bytes, link: str) -> None:
-        """Hold a whole version, which was verified. One after :attr:`head` replaces everything held before."""
-        before = self.whole
-        path = self._whole_path(header.version)
-        await asyncio.to_thread(_write, path, payload, header.SerializeToString())
-        self.whole = header
-        gone = [self._whole_path(before.version)] if before and before.version != header.version else []
-        if header.version > self.head:
-            gone += [self._step_path(version) for version in self._steps]
-            self._steps.clear()
-            self._memory.clear()
+        async with self._writing:
+            if header.version != self.head + 1:
+                raise VersionError(f"the step to version {header.version} does not follow version {self.head}")
+            await asyncio.to_thread(_write, self._step_path(header.version), payload, kept.SerializeToString())
+            self._steps[header.version] = kept
+            self._step_bytes += kept.payload_size
+            self._remember(header.version, payload)
             self.head, self.link = header.version, link
             self._wake()
-        await asyncio.to_thread(_remove, gone)
-        await self._drop_old()
+            await self._drop_old()
+
+    async def put_whole(self, header: hub_pb2.SnapshotHeader, payload: bytes, link: str) -> None:
+        """Hold a whole version, which was verified. One after :attr:`head` replaces everything held before.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        async with self._writing:
+            before = self.whole
+            path = self._whole_path(header.version)
+            await asyncio.to_thread(_write, path, payload, header.SerializeToString())
+            self.whole = header
+            gone = [self._whole_path(before.version)] if before and before.version != header.version else []
+            if header.version > self.head:
+                gone += [self._step_path(version) for version in self._steps]
+                self._steps.clear()
+                self._memory.clear()
+                self._step_bytes = self._memory_bytes = 0
+                self.head, self.link = header.version, link
+                self._wake()
+            await asyncio.to_thread(_remove, gone)
+            await self._drop_old()
 
     async def step(self, version: int) -> tuple[hub_pb2.DeltaHeader, bytes]:
         """Return header and payload of a step that is held.
 
         Raises:
-            RebaseError: it is held no more.
+            RebaseError: it is held no more. StorageError: its file cannot be read.
         """
-        if version not in self._steps:
-            raise RebaseError(f"the step to version {version} is no longer held: fetch a whole version")
-        header = self._steps[version]
-        if version not in self._memory:
-            self._remember(version, await asyncio.to_thread(self._step_path(version).read_bytes))
-        self._memory.move_to_end(version)
-        return header, self._memory[version]
+        header = self._steps.get(version)
+        if header is not None and version in self._memory:
+            self._memory.move_to_end(version)
+            return header, self._memory[version]
+        payload = None if header is None else await self._read(self._step_path(version))
+        held = version in self._steps  # it may have been dropped while its file was read
+        if header is not None and payload is not None:
+            if held:
+                self._remember(version, payload)
+            return header, payload
+        if held:
+            raise _gone(self._step_path(version))
+        raise RebaseError(f"the step to version {version} is no longer held: fetch a whole version")
 
     async def whole_payload(self) -> tuple[hub_pb2.SnapshotHeader, bytes]:
-        """Return header and payload of the whole version; there must be one."""
+        """Return header and payload of the whole version; there must be one.
+
+        Raises:
+            StorageError: its file cannot be read.
+        """
         while True:
             assert self.whole is not None
             header = self.whole
-            if self._whole_memory is None or self._whole_memory[0] != header.version:
-                try:
-                    payload = await asyncio.to_thread(self._whole_path(header.version).read_bytes)
-                except FileNotFoundError:  # replaced meanwhile
-                    continue
+            if self._whole_memory is not None and self._whole_memory[0] == header.version:
+                return header, self._whole_memory[1]
+            payload = await self._read(self._whole_path(header.version))
+            if header is self.whole:  # else it was replaced meanwhile
+                if payload is None:
+                    raise _gone(self._whole_path(header.version))
                 self._whole_memory = (header.version, payload)
-            return header, self._whole_memory[1]
+
+    async def _read(self, path: Path) -> bytes | None:
+        """Return what a file holds, read once for all who ask at the same time; None if it is not there."""
+
+        async def work() -> bytes:
+            return await asyncio.to_thread(path.read_bytes)
+
+        try:
+            return await self._reading.run(path, work)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"the relay's disk refused: {error.strerror}") from error
 
     async def _drop_old(self) -> None:
         """Drop the oldest steps when there are too many, as far as the whole version makes up for them."""
         gone = []
-        excess = self.chain_bytes(self.base) - self._kept_bytes
-        while excess > 0 and self.whole is not None and self.base < self.whole.version:
+        while self._step_bytes > self._kept_bytes and self.whole is not None and self.base < self.whole.version:
             oldest = self.base + 1
-            excess -= self._steps.pop(oldest).payload_size
-            self._memory.pop(oldest, None)
+            self._step_bytes -= self._steps.pop(oldest).payload_size
+            self._memory_bytes -= len(self._memory.pop(oldest, b""))
             gone.append(self._step_path(oldest))
         if gone:
             await asyncio.to_thread(_remove, gone)
 
     def _remember(self, version: int, payload: bytes) -> None:
+        self._memory_bytes += len(payload) - len(self._memory.pop(version, b""))
         self._memory[version] = payload
-        while len(self._memory) > 1 and sum(map(len, self._memory.values())) > _MEMORY_BYTES:
-            self._memory.popitem(last=False)
+        while len(self._memory) > 1 and self._memory_bytes > _MEMORY_BYTES:
+            self._memory_bytes -= len(self._memory.popitem(last=False)[1])
 
     def _wake(self) -> None:
         self._changed.set()
@@ -166,6 +209,10 @@ class Replica:
 
     def _whole_path(self, version: int) -> Path:
         return self._root / f"{version}.whole"
+
+
+def _gone(path: Path) -> StorageError:
+    return StorageError(f"the relay's file {path.name} is gone: start the relay again, it fetches what is missing")
 
 
 def _head(path: Path) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from share_core.durable import write_atomic
@@ -113,11 +114,12 @@ class Upstream:
             whole = self._replica.whole
             worth = whole is None or self._replica.whole_is_stale()
             if worth and time.monotonic() >= self._next_fetch:
-                self._next_fetch = time.monotonic() + _FETCH_EVERY_S
                 try:
                     await self._fetch_whole(whole.version if whole is not None else 0)
                 except (grpc.RpcError, FedshareError) as error:
                     log.warning("no whole version from upstream", reason=str(_reason(error, self._state.upstream)))
+                finally:  # not before: those who waited for a slow failure must not begin the next one
+                    self._next_fetch = time.monotonic() + _FETCH_EVERY_S
         if self._replica.whole is None:
             raise UnavailableError("this relay holds no whole version yet: use the hub, or try again later")
         return self._replica.whole
@@ -128,7 +130,7 @@ class Upstream:
             try:
                 description = hub_pb2.DescribeSpaceResponse.FromString(self._home.description.read_bytes())
                 await self._take_description(description)
-            except Exception as error:  # a torn file: upstream is asked in a moment
+            except (DecodeError, FedshareError, OSError) as error:  # a torn file: upstream is asked in a moment
                 log.warning("description on disk cannot be used", reason=str(error))
 
     async def _keep_asking(self) -> None:
@@ -154,7 +156,7 @@ class Upstream:
         call = self._stub.GetRoster(hub_pb2.GetRosterRequest(), timeout=_CALL_S)
         answer = await call
         told = dict(await call.initial_metadata()).get(ROSTER_AGE_KEY, "0")
-        age_s = int(told) / 1000 if str(told).isdigit() else float("inf")
+        age_s = int(told) / 1000 if str(told).isdecimal() else float("inf")
         self._roster.replace(
             [MemberRow(one.member, one.role, one.key_sha256, b"", one.revoked) for one in answer.members]
         )
@@ -173,11 +175,12 @@ class Upstream:
         if self._checker is None or before is None or before.signer_certificate_pem != signer:
             checker = Checker(self._home.authority.read_bytes(), signer, self._state.space_id)
             if self._checker is None:
-                await self._replica.load(checker)
+                await _on_disk(self._replica.load(checker))
             self._checker = checker
         self.description = description
         if before is None or _without_version(before) != _without_version(description):
-            await asyncio.to_thread(write_atomic, self._home.description, description.SerializeToString())
+            data = description.SerializeToString()
+            await _on_disk(asyncio.to_thread(write_atomic, self._home.description, data))
         self._ready.set()
 
     async def _keep_following(self) -> None:
@@ -198,15 +201,12 @@ class Upstream:
 
     async def _follow(self) -> None:
         """Follow until the stream ends or something does not hold."""
-        jump: int | None = 0
-        while jump is not None:
-            if jump:
-                async with self._fetching:
-                    await self._fetch_whole(self._replica.head)
-            jump = await self._follow_once()
+        while await self._follow_once():
+            async with self._fetching:
+                await self._fetch_whole(self._replica.head)
 
-    async def _follow_once(self) -> int | None:
-        """Take steps until the stream ends; return the version to fetch whole if it ends with that demand."""
+    async def _follow_once(self) -> bool:
+        """Take steps until the stream ends; return whether it ends with the demand to fetch a whole version."""
         request = hub_pb2.FollowVersionsRequest(space_id=self._state.space_id, since_version=self._replica.head)
         stream = self._stub.FollowVersions(request)
         messages = aiter(stream)
@@ -215,24 +215,21 @@ class Upstream:
             async for message in messages:
                 part = message.WhichOneof("part")
                 if part == "snapshot_required":
-                    return int(message.snapshot_required.newest_version)
+                    return True
                 if part != "delta":
                     raise DigestError("upstream sent a chunk before its header")
                 await self._take_step(message.delta, messages)
         finally:
             self._following = False
             stream.cancel()
-        return None
+        return False
 
     async def _take_step(
         self, header: hub_pb2.DeltaHeader, messages: AsyncIterator[hub_pb2.FollowVersionsResponse]
     ) -> None:
         link = self._check().step(header, self._replica.head, self._replica.link)
-        payload = bytearray(header.data)
-        while len(payload) < header.payload_size:
-            payload += _chunk(await anext(messages, None))
-        check_payload(bytes(payload), header.payload_sha256, header.payload_size, f"step to version {header.version}")
-        await _on_disk(self._replica.append(header, bytes(payload), link))
+        payload = await _read_payload(header, messages, f"step to version {header.version}", header.data)
+        await _on_disk(self._replica.append(header, payload, link))
         if self._replica.whole_is_stale() and (self._refreshing is None or self._refreshing.done()):
             self._refreshing = asyncio.create_task(self.ensure_whole())
             self._refreshing.add_done_callback(_look_at)
@@ -250,17 +247,13 @@ class Upstream:
             link = self._check().whole(header)
             if header.version <= after:
                 raise VersionError(f"upstream has nothing whole after version {after}: its is {header.version}")
-            payload = bytearray()
-            while len(payload) < header.payload_size:
-                payload += _chunk(await anext(messages, None))
-            what = f"whole version {header.version}"
-            check_payload(bytes(payload), header.payload_sha256, header.payload_size, what)
+            payload = await _read_payload(header, messages, f"whole version {header.version}")
         finally:
             stream.cancel()
         if self._following and header.version > self._replica.head:
             # It is a moment ahead of the steps. Taken at once it would replace them, and all readers would need it.
             await self._replica.wait_after(header.version - 1, _AHEAD_S)
-        await _on_disk(self._replica.put_whole(header, bytes(payload), link))
+        await _on_disk(self._replica.put_whole(header, payload, link))
         log.info("whole version fetched", version=header.version, bytes=header.payload_size)
 
     def _check(self) -> Checker:
@@ -274,6 +267,26 @@ def _look_at(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
+async def _read_payload(
+    header: hub_pb2.DeltaHeader | hub_pb2.SnapshotHeader,
+    messages: AsyncIterator[hub_pb2.FollowVersionsResponse | hub_pb2.FetchSnapshotResponse],
+    what: str,
+    begin: bytes = b"",
+) -> bytes:
+    """Return the payload that a header announces, its ``begin`` from the header and the rest from the messages.
+
+    Raises:
+        UnavailableError: the stream ends before it is whole. DigestError: it is something else than was announced.
+    """
+    parts, size = [begin], len(begin)
+    while size < header.payload_size:
+        parts.append(_chunk(await anext(messages, None)))
+        size += len(parts[-1])
+    payload = b"".join(parts)
+    check_payload(payload, header.payload_sha256, header.payload_size, what)
+    return payload
+
+
 def _chunk(message: hub_pb2.FollowVersionsResponse | hub_pb2.FetchSnapshotResponse | None) -> bytes:
     """Return the bytes of a message that must be a chunk with something in it."""
     if message is None:
@@ -283,7 +296,8 @@ def _chunk(message: hub_pb2.FollowVersionsResponse | hub_pb2.FetchSnapshotRespon
     return message.chunk
 
 
-async def _on_disk(writing: Any) -> None:
+async def _on_disk(writing: Awaitable[None]) -> None:
+    """Wait for ``writing``; what the disk refuses becomes a StorageError, after which the relay tries again."""
     try:
         await writing
     except OSError as error:

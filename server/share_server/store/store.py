@@ -99,6 +99,8 @@ class Store:
             await store.io(lambda: _remember(root))
             await store.io(store.blobs.make_folders)
         except BaseException:
+            if hasattr(store, "_journal"):
+                store._journal.abandon()
             store._release()
             raise
         return store, state

@@ -9,6 +9,7 @@ from dataclasses import fields
 from share_core.errors import FedshareError, StorageError, UnknownTaskError, UpdateConflictError
 from share_server.store.journal import Journal, canonical
 from share_server.store.records import NewUpdate, Sharing, UpdateRow, UpdateState
+from share_server.store.versions import head_version, no_longer_kept, oldest_version
 
 _SELECT = "SELECT u.*, e.hash AS entry_hash FROM updates u JOIN entries e ON e.seq = u.entry_seq"
 
@@ -90,7 +91,8 @@ def accept_updates(journal: Journal, group: Sequence[NewUpdate], now_ms: int) ->
 
     The rows are durable when this returns; only then may they be acknowledged. A refusal (UpdateConflictError: the id
     is taken by other content; UnknownTaskError: the task does not exist and ``create`` is not set) concerns that update
-    alone.
+    alone; so does RebaseError: the version it is based on was collected since it was looked at, and an acknowledged
+    update must not lose the bases it is read with.
     """
     answers: list[Accepted] = []
     with journal.transaction():
@@ -126,6 +128,7 @@ class _Desk:
         }
         last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
         self._last = int(last[0]) if last else 0
+        self._oldest = oldest_version(journal)
 
     def accept(self, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
         """Write one update; return (its row, whether it was there before)."""
@@ -139,6 +142,8 @@ class _Desk:
             size=new.size,
         ):
             return known, True
+        if 0 < new.base_version < self._oldest:
+            raise no_longer_kept(new.base_version, head_version(self._journal))
         if new.task_id not in self._tasks:
             self._create_task(new)
         ingest_seq = self._last + 1

@@ -32,12 +32,12 @@ def read_version(journal: Journal, version: int) -> VersionRow:
     row = journal.row("SELECT * FROM versions WHERE version = ?", (version,))
     if row is not None:
         if row["collected"]:
-            raise _no_longer_kept(version, head_version(journal))
+            raise no_longer_kept(version, head_version(journal))
         return _version(journal, row)
     newest = head_version(journal)
     if not 0 < version <= newest:
         raise VersionError(f"this hub has no version {version}: its newest is {newest}")
-    raise _no_longer_kept(version, newest)
+    raise no_longer_kept(version, newest)
 
 
 def read_manifest(journal: Journal, version: int) -> SignedManifest | None:
@@ -230,7 +230,8 @@ def _exactly_one(changed: int, otherwise: str) -> None:
         raise StorageError(f"the journal does not stand where the merge began: {otherwise}")
 
 
-def _no_longer_kept(version: int, newest: int) -> RebaseError:
+def no_longer_kept(version: int, newest: int) -> RebaseError:
+    """Return the refusal of what refers to a collected version."""
     return RebaseError(f"version {version} is no longer kept: fetch version {newest} and train from there")
 
 
