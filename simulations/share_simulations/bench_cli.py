@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from share_core.command_line import INTERRUPTED
 from share_core.errors import ConfigError
+from share_simulations.interrupts import interruptible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -173,18 +171,8 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
     # The children are forked while gRPC's threads run; they exec at once and use none of its state.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with interruptible("every process of the benchmark was stopped"):
         return work()
-    except KeyboardInterrupt:  # typer itself would answer with exit code 1
-        typer.echo("share-sim: interrupted; every process of the benchmark was stopped", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

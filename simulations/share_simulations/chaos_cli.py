@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from share_simulations.interrupts import Interrupted, interruptible
+
 chaos_app = typer.Typer(
     no_args_is_help=True,
-    help="Break a hub on purpose and count what it promised and did not keep; exit code 1 if that is anything.",
+    help="Break a hub on purpose and count what it promised and did not keep; exit code 1 if that is anything. "
+    "Ctrl-C prints what was reached.",
 )
 Seed = Annotated[int, typer.Option(help="Seed of the workloads and of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]
@@ -50,7 +54,7 @@ def syscalls(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_syscalls(SyscallOptions(count, own_seed, plant, folder))
 
-    _finish(run_in_parts(part, points, seed, mutants, jobs), as_json)
+    _campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -73,7 +77,7 @@ def disk(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_disk(DiskOptions(count, own_seed, plant, folder))
 
-    _finish(run_in_parts(part, points, seed, mutants, jobs), as_json)
+    _campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -97,7 +101,7 @@ def power(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_power(PowerOptions(count, own_seed, plant, folder))
 
-    _finish(run_in_parts(part, cuts, seed, mutants, jobs), as_json)
+    _campaign(lambda: run_in_parts(part, cuts, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -121,7 +125,7 @@ def bitflip(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_bitflip(BitflipOptions(count, own_seed, plant, folder))
 
-    _finish(run_in_parts(part, flips, seed, mutants, jobs), as_json)
+    _campaign(lambda: run_in_parts(part, flips, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -150,7 +154,8 @@ def kill(
     from share_simulations.chaos.load import Crowd
 
     crowd = Crowd(clients=clients, twice=twice)
-    _finish(run_kill(KillOptions(acks, kills, per_round, crowd, seed, replay, mutants, folder)), as_json)
+    options = KillOptions(acks, kills, per_round, crowd, seed, replay, mutants, folder)
+    _campaign(lambda: run_kill(options), as_json)
 
 
 @chaos_app.command()
@@ -173,7 +178,7 @@ def network(
     from share_simulations.chaos.network import NetworkOptions, run_network
 
     options = NetworkOptions(seconds, clients, followers, seed=seed, mutants=mutants, directory=folder)
-    _finish(run_network(options), as_json)
+    _campaign(lambda: run_network(options), as_json)
 
 
 @chaos_app.command()
@@ -195,24 +200,38 @@ def day(
     from share_simulations.chaos.day import DayOptions, run_day
 
     options = DayOptions(minutes, clients, hub_kills=hub_kills, seed=seed, directory=folder)
-    _finish(run_day(options, out), as_json)
+    _campaign(lambda: run_day(options, out), as_json)
 
 
-def _finish(report: dict[str, Any], as_json: bool) -> None:
-    """Print the report; exit code 1 if a promise was broken or a planted bug survived."""
+def _campaign(run: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    """Run a campaign and print its report; exit code 1 if a promise was broken or a planted bug survived.
+
+    After Ctrl-C or SIGTERM its processes are ended, what was reached is printed, and the exit code is 130.
+    """
+    with interruptible("every process of the campaign was stopped; the report is of what was reached"):
+        try:
+            report = run()
+        except Interrupted as interrupt:
+            _print(interrupt.report, as_json)
+            raise
+    _print(report, as_json)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report: one line of JSON, or a table."""
     from rich.console import Console
     from rich.table import Table
 
     if as_json:
         typer.echo(json.dumps(report))
-    else:
-        table = Table("figure", "value", title=f"chaos {report['campaign']}", title_justify="left")
-        for key, value in report.items():
-            if isinstance(value, dict):
-                for name, detail in value.items():
-                    table.add_row(f"{key}: {name}", str(detail))
-            else:
-                table.add_row(key, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
-        Console().print(table)
-    if not report["ok"]:
-        raise typer.Exit(1)
+        return
+    table = Table("figure", "value", title=f"chaos {report.get('campaign', '')}", title_justify="left")
+    for key, value in report.items():
+        if isinstance(value, dict):
+            for name, detail in value.items():
+                table.add_row(f"{key}: {name}", str(detail))
+        else:
+            table.add_row(key, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
+    Console().print(table)

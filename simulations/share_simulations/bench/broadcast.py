@@ -34,7 +34,7 @@ from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig
 from share_server.local import LocalHub, submit_header, submit_messages
-from share_simulations.bench.hub import scratch
+from share_simulations.bench.hub import require_at_least_one, scratch
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.payloads import delta_space, random_sites
 from share_simulations.bench.relay_tree import RelayTree
@@ -375,11 +375,10 @@ def _limits(options: BroadcastOptions) -> LimitConfig:
 
 
 def _check(options: BroadcastOptions) -> None:
+    require_at_least_one(options, "subscribers", "versions", "organisations", "processes", "relay_levels")
     if not 0 <= options.stalled < 1 or options.stalled_count >= options.subscribers:
         raise ConfigError(f"--stalled {options.stalled:g}: expected a share from 0 to below 1")
     if not 1 <= options.streams_per_connection <= 100:
         raise ConfigError("--streams-per-connection: expected 1 to 100, which is what the hub allows")
-    if options.versions < 1 or options.organisations < 1 or options.processes < 1:
-        raise ConfigError("--versions, --organisations and --processes must be at least 1")
     if not 10 <= options.delta_kb <= 4000:
         raise ConfigError(f"--delta-kb {options.delta_kb:g}: expected 10 to 4000")

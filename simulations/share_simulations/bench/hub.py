@@ -27,7 +27,7 @@ from share_server.local import LocalHub
 from share_simulations.bench.limits import durable_files_per_second
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.payloads import upload_space
-from share_simulations.bench.promises import Promises, check_promises, read_journal
+from share_simulations.bench.promises import Promises, check_promises, journal_and_newest
 from share_simulations.bench.stats import RssSampler, cpu_seconds, percentile, slope_per_minute
 from share_simulations.bench.worker import Worker, ask_all
 from share_simulations.processes import installed
@@ -104,6 +104,17 @@ def generous_limits(clients: int, overload: int, payload_bytes: int) -> LimitCon
         concurrent_calls=max(LimitConfig().concurrent_calls, clients * max(2, overload) + 200),
         enrolments_per_minute=60_000,
     )
+
+
+def require_at_least_one(options: object, *names: str) -> None:
+    """Refuse options of a benchmark that count something of which there is none.
+
+    Raises:
+        ConfigError: one of ``names`` is below 1; names the option.
+    """
+    for name in names:
+        if (value := getattr(options, name)) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
 
 
 @contextmanager
@@ -276,7 +287,7 @@ class Bench:
     def _promises(self) -> Promises:
         self._note(f"checking {len(self._receipts)} receipts")
         with self._hub.hub(self._hub.own("operator")) as stub:
-            return check_promises(self._receipts, *read_journal(stub))
+            return check_promises(self._receipts, *journal_and_newest(stub))
 
     def _cpu(self) -> list[float]:
         """Return the processor time used by the hub and by every load process."""
@@ -320,7 +331,7 @@ def _joined(answers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     for answer in answers:
         errors.update(answer["errors"])
     lists = {key: [x for answer in answers for x in answer[key]] for key in ("latencies_ms", "shed_ms")}
-    sums = {key: sum(answer[key] for answer in answers) for key in ("acks", "shed", "hints", "unfinished")}
+    sums = {key: sum(answer[key] for answer in answers) for key in ("acks", "shed", "hints")}
     return {**lists, **sums, "errors": dict(errors), "seconds": seconds}
 
 
@@ -341,11 +352,10 @@ def _ms(values: list[float], share: float) -> float | None:
 
 
 def _check(options: HubOptions) -> None:
-    if options.clients < 1 or options.processes < 1 or options.organisations < 1:
-        raise ConfigError("--clients, --processes and --organisations must be at least 1")
+    require_at_least_one(options, "clients", "processes", "organisations")
     if not 2**-4 <= options.payload_mib <= 16:
         raise ConfigError(f"--payload-mib {options.payload_mib:g}: expected 0.0625 to 16")
-    if options.clients * options.overload > 100 * options.clients:
+    if options.overload > 100:
         raise ConfigError("--overload: at most 100, the streams of one connection")
     for command in ("flower-superlink", "flower-supernode", "flwr") if options.peers else ():
         installed(command)  # missing ones are said before the long work

@@ -95,7 +95,7 @@ class _Counting(grpc.GenericRpcHandler):
 
 
 async def _main() -> None:
-    """Be a bare server with the hub's own TLS and channel options; the job has ``port`` and the PEM files' paths."""
+    """Be a bare server with the hub's own TLS and channel options; the job has the paths of the PEM files."""
     job = read_job()
     handler = _Counting()
     server = aio.server(options=HUB_OPTIONS)

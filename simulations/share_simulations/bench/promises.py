@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_simulations.journal import read_journal
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Promises:
 def check_promises(
     receipts: Iterable[tuple[str, str]], journal: Sequence[hub_pb2.UpdateRecord], newest: int
 ) -> Promises:
-    """Compare receipts (update id, SHA-256) with the journal (:func:`read_journal`) of a hub at version ``newest``."""
+    """Compare receipts (update id, SHA-256) with the journal of a hub at version ``newest``."""
     receipts = set(receipts)
     found: Mapping[str, str] = {record.update_id: record.payload_sha256 for record in journal}
     ids = Counter(record.update_id for record in journal)
@@ -75,12 +76,8 @@ def check_promises(
     )
 
 
-def read_journal(hub: hub_pb2_grpc.HubStub) -> tuple[list[hub_pb2.UpdateRecord], int]:
-    """Return every update of a hub in order of arrival, and the newest version, read before them."""
+def journal_and_newest(hub: hub_pb2_grpc.HubStub) -> tuple[list[hub_pb2.UpdateRecord], int]:
+    """Return every update of a hub in order of arrival, and the newest version as they know it; it may be merging."""
     newest = int(hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30.0).version)
-    records: list[hub_pb2.UpdateRecord] = []
-    after = 0
-    while page := hub.ListUpdates(hub_pb2.ListUpdatesRequest(after_seq=after), timeout=30.0).updates:
-        records += page
-        after = page[-1].ingest_seq
+    records = read_journal(hub)
     return records, max([newest, *(record.version for record in records)])

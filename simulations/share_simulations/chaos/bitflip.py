@@ -27,8 +27,10 @@ from share_simulations.chaos.checks import Finding, ask
 from share_simulations.chaos.lab import Lab, Start, Witness, copy_store, open_lab, seeds
 from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.ptrace import GO, KILL, Call, Verdict
-from share_simulations.chaos.report import Caught, Meter, Tally, assemble
+from share_simulations.chaos.report import Caught, Tally, assemble
 from share_simulations.chaos.scenario import Plan, Promised, digest_of
+from share_simulations.chaos.show import Meter
+from share_simulations.interrupts import reporting
 
 _MUTANT_FLIPS = 600
 _REFUSALS = frozenset({StorageError.__name__, ConfigError.__name__})
@@ -99,11 +101,16 @@ def run_bitflip(options: BitflipOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: this machine cannot trace, or the hub does not even work without a fault.
+        Interrupted: with the report of what was reached.
     """
     began = time.monotonic()
-    tally, kinds, unneeded = Tally(), Counter[str](), Counter[str]()
-    misses: dict[str, int] = Counter()
-    with open_lab(options.folder) as lab:
+    tally, caught = Tally(), list[Caught]()
+    kinds, unneeded, misses = Counter[str](), Counter[str](), Counter[str]()
+
+    def report() -> dict[str, Any]:
+        return assemble("bitflip", options.seed, _figures(kinds, unneeded, misses), tally, caught, began)
+
+    with reporting(report), open_lab(options.folder) as lab:
         victims = make_victims(lab, options.seed)
         draw = random.Random(options.seed)
         with Meter("flipped bits", options.flips) as meter:
@@ -114,15 +121,19 @@ def run_bitflip(options: BitflipOptions) -> dict[str, Any]:
                 misses[done.kind] += bool(done.findings)
                 tally.add(done.findings, done.kind)
                 meter.step(f"{tally.broken} not refused")
-        caught = (
-            [hunt(lab, mutant, victims, options.seed) for mutant in mutants_of("bitflip")] if options.mutants else []
-        )
+        for mutant in mutants_of("bitflip") if options.mutants else ():
+            caught.append(hunt(lab, mutant, victims, options.seed))
+    return report()
+
+
+def _figures(kinds: Counter[str], unneeded: Counter[str], misses: Counter[str]) -> dict[str, Any]:
+    """Return the flips by what came of them, in all and by kind of file."""
     detected = {kind: kinds[kind] - unneeded[kind] - misses[kind] for kind in kinds}
-    figures = {
+    return {
         "flips": kinds.total(),
         "detected": sum(detected.values()),
         "unneeded": unneeded.total(),
-        "missed": sum(misses.values()),
+        "missed": misses.total(),
         "by_kind": {
             kind: {
                 "flips": kinds[kind],
@@ -133,7 +144,6 @@ def run_bitflip(options: BitflipOptions) -> dict[str, Any]:
             for kind in sorted(kinds)
         },
     }
-    return assemble("bitflip", options.seed, figures, tally, caught, began)
 
 
 def make_victims(lab: Lab, seed: int) -> list[Victim]:

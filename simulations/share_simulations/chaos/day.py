@@ -19,19 +19,20 @@ from typing import Any
 
 from grpc import aio
 
-from share_core.errors import ConfigError
+from share_core.errors import ConfigError, UnavailableError
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import RetentionConfig
 from share_server.local import LocalHub
 from share_simulations.chaos.day_client import ClientPlan
 from share_simulations.chaos.day_crew import Crew
 from share_simulations.chaos.day_report import Diary, Sample, day_report
-from share_simulations.chaos.endcheck import Book, Verdict, check_promises
+from share_simulations.chaos.endcheck import Book, Verdict, check_hub
 from share_simulations.chaos.load import ROOMY, Victim, configure, follow, open_channel, toy_space
 from share_simulations.chaos.planted import write_hub
 from share_simulations.chaos.proxy import CALM, Conditions, Proxy
 from share_simulations.chaos.show import Meter
-from share_simulations.chaos.verify import verify_directory
+from share_simulations.chaos.verify import Verified, verify_directory
+from share_simulations.interrupts import reporting, run_tasks
 
 _HOURS = 24
 _SAMPLE_S = 0.2
@@ -79,6 +80,7 @@ def run_day(options: DayOptions, out: Path | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: the numbers make no day.
+        Interrupted: with the report of what was reached.
     """
     if options.minutes <= 0 or options.clients < 2:
         raise ConfigError("expected a positive number of minutes and at least two clients")
@@ -87,12 +89,25 @@ def run_day(options: DayOptions, out: Path | None = None) -> dict[str, Any]:
         server = _server(options, Path(folder))
         crew = Crew(server, options.clients, lambda number: _plan(options, Path(folder), number), options.seed)
         book, diary = Book(), Diary(options.seconds)
-        with Meter("chaos day") as meter:
-            verdict = asyncio.run(_live(options, server, crew, book, diary, meter))
+        verdict: Verdict | None = None
+        replay = Verified(None, "not replayed")
+
+        def figures() -> dict[str, Any]:
+            if not book.sent:  # the day ended before the evening, in which the book is filled
+                crew.fill(book)
+            report = day_report(crew, book, diary, verdict, replay)
+            own = {"minutes": options.minutes, "seed": options.seed, "seconds": round(time.monotonic() - began, 1)}
+            return report | own
+
+        with reporting(figures), Meter("chaos day") as meter:
+            try:
+                verdict = run_tasks(_live(options, server, crew, book, diary, meter))
+            except UnavailableError as error:
+                diary.failure = str(error)
+            diary.over = True
             meter.note("the day is over: its journal is replayed")
             replay = verify_directory(server.layout.root, replay=True)
-        report = day_report(crew, book, diary, verdict, replay)
-    report |= {"minutes": options.minutes, "seed": options.seed, "seconds": round(time.monotonic() - began, 1)}
+        report = figures()
     if out is not None:
         from share_simulations.chaos.day_plot import write_day
 
@@ -123,10 +138,12 @@ def _plan(options: DayOptions, folder: Path, number: int) -> ClientPlan:
     )
 
 
-async def _live(
-    options: DayOptions, server: LocalHub, crew: Crew, book: Book, diary: Diary, meter: Meter
-) -> Verdict | None:
-    """Live through the day and the evening; None if the hub could not be asked at the end."""
+async def _live(options: DayOptions, server: LocalHub, crew: Crew, book: Book, diary: Diary, meter: Meter) -> Verdict:
+    """Live through the day and the evening.
+
+    Raises:
+        UnavailableError: the hub does not start any more, or could not be asked at the end.
+    """
     victim = Victim(server)
     await victim.start()
     reader = await asyncio.to_thread(server.enrol, "readers/one", "reader")
@@ -143,7 +160,7 @@ async def _live(
                 await crew.evening(diary, _EVENING_S)
                 crew.fill(book)
                 diary.faults = proxy.faults
-                verdict = await asyncio.to_thread(_check, server, book)
+                verdict = await asyncio.to_thread(check_hub, server, book)
             diary.hub_exit = await victim.stop()
             return verdict
         finally:
@@ -219,8 +236,3 @@ async def _watch(server: LocalHub, crew: Crew, diary: Diary, meter: Meter) -> No
                     f"{crew.alive} clients, hub killed {diary.count('hub killed')} times"
                 )
             await asyncio.sleep(_SAMPLE_S)
-
-
-def _check(server: LocalHub, book: Book) -> Verdict:
-    with server.hub(server.own("operator")) as hub:
-        return check_promises(hub, book)

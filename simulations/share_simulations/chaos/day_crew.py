@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -73,11 +72,6 @@ class Crew:
     def killed(self) -> int:
         """SIGKILLs of clients."""
         return sum(member.kills for member in self._members)
-
-    @property
-    def left_early(self) -> int:
-        """Clients that were told to leave before the evening and have gone."""
-        return sum(member.left for member in self._members)
 
     async def day(self, diary: Diary) -> None:
         """Let everybody live through the day; it ends with some of them running."""
@@ -151,7 +145,7 @@ class Crew:
         some = number % 3 == 2  # a third come later than the others
         await asyncio.sleep(draw.uniform(0.1, 0.6) * diary.seconds if some else draw.uniform(0, 1))
         leaves = draw.uniform(0.7, 0.95) * diary.seconds if number % 4 == 1 else float("inf")
-        next_kill = diary.now() + self._pause(draw, diary)
+        next_kill = diary.now() + _pause(draw, diary)
         self._start(member, diary)
         while diary.now() < diary.seconds:
             await asyncio.sleep(0.05)
@@ -166,16 +160,16 @@ class Crew:
                 diary.mark("client killed")
                 await asyncio.sleep(draw.uniform(0.1, 2.0))
                 self._start(member, diary)
-                next_kill = diary.now() + self._pause(draw, diary)
-
-    def _pause(self, draw: random.Random, diary: Diary) -> float:
-        """Return the seconds until the next kill of one client: three a day and client, but none right away."""
-        return max(1.0, draw.uniform(0.1, 0.5) * diary.seconds)
+                next_kill = diary.now() + _pause(draw, diary)
 
     def _start(self, member: _Member, diary: Diary) -> None:
         if member.lives == 0:
             member.plan = replace(member.plan, address=self.address)
             diary.mark("client joins")
+        self._launch(member)
+
+    def _launch(self, member: _Member) -> None:
+        """Begin one more life."""
         member.lives += 1
         token = self._server.invite(f"org{member.plan.seed % 1000}/client")
         process = _WARM.Process(target=run_client, args=(member.plan, token), daemon=True)
@@ -183,10 +177,9 @@ class Crew:
         member.process = process
 
     def _kill(self, member: _Member) -> None:
-        process = member.process
-        if process is not None and process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        if member.process is not None:
+            member.process.kill()
+            member.process.join()
 
     def _gone(self, member: _Member) -> bool:
         """Whether the client has gone by itself; one that was killed in the evening's dusk comes back."""
@@ -204,11 +197,13 @@ class Crew:
             member.problems.append(f"{member.plan.root.name} ended with code {code}: {lines[-1][-400:]}")
         if len(member.problems) >= 3:
             return False
-        member.lives += 1
-        token = self._server.invite(f"org{member.plan.seed % 1000}/client")
-        member.process = _WARM.Process(target=run_client, args=(member.plan, token), daemon=True)
-        member.process.start()
+        self._launch(member)
         return False
+
+
+def _pause(draw: random.Random, diary: Diary) -> float:
+    """Return the seconds until the next kill of one client: three a day and client, but none right away."""
+    return max(1.0, draw.uniform(0.1, 0.5) * diary.seconds)
 
 
 def _lines(member: _Member) -> Iterator[dict[str, Any]]:

@@ -40,6 +40,10 @@ class Diary:
     """Faults of the network by kind."""
     hub_exit: int | None = None
     """Exit code of the hub after the evening."""
+    over: bool = False
+    """Whether the day has come to its end; one that was interrupted is not judged."""
+    failure: str = ""
+    """Why the hub could not be asked in the evening."""
     _began: float = 0.0
 
     def begin(self) -> None:
@@ -60,13 +64,17 @@ class Diary:
 
 
 def day_report(crew: Crew, book: Book, diary: Diary, verdict: Verdict | None, replay: Verified) -> dict[str, Any]:
-    """Return the figures of a day; ``ok`` says whether every promise was kept."""
+    """Return the figures of a day; ``ok`` says whether every promise was kept. What nobody could count is None."""
     waiting, problems = crew.outboxes()
-    problems += verdict.problems if verdict is not None else ("the hub could not be asked in the evening",)
-    if diary.hub_exit != 0:
-        problems.append(f"the hub ended with exit code {diary.hub_exit} when it was asked to stop")
-    if replay.sound is False:
-        problems.append(f"the replay of the journal: {replay.text}")
+    if diary.over:
+        problems += verdict.problems if verdict is not None else (*book.broken, diary.failure)
+        if diary.hub_exit != 0:
+            problems.append(f"the hub ended with exit code {diary.hub_exit} when it was asked to stop")
+        if replay.sound is False:
+            problems.append(f"the replay of the journal: {replay.text}")
+    else:  # outboxes are not empty in the middle of a day; what clients saw broken is broken
+        problems = list(book.broken)
+    kept: dict[str, Any] = {} if verdict is None else vars(verdict)
     down = [sample for sample in diary.samples if sample.version is None]
     return {
         "campaign": "day",
@@ -75,24 +83,25 @@ def day_report(crew: Crew, book: Book, diary: Diary, verdict: Verdict | None, re
         "left_early": diary.count("client leaves"),
         "killed_clients": crew.killed,
         "hub_kills": diary.count("hub killed"),
-        "updates": verdict.updates if verdict is not None else 0,
+        "updates": kept.get("updates"),
         "acknowledged": len(book.receipts),
-        "merged": verdict.merged if verdict is not None else 0,
+        "merged": kept.get("merged"),
         "refused_rebase": _too_old(crew),
-        "refused_after_receipt": verdict.refused if verdict is not None else 0,
+        "refused_after_receipt": kept.get("refused"),
         "reuploads": crew.sends() - len(book.sent),
         "answered_duplicates": book.duplicates,
-        "lost": verdict.lost if verdict is not None else 0,
-        "double": verdict.double if verdict is not None else 0,
+        "lost": kept.get("lost"),
+        "double": kept.get("double"),
         "outboxes_empty": waiting == 0 and not problems,
         "replay_equal": replay.sound,
         "replay": replay.text,
-        "versions": verdict.versions if verdict is not None else 0,
+        "versions": kept.get("versions"),
         "versions_followed": len(book.versions),
         "evaluations": len(crew.logged("evaluation")),
         "hub_down_share": round(len(down) / max(1, len(diary.samples)), 4),
         "faults": dict(sorted(diary.faults.items())),
         "problems": problems[:20],
+        "complete": True,
         "ok": not problems,
     }
 

@@ -20,9 +20,11 @@ from share_simulations.chaos.checks import Finding
 from share_simulations.chaos.lab import Lab, Start, Witness, open_lab, seeds
 from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.ptrace import GO, Call, Ending, Verdict
-from share_simulations.chaos.report import Caught, Meter, Tally, assemble
+from share_simulations.chaos.report import Caught, Tally, assemble
 from share_simulations.chaos.scenario import Plan, Promised
+from share_simulations.chaos.show import Meter
 from share_simulations.chaos.syscalls import place, trial
+from share_simulations.interrupts import reporting
 
 _MUTANT_POINTS = 400
 _SHORT = "short"
@@ -90,11 +92,23 @@ def run_disk(options: DiskOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: this machine cannot trace, or the hub does not even work without a fault.
+        Interrupted: with the report of what was reached.
     """
     began = time.monotonic()
-    tally, faults, places = Tally(), Counter[str](), Counter[str]()
+    tally, faults, places, caught = Tally(), Counter[str](), Counter[str](), list[Caught]()
     acks = noticed = 0
-    with open_lab(options.folder) as lab:
+
+    def report() -> dict[str, Any]:
+        figures = {
+            "points": faults.total(),
+            "acks": acks,
+            "noticed": noticed,
+            "faults": dict(faults.most_common()),
+            "places": dict(places.most_common()),
+        }
+        return assemble("disk", options.seed, figures, tally, caught, began)
+
+    with reporting(report), open_lab(options.folder) as lab:
         with Meter("disk failures", options.points) as meter:
             for start, plan, number, fault in experiments(lab, options.seed, options.points):
                 handler, ending, findings = fail(lab, start, plan, number, fault)
@@ -106,17 +120,11 @@ def run_disk(options: DiskOptions) -> dict[str, Any]:
                 acks += len(handler.promised.acks) - len(start.promised.acks)
                 noticed += ending.code == 1
                 meter.step(f"{acks} acknowledged, {tally.broken} broken")
-                if sum(faults.values()) >= options.points:
+                if faults.total() >= options.points:
                     break
-        caught = [hunt(lab, mutant, options.seed) for mutant in mutants_of("disk")] if options.mutants else []
-    figures = {
-        "points": sum(faults.values()),
-        "acks": acks,
-        "noticed": noticed,
-        "faults": dict(faults.most_common()),
-        "places": dict(places.most_common()),
-    }
-    return assemble("disk", options.seed, figures, tally, caught, began)
+        for mutant in mutants_of("disk") if options.mutants else ():
+            caught.append(hunt(lab, mutant, options.seed))
+    return report()
 
 
 def experiments(lab: Lab, seed: int, points: int) -> Iterator[tuple[Start, Plan, int, str]]:

@@ -1,7 +1,7 @@
 """What a campaign may hold against a hub at its end: the promises of TRUST, asked over gRPC.
 
-Every client writes into one :class:`Book` what it sent and what it was told. :func:`check_promises` then lets the hub
-settle and compares its journal with the book.
+Every client writes into one :class:`Book` what it sent and what it was told. :func:`check_hub` then lets the hub settle
+and compares its journal with the book.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import grpc
+
+from share_core.errors import UnavailableError
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.local import LocalHub
+from share_server.operator import named_error
+from share_simulations.journal import read_journal
 
 _DEADLINE_S = 60.0
 _EXCUSED = ("RebaseError: ",)
@@ -84,16 +90,31 @@ class Verdict:
     """Every broken promise in words, the above included."""
 
 
-def check_promises(hub: hub_pb2_grpc.HubStub, book: Book, patience_s: float = 60.0) -> Verdict:
-    """Wait until nothing waits for its merge, then compare the hub's journal with ``book``.
+def check_hub(server: LocalHub, book: Book, patience_s: float = 60.0) -> Verdict:
+    """Wait until nothing waits for its merge, then compare the journal of the running hub with ``book``.
 
-    ``hub`` must be open as operator. ``patience_s`` is how long the merges may stand still before they count as stuck.
+    Args:
+        server: the hub.
+        book: everything that was sent to this server directory.
+        patience_s: how long the merges may stand still before they count as stuck.
+
+    Raises:
+        UnavailableError: the hub does not answer.
     """
+    try:
+        with server.hub(server.own("operator")) as hub:
+            return _compare(hub, book, patience_s)
+    except grpc.RpcError as error:
+        reason = named_error(error, server.config.local_hub_address)
+        raise UnavailableError(f"the hub could not be asked what it kept: {reason}") from error
+
+
+def _compare(hub: hub_pb2_grpc.HubStub, book: Book, patience_s: float) -> Verdict:
     status = _settled(hub, patience_s)
-    rows = list(_journal(hub))
+    rows = read_journal(hub)
     lost = list(_lost(rows, book))
     double = list(_double(rows, book)) + list(_merged_twice(hub, rows))
-    other = list(_disorder(rows, status)) + list(_unsettled(rows)) + list(_versions(rows, book, status.version))
+    other = list(_disorder(rows, status)) + list(_unsettled(rows)) + list(_versions(book, status.version))
     return Verdict(
         updates=len(rows),
         merged=sum(row.state == hub_pb2.UPDATE_STATE_MERGED for row in rows),
@@ -115,13 +136,6 @@ def _settled(hub: hub_pb2_grpc.HubStub, patience_s: float) -> hub_pb2.GetStatusR
         if status.accepted == 0 or time.monotonic() - moved > patience_s:
             return status
         time.sleep(0.05)
-
-
-def _journal(hub: hub_pb2_grpc.HubStub) -> Iterator[hub_pb2.UpdateRecord]:
-    after = 0
-    while page := hub.ListUpdates(hub_pb2.ListUpdatesRequest(after_seq=after), timeout=_DEADLINE_S).updates:
-        yield from page
-        after = page[-1].ingest_seq
 
 
 def _lost(rows: list[hub_pb2.UpdateRecord], book: Book) -> Iterator[str]:
@@ -174,7 +188,7 @@ def _unsettled(rows: list[hub_pb2.UpdateRecord]) -> Iterator[str]:
         yield f"update {row.update_id} is {state} in version {row.version}: {row.reason or 'no reason'}"
 
 
-def _versions(rows: list[hub_pb2.UpdateRecord], book: Book, head: int) -> Iterator[str]:
+def _versions(book: Book, head: int) -> Iterator[str]:
     newest = max(book.versions, default=0)
     if newest > head:
         yield f"version {newest} was published and is lost: the newest is {head}"

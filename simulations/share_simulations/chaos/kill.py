@@ -22,11 +22,12 @@ import numpy as np
 from share_core.errors import ConfigError, UnavailableError
 from share_server.config import RetentionConfig
 from share_server.local import LocalHub
-from share_simulations.chaos.endcheck import Book, Verdict, check_promises
+from share_simulations.chaos.endcheck import Book, Verdict, check_hub
 from share_simulations.chaos.load import ROOMY, Crowd, Swarm, Victim, configure, follow, toy_space
 from share_simulations.chaos.planted import BUGS, write_hub
 from share_simulations.chaos.show import Meter
 from share_simulations.chaos.verify import verify_directory
+from share_simulations.interrupts import reporting, run_tasks
 
 _PAUSE_S = 0.1
 _K_MAX = 32
@@ -63,17 +64,25 @@ class KillOptions:
 
 @dataclass
 class _Round:
-    """What one round brought."""
+    """What one round brought, or has brought so far."""
 
-    acks: int = 0
     kills: int = 0
     recoveries: list[float] = field(default_factory=list)
+    """Seconds until the hub served, of every start."""
     retries: int = 0
     loaded_s: float = 0.0
+    """Seconds in which the hub served and clients sent."""
     verdict: Verdict | None = None
+    """What the hub kept; None if it was not asked."""
     verified: bool | None = None
+    """What ``share-server verify`` said of the directory; None if it was not asked."""
     problems: list[str] = field(default_factory=list)
     book: Book = field(default_factory=Book)
+
+    @property
+    def acks(self) -> int:
+        """Acknowledged updates."""
+        return len(self.book.receipts)
 
 
 def run_kill(options: KillOptions) -> dict[str, Any]:
@@ -81,14 +90,24 @@ def run_kill(options: KillOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: the numbers make no campaign.
+        Interrupted: with the report of what was reached; the round under way is in it as its clients saw it.
     """
     if min(options.acks, options.per_round) < 1 or options.kills < 0:
         raise ConfigError("expected at least one acknowledgement, in all and per round, and no negative kills")
     began = time.monotonic()
-    with Meter("chaos kill") as meter:
-        rounds = [_run(plan, meter, None) for plan in _plans(options)]
-        caught = {bug: catch(options, bug, meter) for bug in BUGS} if options.mutants else {}
-    return _report(options, rounds, caught, began)
+    rounds: list[_Round] = []
+    caught: dict[str, list[str]] = {}
+
+    def report() -> dict[str, Any]:
+        return _report(options, rounds, caught, began)
+
+    with reporting(report), Meter("chaos kill") as meter:
+        for plan in _plans(options):
+            rounds.append(_Round())
+            _run(plan, rounds[-1], meter, None)
+        for bug in BUGS if options.mutants else ():
+            caught[bug] = catch(options, bug, meter)
+    return report()
 
 
 def _plans(options: KillOptions) -> list[KillOptions]:
@@ -111,17 +130,23 @@ def catch(options: KillOptions, bug: str, meter: Meter) -> list[str]:
     plan = replace(
         options, acks=min(400, options.acks), kills=min(4, options.kills), crowd=crowd, seed=options.seed * 1000 + 77
     )
-    problems = _run(plan, meter, bug).problems
-    meter.note(f"planted bug {bug}: {'caught: ' + problems[0] if problems else 'NOT CAUGHT'}")
-    return problems
+    result = _Round()
+    _run(plan, result, meter, bug)
+    meter.note(f"planted bug {bug}: {'caught: ' + result.problems[0] if result.problems else 'NOT CAUGHT'}")
+    return result.problems
 
 
-def _run(plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
+def _run(plan: KillOptions, result: _Round, meter: Meter, bug: str | None) -> None:
+    """Live through one round and write it into ``result``."""
     with tempfile.TemporaryDirectory(prefix="fedshare-kill-", dir=plan.directory) as folder:
         script = None if bug is None else write_hub(bug, Path(folder))
         server = LocalHub(Path(folder) / "server", toy_space(_K_MAX), ROOMY, script=script)
         configure(server, retention=_SOON)
-        result = asyncio.run(_round(server, plan, meter, bug))
+        try:
+            run_tasks(_round(server, plan, result, meter, bug))
+        except KeyboardInterrupt:  # a hub that has not settled is not held to anything
+            result.problems = list(result.book.broken if result.verdict is None else result.verdict.problems)
+            raise
         if not result.problems:
             verified = verify_directory(server.layout.root, replay=plan.replay)
             result.verified = verified.sound
@@ -132,30 +157,25 @@ def _run(plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
             f"round over: {result.acks} acks, {result.kills} kills, {rate:.0f} acks/s while it served, "
             f"{len(result.problems)} broken promises"
         )
-    return result
 
 
-async def _round(server: LocalHub, plan: KillOptions, meter: Meter, bug: str | None) -> _Round:
-    result, victim = _Round(), Victim(server)
+async def _round(server: LocalHub, plan: KillOptions, result: _Round, meter: Meter, bug: str | None) -> None:
+    victim = Victim(server)
     try:
         result.recoveries.append(await victim.start())
         async with _clients(server, plan, result.book) as swarm:
             await _storm(victim, swarm, plan, result, meter)
-            result.retries = swarm.retries
             # Inside: the follower must see the versions that are made of what was sent last.
-            result.verdict = await asyncio.to_thread(_check, server, result.book, 60.0 if bug is None else 10.0)
-        result.acks = len(result.book.receipts)
+            result.verdict = await asyncio.to_thread(check_hub, server, result.book, 60.0 if bug is None else 10.0)
         result.problems = list(result.verdict.problems)
         if result.acks != plan.acks:
             result.problems.append(f"{result.acks} updates were acknowledged of {plan.acks}: some clients gave up")
         if (code := await victim.stop()) != 0:
             result.problems.append(f"the hub ended with exit code {code} when it was asked to stop")
     except UnavailableError as error:
-        result.acks = len(result.book.receipts)
         result.problems = [*result.book.broken, str(error)]
     finally:
         victim.kill()
-    return result
 
 
 @contextlib.asynccontextmanager
@@ -181,8 +201,8 @@ async def _storm(victim: Victim, swarm: Swarm, plan: KillOptions, result: _Round
     began = time.monotonic()
     try:
         for moment in moments:
-            while len(result.book.receipts) < moment and not sending.done() and victim.alive:
-                meter.show(f"{len(result.book.receipts)} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
+            while result.acks < moment and not sending.done() and victim.alive:
+                meter.show(f"{result.acks} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
                 await asyncio.sleep(0.005)
             await asyncio.sleep(draw.uniform(0, _PAUSE_S))
             result.loaded_s += time.monotonic() - began
@@ -190,13 +210,14 @@ async def _storm(victim: Victim, swarm: Swarm, plan: KillOptions, result: _Round
             await swarm.adopt()
             began = time.monotonic()
         while not sending.done() and victim.alive:
-            meter.show(f"{len(result.book.receipts)} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
+            meter.show(f"{result.acks} of {plan.acks} acks, {result.kills} of {plan.kills} kills")
             await asyncio.sleep(0.05)
         if not victim.alive:
             raise UnavailableError(f"the hub ended by itself: {victim.log_tail()}")
         await sending
         result.loaded_s += time.monotonic() - began
     finally:
+        result.retries = swarm.retries
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
 
@@ -214,11 +235,6 @@ async def _kill(victim: Victim, result: _Round, draw: random.Random) -> float:
     return await victim.start()
 
 
-def _check(server: LocalHub, book: Book, patience_s: float) -> Verdict:
-    with server.hub(server.own("operator")) as hub:
-        return check_promises(hub, book, patience_s)
-
-
 def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[str]], began: float) -> dict[str, Any]:
     recoveries = [seconds for one in rounds for seconds in one.recoveries[1:]]
     verdicts = [one.verdict for one in rounds if one.verdict is not None]
@@ -231,6 +247,7 @@ def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[s
         "acks": acks,
         "kills": sum(one.kills for one in rounds),
         "rounds": len(rounds),
+        "checked_rounds": len(verdicts),
         "lost": sum(verdict.lost for verdict in verdicts),
         "double": sum(verdict.double for verdict in verdicts),
         "answered_duplicates": sum(one.book.duplicates for one in rounds),
@@ -250,6 +267,7 @@ def _report(options: KillOptions, rounds: list[_Round], caught: dict[str, list[s
         "problems": problems[:20],
         "crowd": asdict(options.crowd),
         "seconds": round(time.monotonic() - began, 1),
+        "complete": True,
         "ok": not problems and not surviving,
     }
 

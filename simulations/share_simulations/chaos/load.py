@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import random
-import signal
 import struct
 import time
 from collections.abc import Iterator
@@ -152,19 +150,17 @@ class Victim:
 
     def kill(self) -> None:
         """End it with SIGKILL; nothing happens if it has ended."""
-        if self._process is not None and self._process.pid is not None:
-            if self._process.is_alive():
-                os.kill(self._process.pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
             self._process.join()
         self._process = None
 
     async def stop(self) -> int | None:
         """Ask it to stop and return its exit code; None if it was not running."""
         process = self._process
-        if process is None or process.pid is None:
+        if process is None:
             return None
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
         while process.is_alive():
             await asyncio.sleep(0.02)
         process.join()

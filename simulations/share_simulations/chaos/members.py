@@ -36,8 +36,6 @@ class Follower(threading.Thread):
         self._view = View(empty_space(spec))
         self._feed = VersionFeed(link, spec, 0)
         self._until = until
-        self.events = 0
-        """Versions that arrived one by one, or as a snapshot."""
         self.failure: FedshareError | None = None
         """Why it ended, if it did not end because it was closed."""
 
@@ -56,7 +54,6 @@ class Follower(threading.Thread):
             for event in self._feed.events():
                 if self._until is None or event.version <= self._until:
                     self._view.apply(event)
-                    self.events += 1
         except FedshareError as error:
             self.failure = error
 
@@ -95,12 +92,15 @@ class Uploader(threading.Thread):
         self.give_up = threading.Event()
         """Set it to end without an answer."""
         self.updates = 0
+        """Updates that were begun."""
         self.delivered = 0
+        """Updates that were acknowledged."""
         self.payload_bytes = 0
         """Bytes of the delivered payloads, each counted as often as it had to be delivered."""
         self.interruptions = 0
         """Attempts that ended without an answer."""
         self.reuploads = 0
+        """Updates that were sent once more after they were acknowledged."""
         self.failure: Exception | None = None
         """Why it ended too early."""
 
@@ -111,6 +111,14 @@ class Uploader(threading.Thread):
                 self._one()
         except Exception as error:
             self.failure = error
+
+    def close(self) -> None:
+        """End the thread at once, its call under way and its link too; nothing happens if it has ended."""
+        self.enough.set()
+        self.give_up.set()
+        if self.is_alive():
+            self._link.close()
+            self.join()
 
     def _one(self) -> None:
         self._seed += 1

@@ -12,22 +12,23 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from share_client.link import HubLink
-from share_core.errors import ConfigError
+from share_core.errors import ConfigError, UnavailableError
 from share_proto.v1 import hub_pb2
 from share_server.local import LocalHub
-from share_simulations.chaos.endcheck import Book, Verdict, check_promises
+from share_simulations.chaos.endcheck import Book, Verdict, check_hub
 from share_simulations.chaos.load import ROOMY, toy_space
 from share_simulations.chaos.members import Diet, Follower, Uploader, credentials_of
 from share_simulations.chaos.planted import write_hub
 from share_simulations.chaos.proxy import Conditions, Proxy
 from share_simulations.chaos.show import Meter
+from share_simulations.interrupts import reporting
 
 MIB = 2**20
 MOST_RESENT = 1.1
@@ -100,18 +101,28 @@ PLANTED = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one campaign brought."""
+    """What one campaign brought, or has brought so far."""
 
     updates: int
+    """Updates that were begun."""
     delivered: int
+    """Updates that were acknowledged."""
     bytes_payload: int
+    """Bytes of the delivered payloads."""
     bytes_sent: int
+    """Bytes that left the uploading clients."""
     interruptions: int
+    """Attempts that ended without an answer."""
     reuploads: int
+    """Updates that were sent once more after they were acknowledged."""
     answered_duplicates: int
+    """Receipts that said the update had been durable before."""
     faults: Counter[str]
-    verdict: Verdict
+    """Faults of the network by kind."""
+    verdict: Verdict | None
+    """What the hub kept; None if it was not asked."""
     problems: tuple[str, ...]
+    """Every broken promise in words."""
 
     @property
     def resend_ratio(self) -> float:
@@ -119,19 +130,54 @@ class Outcome:
         return self.bytes_sent / max(1, self.bytes_payload)
 
 
+@dataclass
+class _Stand:
+    """Everything of one campaign that has figures."""
+
+    book: Book = field(default_factory=Book)
+    uploaders: list[Uploader] = field(default_factory=list)
+    proxies: list[Proxy] = field(default_factory=list)
+    """The first one is before the uploads."""
+
+    def outcome(self, verdict: Verdict | None, problems: Iterable[str]) -> Outcome:
+        """Return the figures of now."""
+        return Outcome(
+            updates=sum(uploader.updates for uploader in self.uploaders),
+            delivered=sum(uploader.delivered for uploader in self.uploaders),
+            bytes_payload=sum(uploader.payload_bytes for uploader in self.uploaders),
+            bytes_sent=self.proxies[0].bytes_up if self.proxies else 0,
+            interruptions=sum(uploader.interruptions for uploader in self.uploaders),
+            reuploads=sum(uploader.reuploads for uploader in self.uploaders),
+            answered_duplicates=self.book.duplicates,
+            faults=sum((proxy.faults for proxy in self.proxies), Counter[str]()),
+            verdict=verdict,
+            problems=tuple(problems),
+        )
+
+
 def run_network(options: NetworkOptions) -> dict[str, Any]:
     """Run the campaign and return its report; ``problems`` is empty when every promise was kept.
 
     Raises:
         ConfigError: the numbers make no campaign.
+        Interrupted: with the report of what was reached.
     """
     if options.seconds <= 0 or options.clients < 1 or options.followers < 1:
         raise ConfigError("expected a positive time, at least one client and at least one follower")
     began = time.monotonic()
-    with Meter("chaos network") as meter:
-        outcome = campaign(options, Planted(), meter)
-        caught = {planted.name: catch(options, planted, meter) for planted in PLANTED} if options.mutants else {}
-    return _report(options, outcome, caught, began)
+    stand = _Stand()
+    outcome: Outcome | None = None
+    caught: dict[str, list[str]] = {}
+
+    def report() -> dict[str, Any]:
+        # A hub that was not asked at the end is held to what its clients saw.
+        return _report(options, outcome or stand.outcome(None, stand.book.broken), caught, began)
+
+    with reporting(report), Meter("chaos network") as meter:
+        outcome = campaign(options, Planted(), meter, stand)
+        for planted in PLANTED if options.mutants else ():
+            caught[planted.name] = catch(options, planted, meter)
+    return report()
 
 
 def catch(options: NetworkOptions, planted: Planted, meter: Meter) -> list[str]:
@@ -147,32 +193,33 @@ def catch(options: NetworkOptions, planted: Planted, meter: Meter) -> list[str]:
     return signs
 
 
-def campaign(options: NetworkOptions, planted: Planted, meter: Meter) -> Outcome:
-    """Run one campaign with or without something wrong in it."""
+def campaign(options: NetworkOptions, planted: Planted, meter: Meter, stand: _Stand | None = None) -> Outcome:
+    """Run one campaign with or without something wrong in it; ``stand`` has its figures meanwhile."""
     with tempfile.TemporaryDirectory(prefix="fedshare-network-", dir=options.directory) as folder:
         script = None if planted.hub is None else write_hub(planted.hub, Path(folder))
         server = LocalHub(Path(folder) / "server", toy_space(24, _SPACE), ROOMY, script=script)
-        server.start()
         try:
-            return _through(server, options, planted, meter)
+            server.start()
+            return _through(server, options, planted, meter, stand or _Stand())
         finally:
             if server.running:
                 server.kill()
 
 
-def _through(server: LocalHub, options: NetworkOptions, planted: Planted, meter: Meter) -> Outcome:
-    book, target = Book(), server.config.local_hub_address
+def _through(server: LocalHub, options: NetworkOptions, planted: Planted, meter: Meter, stand: _Stand) -> Outcome:
+    target = server.config.local_hub_address
     base = replace(BASE, corrupt_every_bytes=planted.corrupt_every_bytes, reset_every_bytes=planted.reset_every_bytes)
     with ExitStack() as stack:
         uploads = stack.enter_context(Proxy(target, options.seed, base))
         follows = stack.enter_context(Proxy(target, options.seed + 1, replace(base, reset_every_bytes=MIB)))
-        uploaders = [
+        stand.proxies += (uploads, follows)
+        stand.uploaders += [
             Uploader(
                 stack.enter_context(_link(server, f"org{n}/uploader", "trainer", uploads.address, planted.link)),
                 server.spec,
                 f"org{n}/t{n}",
                 options.diet,
-                book,
+                stand.book,
                 options.seed * 1_000_000 + n * 10_000,
             )
             for n in range(options.clients)
@@ -186,17 +233,14 @@ def _through(server: LocalHub, options: NetworkOptions, planted: Planted, meter:
             for n in range(options.followers)
         ]
         direct = Follower(stack.enter_context(_link(server, "near/reader", "reader", target)), server.spec)
+        for uploader in stand.uploaders:
+            stack.callback(uploader.close)
         for follower in (*followers, direct):
             follower.start()
+            stack.callback(follower.close)
         with _weather(options, (uploads, follows)):
-            _upload(uploaders, options, uploads, meter)
-        verdict = _verdict(server, book)
-        problems = [
-            *_failures(uploaders),
-            *_compare(direct, followers, verdict.versions, options.followers_s),
-            *verdict.problems,
-        ]
-        outcome = _outcome(uploaders, book, uploads, follows, verdict, problems)
+            _upload(stand.uploaders, options, uploads, meter)
+        outcome = _judged(server, options, stand, direct, followers)
     if server.stop() != 0:
         return replace(outcome, problems=(*outcome.problems, "the hub did not end cleanly when it was asked to stop"))
     return outcome
@@ -270,9 +314,21 @@ def _scene(proxy: Proxy, scene: str, base: Conditions, draw: random.Random) -> N
         proxy.half_open(0.3)
 
 
-def _verdict(server: LocalHub, book: Book) -> Verdict:
-    with server.hub(server.own("operator")) as hub:
-        return check_promises(hub, book)
+def _judged(
+    server: LocalHub, options: NetworkOptions, stand: _Stand, direct: Follower, followers: list[Follower]
+) -> Outcome:
+    """Return the outcome of a campaign in which everybody has sent."""
+    problems = list(_failures(stand.uploaders))
+    try:
+        verdict = check_hub(server, stand.book)
+    except UnavailableError as error:
+        return stand.outcome(None, [*problems, *stand.book.broken, str(error)])
+    problems += [*_compare(direct, followers, verdict.versions, options.followers_s), *verdict.problems]
+    outcome = stand.outcome(verdict, problems)
+    if outcome.resend_ratio <= MOST_RESENT:
+        return outcome
+    ratio = f"{outcome.resend_ratio:.2f} bytes were sent for each byte of payload, at most {MOST_RESENT} are expected"
+    return replace(outcome, problems=(*outcome.problems, ratio))
 
 
 def _failures(uploaders: list[Uploader]) -> Iterator[str]:
@@ -300,37 +356,17 @@ def _compare(direct: Follower, followers: list[Follower], newest: int, patience_
             yield f"{who} holds other bytes of version {newest} than the direct one"
 
 
-def _outcome(
-    uploaders: list[Uploader], book: Book, uploads: Proxy, follows: Proxy, verdict: Verdict, problems: list[str]
-) -> Outcome:
-    outcome = Outcome(
-        updates=sum(uploader.updates for uploader in uploaders),
-        delivered=sum(uploader.delivered for uploader in uploaders),
-        bytes_payload=sum(uploader.payload_bytes for uploader in uploaders),
-        bytes_sent=uploads.bytes_up,
-        interruptions=sum(uploader.interruptions for uploader in uploaders),
-        reuploads=sum(uploader.reuploads for uploader in uploaders),
-        answered_duplicates=book.duplicates,
-        faults=uploads.faults + follows.faults,
-        verdict=verdict,
-        problems=tuple(problems),
-    )
-    if outcome.resend_ratio <= MOST_RESENT:
-        return outcome
-    ratio = f"{outcome.resend_ratio:.2f} bytes were sent for each byte of payload, at most {MOST_RESENT} are expected"
-    return replace(outcome, problems=(*outcome.problems, ratio))
-
-
 def _report(options: NetworkOptions, outcome: Outcome, caught: dict[str, list[str]], began: float) -> dict[str, Any]:
     surviving = [name for name, signs in caught.items() if not signs]
+    verdict = outcome.verdict
     return {
         "campaign": "network",
         "seed": options.seed,
         "updates": outcome.updates,
         "delivered": outcome.delivered,
-        "duplicates": outcome.verdict.double,
-        "lost": outcome.verdict.lost,
-        "versions": outcome.verdict.versions,
+        "duplicates": None if verdict is None else verdict.double,
+        "lost": None if verdict is None else verdict.lost,
+        "versions": None if verdict is None else verdict.versions,
         "bytes_payload": outcome.bytes_payload,
         "bytes_sent": outcome.bytes_sent,
         "resend_ratio": round(outcome.resend_ratio, 4),
@@ -347,5 +383,6 @@ def _report(options: NetworkOptions, outcome: Outcome, caught: dict[str, list[st
         "followers": options.followers,
         "diet": asdict(options.diet),
         "seconds": round(time.monotonic() - began, 1),
+        "complete": True,
         "ok": not outcome.problems and not surviving,
     }

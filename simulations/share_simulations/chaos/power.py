@@ -16,8 +16,10 @@ from share_simulations.chaos.checks import Finding
 from share_simulations.chaos.disk_model import MODES, Disk, Recorder, read_tree, write_tree
 from share_simulations.chaos.lab import Lab, Start, open_lab, seeds
 from share_simulations.chaos.mutants import Mutant, mutants_of
-from share_simulations.chaos.report import Caught, Meter, Tally, assemble
+from share_simulations.chaos.report import Caught, Tally, assemble
 from share_simulations.chaos.scenario import Plan
+from share_simulations.chaos.show import Meter
+from share_simulations.interrupts import reporting
 
 _CUTS_PER_LIFE = 150
 _MUTANT_CUTS = 600
@@ -42,10 +44,13 @@ class Cut:
     """One power cut and what came of it."""
 
     mode: str
+    """One of :data:`share_simulations.chaos.disk_model.MODES`."""
     acks: int
     """Updates acknowledged in this life before the cut."""
     where: str
+    """Start, moment and mode in words."""
     findings: list[Finding]
+    """Broken promises."""
 
 
 def run_power(options: PowerOptions) -> dict[str, Any]:
@@ -53,10 +58,17 @@ def run_power(options: PowerOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: this machine cannot trace, or the hub does not even work without a fault.
+        Interrupted: with the report of what was reached.
     """
     began = time.monotonic()
-    tally, modes, acks, slowest = Tally(), Counter[str](), 0, 0.0
-    with open_lab(options.folder) as lab:
+    tally, modes, caught = Tally(), Counter[str](), list[Caught]()
+    acks, slowest = 0, 0.0
+
+    def report() -> dict[str, Any]:
+        figures = {"cuts": modes.total(), "acks": acks, "modes": dict(modes), "slowest_s": round(slowest, 2)}
+        return assemble("power", options.seed, figures, tally, caught, began)
+
+    with reporting(report), open_lab(options.folder) as lab:
         with Meter("power cuts", options.cuts) as meter:
             for cut, seconds in timed(cuts(lab, options.seed, options.cuts)):
                 tally.add(cut.findings, cut.where)
@@ -64,9 +76,9 @@ def run_power(options: PowerOptions) -> dict[str, Any]:
                 acks += cut.acks
                 slowest = max(slowest, seconds)
                 meter.step(f"{acks} acknowledged, {tally.broken} broken")
-        caught = [hunt(lab, mutant, options.seed) for mutant in mutants_of("power")] if options.mutants else []
-    figures = {"cuts": modes.total(), "acks": acks, "modes": dict(modes), "slowest_s": round(slowest, 2)}
-    return assemble("power", options.seed, figures, tally, caught, began)
+        for mutant in mutants_of("power") if options.mutants else ():
+            caught.append(hunt(lab, mutant, options.seed))
+    return report()
 
 
 def timed(source: Iterator[Cut]) -> Iterator[tuple[Cut, float]]:

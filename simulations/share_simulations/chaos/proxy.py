@@ -78,8 +78,6 @@ class Proxy:
         """Bytes that clients sent, whether they arrived or not."""
         self.bytes_down = 0
         """Bytes that the hub sent."""
-        self.connections = 0
-        """Connections that were accepted."""
         self.address = ""
         """``host:port`` that clients connect to."""
 
@@ -130,7 +128,6 @@ class Proxy:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
         connection = _Connection(self, self._random.getrandbits(64), reader, writer)
         self._open.add(connection)
         try:

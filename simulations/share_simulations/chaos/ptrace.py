@@ -7,6 +7,7 @@ the child; a child never outlives it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -225,7 +226,14 @@ def run_child(main: Callable[[], int], *, log: Path | None = None, limit_s: int 
     pid = os.fork()
     if pid == 0:
         _be(main, log, limit_s)
-    return _ending(os.waitpid(pid, 0)[1])
+    try:
+        os.setpgid(pid, pid)  # so that Ctrl-C reaches the campaign only, and does not look like a hub that died
+        return _ending(os.waitpid(pid, 0)[1])
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it had just ended
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise
 
 
 def _child(main: Callable[[], int], ready: int, log: Path | None, limit_s: int) -> NoReturn:
@@ -339,7 +347,8 @@ class _Tracer:
                     continue
                 self._stopped(thread, status)
         except BaseException:
-            os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it had just ended
+                os.kill(self._pid, signal.SIGKILL)
             self._reap()
             raise
 

@@ -17,8 +17,10 @@ from share_simulations.chaos.checks import Finding
 from share_simulations.chaos.lab import KillAt, Lab, Start, open_lab, seeds
 from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.ptrace import Call
-from share_simulations.chaos.report import Caught, Meter, Tally, assemble
+from share_simulations.chaos.report import Caught, Tally, assemble
 from share_simulations.chaos.scenario import Plan
+from share_simulations.chaos.show import Meter
+from share_simulations.interrupts import reporting
 
 _MUTANT_POINTS = 300
 _RANDOM_PART = re.compile(r"-[0-9a-f]{8}$")
@@ -57,11 +59,18 @@ def run_syscalls(options: SyscallOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: this machine cannot trace, or the hub does not even work without a fault.
+        Interrupted: with the report of what was reached.
     """
     began = time.monotonic()
-    tally, places = Tally(), Counter[str]()
+    tally, places, caught = Tally(), Counter[str](), list[Caught]()
     acks = lives = 0
-    with open_lab(options.folder) as lab:
+
+    def report() -> dict[str, Any]:
+        kills = places.total()
+        figures = {"points": kills, "kills": kills, "acks": acks, "lives": lives, "places": dict(places.most_common())}
+        return assemble("syscalls", options.seed, figures, tally, caught, began)
+
+    with reporting(report), open_lab(options.folder) as lab:
         with Meter("kills", options.points) as meter:
             for start, plan, numbers in enumerations(
                 lab, options.seed, options.points, lambda: options.points - places.total()
@@ -74,10 +83,9 @@ def run_syscalls(options: SyscallOptions) -> dict[str, Any]:
                         acks += shot.acks
                         places[shot.where] += 1
                         meter.step(f"{acks} acknowledged, {tally.broken} broken")
-        caught = [hunt(lab, mutant, options.seed) for mutant in mutants_of("syscalls")] if options.mutants else []
-    kills = places.total()
-    figures = {"points": kills, "kills": kills, "acks": acks, "lives": lives, "places": dict(places.most_common())}
-    return assemble("syscalls", options.seed, figures, tally, caught, began)
+        for mutant in mutants_of("syscalls") if options.mutants else ():
+            caught.append(hunt(lab, mutant, options.seed))
+    return report()
 
 
 def enumerations(

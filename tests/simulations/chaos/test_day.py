@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from share_core.errors import ConfigError
+from share_core.errors import ConfigError, UnavailableError
+from share_simulations.chaos import day
 from share_simulations.chaos.day import DayOptions, run_day
+from share_simulations.chaos.endcheck import Verdict
 from share_simulations.chaos.verify import verify_directory
 
 
@@ -33,6 +35,18 @@ def test_a_hub_that_acknowledges_too_early_does_not_get_through_the_day(tmp_path
     report = run_day(options)
     assert not report["ok"]
     assert any("was acknowledged" in problem for problem in report["problems"])
+
+
+def test_a_hub_that_does_not_come_back_is_a_broken_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone(*_: object) -> Verdict:
+        raise UnavailableError("the hub does not start: damaged")
+
+    monkeypatch.setattr(day, "_live", gone)
+    report = run_day(DayOptions(0.1, clients=2, directory=tmp_path), tmp_path / "out")
+    assert not report["ok"]
+    assert "the hub does not start: damaged" in report["problems"]
+    assert report["lost"] is None, "nobody could count"
+    assert json.loads((tmp_path / "out" / "day.json").read_text()) == report
 
 
 def test_a_directory_that_is_none_does_not_verify(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from share_core.errors import ConfigError
+from share_core.errors import ConfigError, UnavailableError
 from share_proto.v1 import hub_pb2
 from share_server.hub.tensor_service import HubService
-from share_simulations.chaos.endcheck import Book
+from share_server.local import LocalHub
+from share_simulations.chaos.endcheck import Book, check_hub
 from share_simulations.chaos.kill import KillOptions, catch, run_kill
 from share_simulations.chaos.load import Crowd, Payloads, toy_space
 from share_simulations.chaos.planted import BUGS, replace_step
@@ -22,6 +23,8 @@ def test_nothing_acknowledged_is_lost_and_nothing_counts_twice(tmp_path: Path) -
     report = run_kill(KillOptions(**{**vars(SHORT), "directory": tmp_path}))
     assert report["problems"] == []
     assert report["ok"]
+    assert report["complete"]
+    assert report["checked_rounds"] == report["rounds"]
     assert (report["acks"], report["kills"], report["rounds"]) == (200, 4, 2)
     assert (report["lost"], report["double"], report["updates"]) == (0, 0, 200)
     assert report["answered_duplicates"] > 0, "nothing was sent twice: the campaign proves less than it says"
@@ -74,6 +77,12 @@ def test_no_two_payloads_are_the_same_and_all_can_be_read() -> None:
     made = [payloads.next() for _ in range(50)]
     assert len(set(made)) == 50
     assert all(decode_update(payload, spec).base_version == 0 for payload in made)
+
+
+def test_a_hub_that_does_not_answer_at_the_end_is_an_error_with_its_reason(tmp_path: Path) -> None:
+    server = LocalHub(tmp_path / "server", toy_space())
+    with pytest.raises(UnavailableError, match="could not be asked what it kept: no hub answers"):
+        check_hub(server, Book())
 
 
 def test_numbers_that_make_no_campaign_are_refused() -> None:

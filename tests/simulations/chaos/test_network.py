@@ -32,6 +32,7 @@ def test_everything_arrives_once_with_few_bytes_too_many(tmp_path: Path) -> None
     assert outcome.problems == ()
     assert outcome.delivered == outcome.updates > 0
     assert 1.0 < outcome.resend_ratio <= MOST_RESENT
+    assert outcome.verdict is not None
     assert outcome.verdict.double == outcome.verdict.lost == 0
 
 
