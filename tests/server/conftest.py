@@ -43,11 +43,12 @@ def make_payload(toy_spec: SpaceSpec) -> Callable[..., bytes]:
 
 @pytest.fixture
 def new_hub(tmp_path: Path, toy_spec: SpaceSpec) -> Iterator[Callable[..., LocalHub]]:
-    """Return a function that makes a hub directory; whatever still runs at the end is killed."""
+    """Return a function that makes a hub directory, of the toy space or another; what runs at the end is killed."""
     made: list[LocalHub] = []
 
-    def make(**options: object) -> LocalHub:
-        made.append(LocalHub(tmp_path / f"server{len(made)}", toy_spec, **options))  # type: ignore[arg-type]
+    def make(spec: SpaceSpec | None = None, **options: object) -> LocalHub:
+        root = tmp_path / f"server{len(made)}"
+        made.append(LocalHub(root, toy_spec if spec is None else spec, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
