@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 
 from share_core.fingerprint import describe_space
+from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import encode_update
+from share_server.config import ServerConfig
+from share_server.hub.engine import Engine
 from share_server.local import LocalHub
 
 
@@ -39,6 +44,30 @@ def make_payload(toy_spec: SpaceSpec) -> Callable[..., bytes]:
         return encode_update(Update(base_version=0 if space is None else space.version, sites=sites))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def signing_key() -> bytes:
+    """A key to sign versions with."""
+    now = datetime.now(UTC)
+    return make_signer(*make_authority("test", now), Identity("signer", "server", "hub"), now, 1)[1]
+
+
+@pytest.fixture(scope="session")
+def run_engine(toy_spec: SpaceSpec, signing_key: bytes) -> Callable[..., None]:
+    """Return a function (directory, work, config=None): it runs ``work`` with an engine on a store of the toy space."""
+
+    def run(root: Path, work: Callable[[Engine], Awaitable[None]], config: ServerConfig | None = None) -> None:
+        async def opened() -> None:
+            engine = await Engine.open(root, toy_spec, config or ServerConfig(), signing_key)
+            try:
+                await work(engine)
+            finally:
+                await engine.close()
+
+        asyncio.run(opened())
+
+    return run
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def test_a_smaller_space_is_made_too_and_twice_in_a_row(server: Path, reopen: Ca
     assert (spec.k_max, spec.tau) == (6, 0.1)
     again = rebuild(Layout(server), 40)
     assert (again.version, again.tau) == (13, 0.1)
+    assert len(again.tasks) == 8
     assert all(task.after <= 0.1 for task in again.tasks)  # from what was submitted, not from what the small one left
     report = verify(Layout(server), replay=True)
     assert report.problems == [] and report.bit_equal == 13
