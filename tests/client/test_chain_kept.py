@@ -33,7 +33,7 @@ def test_a_snapshot_starts_the_chain_anew(
 
 
 def holding_from(signed: Any, signer: Any, spec: SpaceSpec, one: Any) -> ManifestChain:
-    chain = signed.chain_of(signer, spec)
+    chain: ManifestChain = signed.chain_of(signer, spec)
     fetch_newest(cast(HubLink, signed.Hub(snapshot=one)), spec, chain)
     return chain
 
