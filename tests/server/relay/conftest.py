@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import grpc
@@ -24,7 +25,20 @@ from share_server.local import Holder, LocalHub, submit_header, submit_messages
 from share_server.operator import CHANNEL_OPTIONS
 from share_server.provision import free_ports, invite_member
 
-COMMAND = "import sys; from share_server.cli import main; sys.argv[0] = 'share-server'; main()"
+COMMAND = """
+import os, sys
+for number, path in ((1, {output!r}), (2, {log!r})):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, number)
+    os.close(file)
+{planted}
+from share_server.cli import main
+sys.argv = {words!r}
+main()
+"""
+
+# As with LocalHub: forked from a server that has imported everything, because importing takes longer than the rest.
+WARM = multiprocessing.get_context("forkserver")
 
 
 def token_for(hub: LocalHub, name: str, hosts: tuple[str, ...] = ("127.0.0.1",)) -> str:
@@ -41,7 +55,8 @@ class Relay:
         self.hub = hub
         self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self.log = root.with_suffix(".log")
-        self.process: subprocess.Popen[str] | None = None
+        self.output = root.with_suffix(".out")
+        self.process: BaseProcess | None = None
 
     def start(self, *arguments: str, roster_s: float = 1.0, planted: str = "") -> None:
         """Launch the command without waiting until it serves.
@@ -52,23 +67,25 @@ class Relay:
             planted: Python that breaks the program before it runs.
         """
         self.close()
+        self.output.unlink(missing_ok=True)
         options = ["--dir", str(self.root), "--listen", self.address, "--roster-seconds", str(roster_s), "--json"]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", planted + COMMAND, "relay", *arguments, *options],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        words = ["share-server", "relay", *arguments, *options]
+        script = self.root.with_suffix(".py")
+        script.write_text(COMMAND.format(output=str(self.output), log=str(self.log), planted=planted, words=words))
+        self.process = WARM.Process(
+            target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"}, daemon=True
+        )
+        self.process.start()
 
     def serving(self) -> dict[str, object]:
         """Wait for the line that says that it serves, and return it."""
         assert self.process is not None
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.said()[-3000:]
-        return dict(json.loads(line))
+        end = time.monotonic() + 60
+        while not (self.output.exists() and self.output.read_text().endswith("\n")):
+            assert self.process.is_alive(), self.said()[-3000:]
+            assert time.monotonic() < end, self.said()[-3000:]
+            time.sleep(0.02)
+        return dict(json.loads(self.output.read_text()))
 
     def enrol(self, name: str = "acme/relay", *, roster_s: float = 1.0, planted: str = "") -> dict[str, object]:
         """Start with a fresh token and wait until it serves."""
@@ -78,21 +95,27 @@ class Relay:
     def stop(self) -> int:
         """Ask it to stop and return its exit code."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait until it has ended by itself and return its exit code."""
+        assert self.process is not None
+        self.process.join(60)
+        assert self.process.exitcode is not None, "it still runs"
+        return self.process.exitcode
 
     def close(self) -> None:
         """End what still runs."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+            self.process.join()
             self.process = None
 
     def said(self) -> str:
-        """Return its log."""
-        return self.log.read_text()
+        """Return its log, over all its lives."""
+        return self.log.read_text() if self.log.exists() else ""
 
     def wait_until_it_says(self, words: str, timeout_s: float = 60.0) -> None:
         """Wait for ``words`` in its log."""
