@@ -9,7 +9,6 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
@@ -87,25 +86,26 @@ def test_a_backup_of_a_serving_hub_is_a_complete_server(
     assert revived.stop() == 0
 
 
-def test_the_commands_do_the_same(server: Path, tmp_path: Path, reopen: Callable[..., LocalHub]) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "share_server.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
+def test_the_commands_do_the_same(
+    server: Path,
+    tmp_path: Path,
+    reopen: Callable[..., LocalHub],
+    run_command: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     hub = reopen(server)
     hub.start()
-    done = run("backup", str(server), str(tmp_path / "one"), "--json")
+    done = run_command("backup", str(server), str(tmp_path / "one"), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["version"] == 11, done.stderr
     assert hub.stop() == 0
-    done = run("backup", str(server), str(tmp_path / "two"))
+    done = run_command("backup", str(server), str(tmp_path / "two"))
     assert done.returncode == 0 and "backup of version 11" in done.stdout, done.stderr
-    done = run("backup", str(server), str(tmp_path / "two"))
+    done = run_command("backup", str(server), str(tmp_path / "two"))
     assert done.returncode == 1 and "exists already" in done.stderr
     for name in ("one", "two"):
-        done = run("restore", str(tmp_path / name), str(tmp_path / f"{name}-again"), "--json")
+        done = run_command("restore", str(tmp_path / name), str(tmp_path / f"{name}-again"), "--json")
         assert done.returncode == 0 and "refuse this hub" in json.loads(done.stdout)["warning"], done.stderr
         assert verify(Layout(tmp_path / f"{name}-again"), replay=True).problems == []
-    done = run("restore", str(server), str(tmp_path / "three"))
+    done = run_command("restore", str(server), str(tmp_path / "three"))
     assert done.returncode == 1 and "no complete backup" in done.stderr
 
 
