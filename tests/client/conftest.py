@@ -80,6 +80,30 @@ def spec(fake: ModuleType) -> SpaceSpec:
     return describe_space("fake", fake.site_weights(), k_max=32, tau=0.05)
 
 
+@pytest.fixture(scope="session")
+def signed() -> ModuleType:
+    """The module with signed histories."""
+    return load_beside("signed")
+
+
+@pytest.fixture(scope="session")
+def signer(signed: Any) -> Any:
+    """The federation whose hub signs both histories."""
+    return signed.make_signing()
+
+
+@pytest.fixture(scope="session")
+def ours(signed: Any, spec: SpaceSpec, fake: Any, signer: Any) -> list[Any]:
+    """The history that is followed."""
+    return list(signed.history(spec, fake, signer.key, list(range(1, signed.VERSIONS + 1))))
+
+
+@pytest.fixture(scope="session")
+def theirs(signed: Any, spec: SpaceSpec, fake: Any, signer: Any) -> list[Any]:
+    """Another history under the same key: the hub after a restore, or one that shows two faces. It parts after 2."""
+    return list(signed.history(spec, fake, signer.key, [1, 2, *range(103, 101 + signed.VERSIONS)]))
+
+
 class Hub(LocalHub):
     """A real hub that also makes client directories."""
 

@@ -23,11 +23,14 @@ class Line:
         self.connections = 0
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+        self._closed = False
         self._lock = threading.Lock()
         self._start(self._accept)
 
     def close(self) -> None:
         """End the line and every connection over it."""
+        with self._lock:
+            self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -61,6 +64,10 @@ class Line:
                 near.close()
                 continue
             with self._lock:
+                if self._closed:  # nobody would cut it any more
+                    near.close()
+                    far.close()
+                    return
                 self._sockets += [near, far]
             ended = threading.Semaphore(0)
             self._start(self._pump, near, far, True, ended)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -62,42 +64,54 @@ def test_exhausted_means_load_or_size(details: str) -> None:
     assert type(error) is (OverloadError if details in LOADS else PayloadTooLargeError)
 
 
-def test_this_grpc_words_them_so() -> None:
-    """The sentences above are those of the installed release: a real server sheds a call, and refuses a large one."""
-    release, arrived = threading.Event(), threading.Event()
+@contextmanager
+def raw_server(answer: Callable[[str], bytes], most_calls: int | None = None) -> Iterator[Any]:
+    """Serve every method of plain bytes by ``answer(method)``; give a channel. Requests above 1 MiB are refused."""
 
     class Handler(grpc.GenericRpcHandler):
         def service(self, details: grpc.HandlerCallDetails) -> Any:
-            def answer(request: bytes, context: Any) -> bytes:
-                if details.method == "/test/wait":
-                    arrived.set()
-                    release.wait(30)
-                return b"x" * 5_000_000 if details.method == "/test/large" else b""
-
-            return grpc.unary_unary_rpc_method_handler(answer)
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: answer(details.method))
 
     options = [("grpc.max_receive_message_length", 1 << 20)]
-    server = grpc.server(ThreadPoolExecutor(4), [Handler()], options=options, maximum_concurrent_rpcs=1)
+    server = grpc.server(ThreadPoolExecutor(4), [Handler()], options=options, maximum_concurrent_rpcs=most_calls)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
-
-            def failed(method: str, request: bytes) -> type[FedshareError]:
-                with pytest.raises(grpc.RpcError) as raised:
-                    cast(Any, channel).unary_unary(method)(request, timeout=30)
-                return type(error_from_rpc(raised.value, "testing"))
-
-            waiting = cast(Any, channel).unary_unary("/test/wait").future(b"", timeout=30)
-            assert arrived.wait(30)
-            assert failed("/test/shed", b"") is OverloadError
-            release.set()
-            waiting.result()
-            assert failed("/test/any", b"x" * 2_000_000) is PayloadTooLargeError
-            assert failed("/test/large", b"") is PayloadTooLargeError
+            yield channel
     finally:
-        release.set()
         server.stop(None).wait()
+
+
+def failed(channel: Any, method: str, request: bytes = b"") -> type[FedshareError]:
+    with pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary(method)(request, timeout=30)
+    return type(error_from_rpc(raised.value, "testing"))
+
+
+def test_this_grpc_sheds_in_these_words() -> None:
+    """The sentences above are those of the installed release."""
+    release, arrived = threading.Event(), threading.Event()
+
+    def answer(method: str) -> bytes:
+        arrived.set()
+        release.wait(30)
+        return b""
+
+    with raw_server(answer, most_calls=1) as channel:
+        try:
+            waiting = channel.unary_unary("/test/wait").future(b"", timeout=30)
+            assert arrived.wait(30)
+            assert failed(channel, "/test/shed") is OverloadError
+        finally:
+            release.set()
+        assert waiting.result() == b""
+
+
+def test_this_grpc_refuses_sizes_in_these_words() -> None:
+    with raw_server(lambda method: b"x" * 5_000_000) as channel:
+        assert failed(channel, "/test/large-request", b"x" * 2_000_000) is PayloadTooLargeError
+        assert failed(channel, "/test/large-answer") is PayloadTooLargeError
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_coordinates_and_rest_together_are_exact_and_the_planted_bug_without_the
     old, new = grown(spec, fake, list(range(1, 7))), grown(spec, fake, list(range(1, 6)))
     before = update_adapter(with_cores(old, 5, phi=0, rank=6), old.bases)
     sites = express(before, new, spec.rank_limit)
+    assert sites.keys() == SITES.keys()
     assert all(part.core is not None and part.residual is not None for part in sites.values())
     assert distance(before, update_adapter(Update(new.version, sites), new.bases)) < 1e-6
     lossy = {site: replace(part, residual=None) for site, part in sites.items()}
@@ -94,13 +95,21 @@ def test_coordinates_and_rest_together_are_exact_and_the_planted_bug_without_the
 def test_the_smaller_form_is_sent(spec: SpaceSpec, fake: Any) -> None:
     old = grown(spec, fake, [1, 2, 3])
     inside = update_adapter(with_cores(old, 5, phi=0), old.bases)
-    for part in express(inside, grown(spec, fake, [1, 2, 3, 7]), spec.rank_limit).values():
+    cores = express(inside, grown(spec, fake, [1, 2, 3, 7]), spec.rank_limit)
+    factors = express(inside, empty_space(spec), spec.rank_limit)
+    draw = torch.Generator().manual_seed(3)
+    outside = {
+        name: Factors(torch.randn(rows, 2, generator=draw), torch.randn(columns, 2, generator=draw))
+        for name, (rows, columns) in SITES.items()
+    }
+    short = express(outside, old, rank_limit=2)
+    assert cores.keys() == factors.keys() == short.keys() == SITES.keys()
+    for part in cores.values():
         assert part.core is not None, "a core is smaller than factors"
         assert part.residual is None, "what rounding left over is no direction"
-    for part in express(inside, empty_space(spec), spec.rank_limit).values():
+    for part in factors.values():
         assert part.core is None
-    outside = {name: Factors(torch.randn(rows, 2), torch.randn(columns, 2)) for name, (rows, columns) in SITES.items()}
-    for part in express(outside, old, rank_limit=2).values():
+    for part in short.values():
         assert part.residual is not None
         assert (part.core.rank if part.core else 0) + part.residual.rank <= 2
     nothing = {name: Factors(torch.zeros(rows, 1), torch.zeros(columns, 1)) for name, (rows, columns) in SITES.items()}

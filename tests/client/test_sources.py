@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +43,7 @@ from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
 from share_server.provision import free_ports, invite_member
 
+FORGING_HUB = Path(__file__).parents[1] / "forging_hub.py"
 OPTIONS = SessionOptions(linger_s=0.5, poll_s=0.02, lock_s=5.0)
 
 
@@ -69,8 +70,8 @@ def feed_over(monkeypatch: pytest.MonkeyPatch, sources: Sources, spec: SpaceSpec
             yield SimpleNamespace(version=feed._version + 1)
 
     monkeypatch.setattr(VersionFeed, "_subscribe", subscribe)
-    feed = VersionFeed(sources, spec, 0)
-    list(itertools.islice(feed.events(), count))
+    with closing(VersionFeed(sources, spec, 0)) as feed:
+        list(itertools.islice(feed.events(), count))
     return seen
 
 
@@ -142,7 +143,7 @@ def test_a_relay_that_works_again_is_followed_again(monkeypatch: pytest.MonkeyPa
 
 
 class Worker:
-    """A session in a thread, through a line that plays the relay."""
+    """A session in a thread, which is ended with the block."""
 
     def __init__(self, layout: ClientLayout, fake: Any, **options: Any) -> None:
         self.layout = layout
@@ -171,17 +172,23 @@ class Worker:
         path.write_text(json.dumps({**json.loads(path.read_text()), **tasks}))
 
     def end(self) -> Any:
+        """Let it end and return what it counted."""
+        self.stop.set()
+        return self.future.result()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.pool.shutdown()
-        return self.future.result()
 
 
 def test_a_session_outlives_its_relay(own_hub: Any, fake: Any, tmp_path: Path, line: Callable[..., Any]) -> None:
     layout = own_hub.client(tmp_path / "c", "org/main")
     relay = line(load_member(layout).hub_address)
     remember_follow(layout, load_member(layout), relay.address)
-    worker = Worker(layout, fake)
-    try:
+    with Worker(layout, fake) as worker:
         worker.wait("started")
         worker.add(first="one")
         worker.wait("version", 1)
@@ -193,7 +200,6 @@ def test_a_session_outlives_its_relay(own_hub: Any, fake: Any, tmp_path: Path, l
         worker.add(second="two")
         assert [found["version"] for found in worker.wait("version", 2)] == [1, 2]
         worker.wait("merged", 2)
-    finally:
         counters = worker.end()
     assert (counters.submitted, counters.merged, counters.version) == (2, 2, 2)
 
@@ -202,7 +208,7 @@ def test_a_relay_that_brings_nothing_is_left(own_hub: Any, fake: Any, tmp_path: 
     """The relay is connected and silent, and the hub has published more: only the caller can know that."""
     layout = own_hub.client(tmp_path / "c", "org/main")
     credentials = load_credentials(layout, datetime.now(UTC))
-    cancelled = threading.Event()
+    read, cancelled = threading.Event(), threading.Event()
 
     class Silent:
         """A stream without an end or a message."""
@@ -214,6 +220,7 @@ def test_a_relay_that_brings_nothing_is_left(own_hub: Any, fake: Any, tmp_path: 
             return self
 
         def __next__(self) -> hub_pb2.FollowVersionsResponse:
+            read.set()
             cancelled.wait()
             raise StopIteration
 
@@ -221,16 +228,17 @@ def test_a_relay_that_brings_nothing_is_left(own_hub: Any, fake: Any, tmp_path: 
             cancelled.set()
 
     with HubLink(load_member(layout).hub_address, credentials) as link:
-        worker = Worker(layout, fake)
-        worker.wait("started")
-        worker.add(first="one")
-        worker.wait("merged")
-        worker.end()
+        with Worker(layout, fake) as worker:
+            worker.wait("started")
+            worker.add(first="one")
+            worker.wait("merged")
+            worker.end()
         told: list[str] = []
         chain = ManifestChain(None, spec.space_id)
-        feed = VersionFeed(Sources(link, cast(HubLink, Silent()), told.append), spec, 0, chain=chain)
-        with ThreadPoolExecutor(1) as pool:
+        sources = Sources(link, cast(HubLink, Silent()), told.append)
+        with ThreadPoolExecutor(1) as pool, closing(VersionFeed(sources, spec, 0, chain=chain)) as feed:
             first = pool.submit(lambda: next(feed.events()))
+            assert read.wait(30)
             feed.expect(0, behind_s=0.0)
             assert not cancelled.is_set(), "nothing is missing yet"
             feed.expect(1, behind_s=3600.0)
@@ -239,13 +247,12 @@ def test_a_relay_that_brings_nothing_is_left(own_hub: Any, fake: Any, tmp_path: 
                 feed.expect(1, behind_s=0.0)
                 time.sleep(0.02)
             assert first.result().version == 1
-        feed.close()
     assert "the hub has published more" in told[0]
 
 
 def test_join_remembers_the_relay(offline: Any) -> None:
     layout = offline[0]
-    (layout.member).write_text(
+    layout.member.write_text(
         json.dumps({"member": "org/one", "hub_address": "h:1", "gateway_address": "g:1", "space_id": "s", "node_id": 3})
     )
     member = load_member(layout)
@@ -296,8 +303,7 @@ def test_a_session_follows_a_real_relay_and_outlives_it(own_hub: Any, fake: Any,
     layout = own_hub.client(tmp_path / "c", "org/main")
     with real_relay(own_hub, tmp_path / "relay") as (address, process):
         remember_follow(layout, load_member(layout), address)
-        worker = Worker(layout, fake)
-        try:
+        with Worker(layout, fake) as worker:
             worker.wait("started")
             worker.add(first="one", second="two")
             worker.wait("evaluation", 2)
@@ -306,38 +312,17 @@ def test_a_session_follows_a_real_relay_and_outlives_it(own_hub: Any, fake: Any,
             worker.wait("source")
             worker.add(third="three")
             worker.wait("merged", 3)
-        finally:
             counters = worker.end()
     assert (counters.submitted, counters.merged) == (3, 3)
     (chain,) = layout.cache.glob("*.chain.json")
     assert json.loads(chain.read_text())["highest"] == counters.version
 
 
-OTHER_KEY = """
-import sys
-from datetime import UTC, datetime
-from share_core.identity import Identity, make_authority, make_signer
-from share_server.hub import __main__, engine
-
-now = datetime.now(UTC)
-_, key = make_signer(*make_authority("other", now), Identity("signer", "server", "hub"), now, 30)
-real = engine.Engine.open.__func__
-
-async def forged(cls, root, spec, config, signing_key, *more, **named):
-    return await real(cls, root, spec, config, key, *more, **named)
-
-engine.Engine.open = classmethod(forged)
-sys.exit(__main__.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("bug", ["", "no verifier"])
 def test_a_hub_that_signs_with_another_key_is_not_believed(
     bug: str, own_hub_class: Any, spec: SpaceSpec, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = tmp_path / "forger.py"
-    script.write_text(OTHER_KEY)
-    hub = own_hub_class(tmp_path / "server", spec, script=script)
+    hub = own_hub_class(tmp_path / "server", spec, script=FORGING_HUB)
     hub.start()
     try:
         layout = hub.client(tmp_path / "c", "org/main")
@@ -351,12 +336,12 @@ def test_a_hub_that_signs_with_another_key_is_not_believed(
             return
         with pytest.raises(ManifestError, match="signature is not the hub's"):
             run_session(layout.root, path, trainer=fake.FakeTrainer(path), options=replace(OPTIONS, linger_s=60.0))
-        assert not list(layout.cache.glob("*.safetensors")) or fake_version(layout) == 0
+        assert not list(layout.cache.glob("*.safetensors")) or cached_version(layout) == 0
     finally:
         hub.stop()
 
 
-def fake_version(layout: ClientLayout) -> int:
+def cached_version(layout: ClientLayout) -> int:
     """Return the version in the cache."""
     (cached,) = layout.cache.glob("*.safetensors")
     with safe_open(cached, "pt") as file:

@@ -14,12 +14,14 @@ import grpc
 import pytest
 import torch
 
+from share_client import link as link_module
 from share_client import uploading
 from share_client.channel import CHUNK_BYTES
 from share_client.link import HubLink, patiently
 from share_client.member import load_credentials, load_member
 from share_client.uploading import Submission, upload
 from share_core.errors import (
+    GO_AHEAD_KEY,
     DigestError,
     FedshareError,
     OverloadError,
@@ -57,7 +59,8 @@ class Intake:
     """A hub that keeps what arrived, and breaks as planned: one entry of ``plan`` for each attempt.
 
     A number breaks the connection once the staging file has that many bytes; ``lost`` loses the answer;
-    ``overwritten`` damages what was staged; an error refuses.
+    ``overwritten`` damages what was staged; an error refuses. One that does not resume is of an older release: it gives
+    no go-ahead either.
     """
 
     plan: list[int | str | FedshareError] = field(default_factory=list)
@@ -76,6 +79,8 @@ class Intake:
             self._refuse(context, fault)
         if header.offset > len(self.staged):
             self._refuse(context, RequestError(f"nothing is known up to {header.offset}"))
+        if self.resumes:
+            context.send_initial_metadata(((GO_AHEAD_KEY, "1"),))
         del self.staged[header.offset :]
         for message in request_iterator:
             self.staged += message.chunk
@@ -179,8 +184,14 @@ def test_a_lost_answer_is_asked_for_and_nothing_is_sent_again(serving: Callable[
 )
 @pytest.mark.usefixtures("waits")
 def test_where_the_next_attempt_begins(
-    plan: list[Any], resumes: bool, expected: list[int], serving: Callable[..., HubLink]
+    plan: list[Any],
+    resumes: bool,
+    expected: list[int],
+    serving: Callable[..., HubLink],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not resumes:
+        monkeypatch.setattr(link_module, "_PATIENCE_S", 0.2)
     hub = Intake(list(plan), resumes)
     assert sent(serving(hub)).ingest_seq == 7
     assert offsets(hub) == expected

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
+from grpc import aio
 
 from share_core.fingerprint import describe_space
+from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import encode_update
-from share_server.local import LocalHub
+from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.config import ServerConfig
+from share_server.hub.engine import Engine
+from share_server.local import Holder, LocalHub
+from share_server.operator import CHANNEL_OPTIONS
 
 
 @pytest.fixture(scope="session")
@@ -41,13 +52,114 @@ def make_payload(toy_spec: SpaceSpec) -> Callable[..., bytes]:
     return make
 
 
+@pytest.fixture(scope="session")
+def wide_spec() -> SpaceSpec:
+    """One site whose bases are a few megabytes.
+
+    Buffers cannot hide a reader that does not read, and a chain of steps soon is larger than a whole version.
+    """
+    return describe_space("wide", {"w": torch.zeros(40_000, 8)}, k_max=8, rank_limit=8)
+
+
+@pytest.fixture(scope="session")
+def wide_payload(wide_spec: SpaceSpec) -> Callable[[int], bytes]:
+    """Return a function (seed) -> payload of rank 8 for the wide space."""
+
+    def make(seed: int) -> bytes:
+        draw = torch.Generator().manual_seed(seed)
+        site = wide_spec.sites["w"]
+        factors = Factors(torch.randn(site.d_out, 8, generator=draw), torch.randn(site.d_in, 8, generator=draw))
+        return encode_update(Update(0, {"w": SiteUpdate(residual=factors)}))
+
+    return make
+
+
+async def stalled(
+    address: str,
+    authority: bytes,
+    holder: Holder,
+    space_id: str,
+    said: Callable[[], str],
+    meanwhile: Callable[[], object],
+) -> None:
+    """Ask a hub or relay for a whole version, take one message, and nothing more until it ends the stream.
+
+    Args:
+        address: the listener.
+        authority: who has signed its certificate.
+        holder: who asks.
+        space_id: the space; its versions must be larger than what connections buffer.
+        said: returns the log of the process.
+        meanwhile: called again and again until the stream was cut.
+    """
+    credentials = grpc.ssl_channel_credentials(authority, holder.key, holder.certificate)
+    window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    async with aio.secure_channel(address, credentials, [*CHANNEL_OPTIONS, *window]) as channel:
+        request = hub_pb2.FetchSnapshotRequest(space_id=space_id)
+        stream = hub_pb2_grpc.HubStub(channel).FetchSnapshot(request, timeout=120)
+        first: Any = await stream.read()
+        assert first.header.payload_size > 1_000_000
+        end = time.monotonic() + 60
+        while "nothing was read" not in said():
+            assert time.monotonic() < end, "the reader was never cut"
+            await asyncio.sleep(0.1)
+            meanwhile()
+        with pytest.raises(aio.AioRpcError) as caught:
+            while await stream.read() is not aio.EOF:
+                pass
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "read faster" in (caught.value.details() or "")
+
+
+@pytest.fixture(scope="session")
+def stall() -> Callable[..., None]:
+    """Return :func:`stalled` as a function that returns when the reader was cut."""
+
+    def run(
+        address: str,
+        authority: bytes,
+        holder: Holder,
+        space_id: str,
+        said: Callable[[], str],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
+        asyncio.run(stalled(address, authority, holder, space_id, said, meanwhile))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def signing_key() -> bytes:
+    """A key to sign versions with."""
+    now = datetime.now(UTC)
+    return make_signer(*make_authority("test", now), Identity("signer", "server", "hub"), now, 1)[1]
+
+
+@pytest.fixture(scope="session")
+def run_engine(toy_spec: SpaceSpec, signing_key: bytes) -> Callable[..., None]:
+    """Return a function (directory, work, config=None): it runs ``work`` with an engine on a store of the toy space."""
+
+    def run(root: Path, work: Callable[[Engine], Awaitable[None]], config: ServerConfig | None = None) -> None:
+        async def opened() -> None:
+            engine = await Engine.open(root, toy_spec, config or ServerConfig(), signing_key)
+            try:
+                await work(engine)
+            finally:
+                await engine.close()
+
+        asyncio.run(opened())
+
+    return run
+
+
 @pytest.fixture
 def new_hub(tmp_path: Path, toy_spec: SpaceSpec) -> Iterator[Callable[..., LocalHub]]:
-    """Return a function that makes a hub directory; whatever still runs at the end is killed."""
+    """Return a function that makes a hub directory, of the toy space or another; what runs at the end is killed."""
     made: list[LocalHub] = []
 
-    def make(**options: object) -> LocalHub:
-        made.append(LocalHub(tmp_path / f"server{len(made)}", toy_spec, **options))  # type: ignore[arg-type]
+    def make(spec: SpaceSpec | None = None, **options: object) -> LocalHub:
+        root = tmp_path / f"server{len(made)}"
+        made.append(LocalHub(root, toy_spec if spec is None else spec, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make

@@ -87,6 +87,7 @@ def test_a_flip_in_the_log_would_lose_promises_and_is_refused(tmp_path: Path, mo
         _flip(log, log.stat().st_size // 2)
         journal = Journal(again, SPACE)
         assert len(list_updates(journal, 0, 100)) < 6
+        journal.close()
 
 
 def test_a_lost_transaction_without_an_entry_is_refused_too(tmp_path: Path) -> None:
@@ -152,8 +153,9 @@ def test_an_anchor_of_another_time_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_kill_between_commit_and_anchor_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "journal.db"
-    journal = Journal(path, SPACE)
+    live = tmp_path / "live"
+    live.mkdir()
+    journal = Journal(live / "journal.db", SPACE)
     accept_update(journal, _new(1), 1)
     with monkeypatch.context() as patch:
 
@@ -163,8 +165,8 @@ def test_a_kill_between_commit_and_anchor_is_no_damage(tmp_path: Path, monkeypat
         patch.setattr(Anchor, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             accept_update(journal, _new(2), 2)
-    shutil.copytree(tmp_path, tmp_path.with_name("later"))
-    later = Journal(tmp_path.with_name("later") / "journal.db", SPACE)
+    shutil.copytree(live, tmp_path / "later")
+    later = Journal(tmp_path / "later" / "journal.db", SPACE)
     assert len(list_updates(later, 0, 10)) == 2
     accept_update(later, _new(3), 3)
     later.close()

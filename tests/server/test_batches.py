@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from share_core.errors import AccessError, RebaseError, RequestError
-from share_core.identity import Identity, make_authority, make_signer
+from share_core.identity import Identity
 from share_core.space import task_adapter
 from share_core.types import Adapter, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import encode_update
@@ -28,23 +27,7 @@ from share_server.store.records import UpdateRow, VersionRow
 from share_server.store.updates import find_update, list_updates
 from share_server.store.versions import list_versions, read_version
 
-NOW = datetime.now(UTC)
 SCHEMA = "cd" * 32
-
-
-def _key() -> bytes:
-    return make_signer(*make_authority("test", NOW), Identity("signer", "server", "hub"), NOW, 1)[1]
-
-
-def _run(root: Path, spec: SpaceSpec, config: ServerConfig, work: Callable[[Engine], Awaitable[None]]) -> None:
-    async def run() -> None:
-        engine = await Engine.open(root, spec, config, _key())
-        try:
-            await work(engine)
-        finally:
-            await engine.close()
-
-    asyncio.run(run())
 
 
 async def _submit(engine: Engine, organisation: str, task_id: str, payload: bytes, **fields: Any) -> UpdateRow:
@@ -102,7 +85,7 @@ def _content(space: Space, task_id: str, site: str) -> torch.Tensor:
 
 
 def test_sizes_of_earlier_versions_are_read_once_and_only_some_are_kept(
-    tmp_path: Path, toy_spec: SpaceSpec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_engine: Callable[..., None], monkeypatch: pytest.MonkeyPatch, toy_spec: SpaceSpec
 ) -> None:
     read: list[int] = []
 
@@ -121,10 +104,12 @@ def test_sizes_of_earlier_versions_are_read_once_and_only_some_are_kept(
             assert await engine.history.sizes(version) == rows[version - 1].sizes
         assert read == [1, 2, 3, 2]
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(), work)
+    run_engine(tmp_path / "store", work)
 
 
-def test_what_waits_together_becomes_one_version(tmp_path: Path, toy_spec: SpaceSpec) -> None:
+def test_what_waits_together_becomes_one_version(
+    tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec
+) -> None:
     async def work(engine: Engine) -> None:
         for number in range(4):
             await _submit(engine, "acme", f"acme/t{number}", _payload(_adapter(toy_spec, number)))
@@ -138,10 +123,10 @@ def test_what_waits_together_becomes_one_version(tmp_path: Path, toy_spec: Space
             got = _content(engine.feed.state.space, f"acme/t{number}", "a")
             assert torch.linalg.norm(got - expected) <= 0.06 * torch.linalg.norm(expected)
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(), work)
+    run_engine(tmp_path / "store", work)
 
 
-def test_a_batch_never_outgrows_its_bound(tmp_path: Path, toy_spec: SpaceSpec) -> None:
+def test_a_batch_never_outgrows_its_bound(tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec) -> None:
     """Ranks in one version add up to at most 4 k_max; the others wait for the next."""
 
     async def work(engine: Engine) -> None:
@@ -150,11 +135,13 @@ def test_a_batch_never_outgrows_its_bound(tmp_path: Path, toy_spec: SpaceSpec) -
         await _settle(engine)
         assert [version for _, version in await _states(engine)] == [1] * 6 + [2] * 2  # 6 x 8 = 4 x 12
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(), work)
+    run_engine(tmp_path / "store", work)
 
 
 @pytest.mark.parametrize("mixing", ["mean", "fedasync", "fedbuff"])
-def test_a_shared_task_mixes_what_its_organisations_send(tmp_path: Path, toy_spec: SpaceSpec, mixing: str) -> None:
+def test_a_shared_task_mixes_what_its_organisations_send(
+    tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec, mixing: str
+) -> None:
     ours, theirs = _adapter(toy_spec, 1), _adapter(toy_spec, 2)
     sharing = hub_pb2.TaskSharing(organisations=["lab"])
 
@@ -174,7 +161,7 @@ def test_a_shared_task_mixes_what_its_organisations_send(tmp_path: Path, toy_spe
         got = _content(engine.feed.state.space, "acme/both", "a")
         assert torch.linalg.norm(got - expected) <= 0.06 * torch.linalg.norm(expected)
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(merge=MergeConfig(mixing=mixing)), work)
+    run_engine(tmp_path / "store", work, ServerConfig(merge=MergeConfig(mixing=mixing)))
 
 
 async def _settle_again(engine: Engine) -> None:
@@ -185,7 +172,9 @@ async def _settle_again(engine: Engine) -> None:
         batch, _ = await engine.loop._next_batch()
 
 
-def test_only_named_organisations_with_the_same_labels_may_contribute(tmp_path: Path, toy_spec: SpaceSpec) -> None:
+def test_only_named_organisations_with_the_same_labels_may_contribute(
+    tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec
+) -> None:
     payload = _payload(_adapter(toy_spec, 1))
     sharing = hub_pb2.TaskSharing(organisations=["lab"])
 
@@ -202,10 +191,12 @@ def test_only_named_organisations_with_the_same_labels_may_contribute(tmp_path: 
         with pytest.raises(AccessError):
             await _submit(engine, "lab", "acme/own", payload)
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(), work)
+    run_engine(tmp_path / "store", work)
 
 
-def test_a_buffer_waits_until_it_is_full_or_has_waited_long(tmp_path: Path, toy_spec: SpaceSpec) -> None:
+def test_a_buffer_waits_until_it_is_full_or_has_waited_long(
+    tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec
+) -> None:
     sharing = hub_pb2.TaskSharing(open=True)
 
     async def work(engine: Engine) -> None:
@@ -218,7 +209,7 @@ def test_a_buffer_waits_until_it_is_full_or_has_waited_long(tmp_path: Path, toy_
         batch, _ = await engine.loop._next_batch()
         assert len(batch) == 2
 
-    _run(tmp_path / "store", toy_spec, ServerConfig(merge=MergeConfig(buffer=2, buffer_wait_s=3600.0)), work)
+    run_engine(tmp_path / "store", work, ServerConfig(merge=MergeConfig(buffer=2, buffer_wait_s=3600.0)))
 
 
 def _files(root: Path) -> int:
@@ -226,7 +217,7 @@ def _files(root: Path) -> int:
 
 
 def test_old_versions_go_and_what_was_said_stays(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
+    tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
 ) -> None:
     """Beyond the horizon: payloads are removed, stale updates are refused with rebase, originals stay readable."""
     config = ServerConfig(retention=RetentionConfig(horizon_versions=4, snapshot_every=2))
@@ -248,6 +239,7 @@ def test_old_versions_go_and_what_was_said_stays(
         assert kept is not None
         assert kept.original_sha256 is not None, "an update in coordinates that are gone is kept in ambient factors"
         after = await engine.loop._contents.of_update(kept)
+        assert before.keys() == toy_spec.sites.keys()
         for site in before:
             assert torch.linalg.norm(_dense(after, site) - _dense(before, site)) <= 1e-5 * torch.linalg.norm(
                 _dense(before, site)
@@ -257,7 +249,7 @@ def test_old_versions_go_and_what_was_said_stays(
         versions = await engine.store.do(lambda journal: list_versions(journal, 0, 14))
         assert [row.collected for row in versions] == [row.version < engine.feed.oldest for row in versions]
 
-    _run(root, toy_spec, config, work)
+    run_engine(root, work, config)
     count = _files(root)
 
     async def again(engine: Engine) -> None:
@@ -265,7 +257,7 @@ def test_old_versions_go_and_what_was_said_stays(
         assert engine.feed.oldest > 4
         assert await engine.collector.collect_now() == 0
 
-    _run(root, toy_spec, config, again)
+    run_engine(root, again, config)
     assert _files(root) == count
 
 
@@ -274,7 +266,7 @@ def _stale(spec: SpaceSpec, base: int) -> bytes:
 
 
 def test_what_a_waiting_update_is_based_on_is_not_collected(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
+    tmp_path: Path, run_engine: Callable[..., None], make_payload: Callable[..., bytes]
 ) -> None:
     config = ServerConfig(retention=RetentionConfig(horizon_versions=2, snapshot_every=1))
 
@@ -302,4 +294,4 @@ def test_what_a_waiting_update_is_based_on_is_not_collected(
         assert found is not None
         assert found.state.value == "MERGED", found.reason
 
-    _run(tmp_path / "store", toy_spec, config, work)
+    run_engine(tmp_path / "store", work, config)

@@ -7,13 +7,11 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from share_core.errors import StorageError
-from share_core.identity import Identity, make_authority, make_signer
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
 from share_core.wire import payload_bytes
@@ -33,13 +31,10 @@ from share_server.store.store import Store
 from share_server.store.updates import accept_update
 from share_server.store.versions import commit_version, head_version
 
-NOW = datetime.now(UTC)
 
-
-def _loop(store: Store, spec: SpaceSpec, feed: Feed) -> MergeLoop:
+def _loop(store: Store, spec: SpaceSpec, feed: Feed, signing_key: bytes) -> MergeLoop:
     contents = Contents(store, spec, History(store, spec, feed))
     retention = RetentionConfig()
-    _, key = make_signer(*make_authority("test", NOW), Identity("signer", "server", "hub"), NOW, 1)
     return MergeLoop(
         store,
         feed,
@@ -49,7 +44,7 @@ def _loop(store: Store, spec: SpaceSpec, feed: Feed) -> MergeLoop:
         policy_of(spec, MergeConfig()),
         MergeConfig(),
         retention,
-        key,
+        signing_key,
         Metrics(),
     )
 
@@ -75,7 +70,9 @@ async def _accept(store: Store, payload: bytes) -> None:
     await store.do(lambda journal: accept_update(journal, new, 1))
 
 
-def _order(root: Path, spec: SpaceSpec, payload: bytes, monkeypatch: pytest.MonkeyPatch, mutant: str = "") -> list[str]:
+def _order(
+    root: Path, spec: SpaceSpec, key: bytes, payload: bytes, monkeypatch: pytest.MonkeyPatch, mutant: str = ""
+) -> list[str]:
     """Merge one update with every step recorded; ``mutant`` plants a bug."""
     events: list[str] = []
     put = BlobStore.put
@@ -100,7 +97,7 @@ def _order(root: Path, spec: SpaceSpec, payload: bytes, monkeypatch: pytest.Monk
         monkeypatch.setattr(BlobStore, "put", recorded_put)
         monkeypatch.setattr(merging, "commit_version", recorded_commit)
         feed = Recorded(state, spec.space_id)
-        loop = _loop(store, spec, feed)
+        loop = _loop(store, spec, feed, key)
         if mutant == "publish first":
             honest = loop._commit
 
@@ -121,21 +118,33 @@ def _order(root: Path, spec: SpaceSpec, payload: bytes, monkeypatch: pytest.Monk
 
 
 def test_a_version_is_durable_before_it_is_published(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    toy_spec: SpaceSpec,
+    signing_key: bytes,
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = _order(tmp_path / "store", toy_spec, make_payload(1), monkeypatch)
+    events = _order(tmp_path / "store", toy_spec, signing_key, make_payload(1), monkeypatch)
     assert events == ["payload", "row", "publish"]
 
 
 def test_publishing_first_would_be_noticed(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    toy_spec: SpaceSpec,
+    signing_key: bytes,
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = _order(tmp_path / "store", toy_spec, make_payload(1), monkeypatch, "publish first")
-    assert events != ["payload", "row", "publish"]
+    events = _order(tmp_path / "store", toy_spec, signing_key, make_payload(1), monkeypatch, "publish first")
+    assert events[0] == "publish"
 
 
 def test_nobody_sees_a_version_that_could_not_be_committed(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    toy_spec: SpaceSpec,
+    signing_key: bytes,
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
         raise StorageError("the disk refused")
@@ -146,7 +155,7 @@ def test_nobody_sees_a_version_that_could_not_be_committed(
         monkeypatch.setattr(merging, "commit_version", refuse)
         feed = Feed(state, toy_spec.space_id)
         with pytest.raises(StorageError, match="the disk refused"):
-            await _loop(store, toy_spec, feed).run()
+            await _loop(store, toy_spec, feed, signing_key).run()
         assert feed.version == 0
         assert store.failed.is_set()
         await store.close()
@@ -155,7 +164,7 @@ def test_nobody_sees_a_version_that_could_not_be_committed(
         assert (state.space.version, await store.do(head_version)) == (0, 0)
         monkeypatch.undo()
         feed = Feed(state, toy_spec.space_id)
-        loop = _loop(store, toy_spec, feed)
+        loop = _loop(store, toy_spec, feed, signing_key)
         running = asyncio.create_task(loop.run())
         while feed.version == 0:
             await asyncio.sleep(0.01)

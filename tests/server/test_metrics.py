@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -50,6 +51,13 @@ def _with_metrics(hub: LocalHub) -> int:
     return port
 
 
+def _scrape_until(port: int, name: str, least: float) -> dict[str, float]:
+    """Return the first scrape in which a sample is at least ``least``; counts may follow what they count."""
+    while (found := _scrape(port))[name] < least:
+        time.sleep(0.02)
+    return found
+
+
 def test_a_running_hub_counts_what_it_does(
     new_hub: Callable[..., LocalHub], toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
 ) -> None:
@@ -66,16 +74,14 @@ def test_a_running_hub_counts_what_it_does(
             with pytest.raises(grpc.RpcError):
                 other = submit_header(toy_spec, "elsewhere/task", payload)
                 stub.Submit(submit_messages(other, payload), timeout=30)
-        while _scrape(port)["fedshare_updates|merged"] < 3:
-            pass
+        newest = int(_scrape_until(port, "fedshare_merged_total", 3)["fedshare_version"])
         stream = stub.FollowVersions(hub_pb2.FollowVersionsRequest(space_id=toy_spec.space_id), timeout=60)
-        newest = int(_scrape(port)["fedshare_version"])
         sizes = 0
         for version, payload in read_deltas(stream):
             sizes += len(payload)
             if version == newest:
                 break
-        now = _scrape(port)
+        now = _scrape_until(port, "fedshare_bytes_down_total|delta", sizes)
         stream.cancel()
     assert now["fedshare_acks_total"] == now["fedshare_ack_seconds_count"] == 3
     assert now["fedshare_bytes_up_total"] == sum(map(len, payloads))

@@ -162,7 +162,7 @@ def _overloaded(error: grpc.RpcError) -> int:
 def test_a_member_above_its_quota_is_told_when_to_come_back(
     new_hub: Callable[..., LocalHub], toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
 ) -> None:
-    hub = new_hub(limits=LimitConfig(member_calls_per_s=0.5))
+    hub = new_hub(limits=LimitConfig(member_calls_per_s=0.05))
     hub.start()
     payload = make_payload(1)
     alice, bob = hub.enrol("acme/alice"), hub.enrol("acme/bob")
@@ -170,7 +170,7 @@ def test_a_member_above_its_quota_is_told_when_to_come_back(
         stub.Submit(submit_messages(submit_header(toy_spec, "acme/t", payload), payload), timeout=30)
         with pytest.raises(grpc.RpcError) as caught:
             stub.Submit(submit_messages(submit_header(toy_spec, "acme/t", payload), payload), timeout=30)
-        assert 0 < _overloaded(caught.value) <= 2000
+        assert 0 < _overloaded(caught.value) <= 20_000
     with hub.hub(bob) as stub:
         stub.Submit(submit_messages(submit_header(toy_spec, "acme/u", payload), payload), timeout=30)
 

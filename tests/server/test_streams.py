@@ -8,23 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-import torch
-from grpc import aio
 
 from share_core.errors import RebaseError
-from share_core.fingerprint import describe_space
 from share_core.merge import empty_state
-from share_core.types import Factors, SiteUpdate, SpaceSpec, Update
-from share_core.wire import encode_update
+from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import LimitConfig
 from share_server.hub.feed import Feed
 from share_server.local import LocalHub, read_deltas, submit_header, submit_messages
-from share_server.operator import CHANNEL_OPTIONS
 from share_server.store.journal import Journal
 from share_server.store.versions import chain_bytes
 
@@ -67,64 +61,37 @@ def test_a_chain_with_a_gap_needs_a_snapshot(tmp_path: Path) -> None:
     journal.close()
 
 
-@pytest.fixture(scope="module")
-def wide_spec() -> SpaceSpec:
-    """One site whose bases are a few megabytes, so that buffers cannot hide a reader that does not read."""
-    return describe_space("wide", {"w": torch.zeros(40_000, 8)}, k_max=8, rank_limit=8)
-
-
-def _wide_payload(spec: SpaceSpec, seed: int, rank: int) -> bytes:
-    draw = torch.Generator().manual_seed(seed)
-    site = spec.sites["w"]
-    factors = Factors(torch.randn(site.d_out, rank, generator=draw), torch.randn(site.d_in, rank, generator=draw))
-    return encode_update(Update(0, {"w": SiteUpdate(residual=factors)}))
-
-
-def test_slow_readers_are_cut_and_late_ones_take_a_snapshot(tmp_path: Path, wide_spec: SpaceSpec) -> None:
-    server = LocalHub(tmp_path / "server", wide_spec, limits=LimitConfig(write_timeout_s=1.0))
+def test_slow_readers_are_cut_and_late_ones_take_a_snapshot(
+    new_hub: Callable[..., LocalHub],
+    wide_spec: SpaceSpec,
+    wide_payload: Callable[[int], bytes],
+    stall: Callable[..., None],
+) -> None:
+    server = new_hub(spec=wide_spec, limits=LimitConfig(write_timeout_s=1.0))
     server.start()
-    try:
-        holder = server.enrol("acme/alice")
-        with server.hub(holder) as hub:
-            for number in range(4):
-                record = _submit(hub, wide_spec, "acme/wide", _wide_payload(wide_spec, number, 8))
-                assert record.state == hub_pb2.UPDATE_STATE_MERGED, record.reason
-            follow = hub_pb2.FollowVersionsRequest(space_id=wide_spec.space_id)
-            answers = list(hub.FollowVersions(follow, timeout=60))
-            assert [answer.WhichOneof("part") for answer in answers] == ["snapshot_required"]
-            assert answers[0].snapshot_required.newest_version == 4
-        asyncio.run(_stall(server, wide_spec))
-        with server.hub(holder) as hub:
-            assert _submit(hub, wide_spec, "acme/wide", _wide_payload(wide_spec, 9, 8)).version == 5
-            assert hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).subscribers == 0
-        assert server.stop() == 0
-    finally:
-        if server.running:
-            server.kill()
-
-
-async def _stall(server: LocalHub, spec: SpaceSpec) -> None:
-    """Ask for a snapshot, take one message, and then nothing until the hub cuts the stream."""
-    holder = server.enrol("acme/sleepy")
-    credentials = grpc.ssl_channel_credentials(server.layout.ca_cert.read_bytes(), holder.key, holder.certificate)
-    window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
-    async with aio.secure_channel(server.config.local_hub_address, credentials, [*CHANNEL_OPTIONS, *window]) as channel:
-        stub = hub_pb2_grpc.HubStub(channel)
-        stream = stub.FetchSnapshot(hub_pb2.FetchSnapshotRequest(space_id=spec.space_id), timeout=120)
-        first: Any = await stream.read()
-        assert first.header.payload_size > 1_000_000
-        operator = server.own("operator")
-        end = time.monotonic() + 60
-        while "nothing was read" not in server.log_file.read_text():
-            assert time.monotonic() < end, "the reader was never cut"
-            await asyncio.sleep(0.1)
-            with server.hub(operator) as hub:
-                hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30)
-        with pytest.raises(aio.AioRpcError) as caught:
-            while await stream.read() is not aio.EOF:
-                pass
-        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert "read faster" in (caught.value.details() or "")
+    holder = server.enrol("acme/alice")
+    with server.hub(holder) as hub:
+        for number in range(4):
+            record = _submit(hub, wide_spec, "acme/wide", wide_payload(number))
+            assert record.state == hub_pb2.UPDATE_STATE_MERGED, record.reason
+        follow = hub_pb2.FollowVersionsRequest(space_id=wide_spec.space_id)
+        answers = list(hub.FollowVersions(follow, timeout=60))
+        assert [answer.WhichOneof("part") for answer in answers] == ["snapshot_required"]
+        assert answers[0].snapshot_required.newest_version == 4
+    sleepy, authority = server.enrol("acme/sleepy"), server.layout.ca_cert.read_bytes()
+    with server.hub(server.own("operator")) as operator:
+        stall(
+            server.config.local_hub_address,
+            authority,
+            sleepy,
+            wide_spec.space_id,
+            server.log_file.read_text,
+            lambda: operator.GetStatus(hub_pb2.GetStatusRequest(), timeout=30),
+        )
+    with server.hub(holder) as hub:
+        assert _submit(hub, wide_spec, "acme/wide", wide_payload(9)).version == 5
+        assert hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30).subscribers == 0
+    assert server.stop() == 0
 
 
 def test_fifty_readers_get_every_version(

@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -68,15 +68,24 @@ def _issue(hub: LocalHub, begun: datetime = NOW) -> bytes:
     )
 
 
-def _hub_pid(hub: LocalHub) -> int:
-    return int((hub.layout.store / "lock").read_text().strip())
-
-
 def _wait_in_log(hub: LocalHub, text: str, count: int = 1) -> None:
     end = time.monotonic() + 60
     while hub.log_file.read_text().count(text) < count:
         assert time.monotonic() < end, f"{text!r} is not in {hub.log_file.read_text()[-2000:]}"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _calling(callers: Sequence[_Caller], over: threading.Event) -> Iterator[None]:
+    """Let them call while the block runs."""
+    for caller in callers:
+        caller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for caller in callers:
+            caller.join(30)
 
 
 class _Caller(threading.Thread):
@@ -111,21 +120,18 @@ def test_rotation_under_load_fails_no_call_and_new_connections_see_the_new_certi
     callers = [_Caller(hub, alice, over, anew) for anew in (True, True, False, False)]
     with hub.hub(alice) as stub:
         stream = stub.FollowVersions(hub_pb2.FollowVersionsRequest(space_id=toy_spec.space_id), timeout=120)
-        for caller in callers:
-            caller.start()
         shown = [_leaf(hub.config.hub_address)]
-        for _ in range(10):
-            fresh = _issue(hub)
-            write_atomic(hub.layout.certificate("server"), fresh)
-            for address in (hub.config.hub_address, hub.config.enrol_address):
-                shown.append(_leaf(address))
-                assert shown[-1] == fresh
-            before = [caller.calls for caller in callers]
-            while any(caller.calls <= count + 2 for caller, count in zip(callers, before, strict=True)):
-                time.sleep(0.01)
-        over.set()
-        for caller in callers:
-            caller.join(30)
+        with _calling(callers, over):
+            for _ in range(10):
+                fresh = _issue(hub)
+                write_atomic(hub.layout.certificate("server"), fresh)
+                for address in (hub.config.hub_address, hub.config.enrol_address):
+                    shown.append(_leaf(address))
+                    assert shown[-1] == fresh
+                before = [caller.calls for caller in callers]
+                while any(caller.calls <= count + 2 for caller, count in zip(callers, before, strict=True)):
+                    time.sleep(0.01)
+        assert not any(caller.is_alive() for caller in callers)
         assert [caller.failures for caller in callers] == [[], [], [], []]
         assert len(set(shown)) == 11
         assert stream.is_active()
@@ -198,7 +204,7 @@ def test_the_running_hub_renews_what_is_due(new_hub: Callable[..., LocalHub]) ->
     ageing = _issue(hub, NOW - timedelta(days=300))
     write_atomic(hub.layout.certificate("server"), ageing)
     assert _leaf(hub.config.hub_address) == ageing  # it is valid still
-    os.kill(_hub_pid(hub), signal.SIGHUP)
+    os.kill(hub.pid, signal.SIGHUP)
     _wait_in_log(hub, '"certificates renewed"')
     renewed = hub.layout.certificate("server").read_bytes()
     assert ids.not_after(renewed) > NOW + timedelta(days=300)
@@ -257,19 +263,21 @@ def test_the_gateways_listener_follows_the_files_and_stays_strict(new_hub: Calla
     loop, ports, ready, stop = asyncio.new_event_loop(), list[int](), threading.Event(), asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(stop, ports, ready),), daemon=True)
     thread.start()
-    assert ready.wait(10)
-    path = layout.certificate("server")
-    expected = path.read_bytes()
-    for fresh in (None, _issue(hub), b"broken", _issue(hub)):
-        if fresh is not None:
-            write_atomic(path, fresh)
-            expected = expected if fresh == b"broken" else fresh
-        assert ask(own=True) == (b"served", expected)
-        assert ask(own=False)[0] == b""
-        assert ask(own=True, highest=ssl.TLSVersion.TLSv1_2) == (b"", b"")
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(10)
-    loop.close()
+    try:
+        assert ready.wait(10)
+        path = layout.certificate("server")
+        expected = path.read_bytes()
+        for fresh in (None, _issue(hub), b"broken", _issue(hub)):
+            if fresh is not None:
+                write_atomic(path, fresh)
+                expected = expected if fresh == b"broken" else fresh
+            assert ask(own=True) == (b"served", expected)
+            assert ask(own=False)[0] == b""
+            assert ask(own=True, highest=ssl.TLSVersion.TLSv1_2) == (b"", b"")
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()
 
 
 def test_the_fleets_connection_takes_up_a_renewed_certificate(new_hub: Callable[..., LocalHub]) -> None:

@@ -77,7 +77,7 @@ def test_stopping_always_ends_it(tmp_path: Path, code: str, ready: str, patience
 
 def test_a_log_that_its_process_lets_grow_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("share_server.hub.log.FILE_BYTES", 1000)
-    code = "import time\nwhile True:\n    print('x' * 99, flush=True)\n    time.sleep(0.005)"
+    code = "import time\nwhile True:\n    print('x' * 99, flush=True)\n    time.sleep(0.02)"
     child = make(tmp_path, code, lambda: True)
     aside, path = tmp_path / "child.log.1", tmp_path / "child.log"
     step_until(child, aside.exists)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -175,15 +174,16 @@ journal.Journal(Path(path), space_id)
 )
 @pytest.mark.parametrize("name", STORES)
 def test_a_migration_that_is_killed_loses_nothing(
-    where: str, name: str, older_server: Callable[[str], Path], tmp_path: Path
+    where: str,
+    name: str,
+    older_server: Callable[[str], Path],
+    run_program: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     root = older_server(name)
     promised = _acknowledged(root)
-    (tmp_path / "kill.py").write_text(KILL)
     arguments = [where, str(root / "store" / "journal.db"), read_spec(root / "space.toml").space_id]
     for _ in range(2):  # and once more, while it is being brought back
-        command = [sys.executable, str(tmp_path / "kill.py"), *arguments]
-        assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+        assert run_program(KILL, *arguments).returncode == -9
     assert _kept(root) == promised
     assert _kept(root) == promised
 

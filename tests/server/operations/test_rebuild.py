@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,7 @@ def test_a_smaller_space_is_made_too_and_twice_in_a_row(server: Path, reopen: Ca
     assert (spec.k_max, spec.tau) == (6, 0.1)
     again = rebuild(Layout(server), 40)
     assert (again.version, again.tau) == (13, 0.1)
+    assert len(again.tasks) == 8
     assert all(task.after <= 0.1 for task in again.tasks)  # from what was submitted, not from what the small one left
     report = verify(Layout(server), replay=True)
     assert report.problems == [] and report.bit_equal == 13
@@ -110,11 +110,12 @@ def _limits_agree(root: Path, version: int) -> bool:
 
 @pytest.mark.parametrize("where", KILLS)
 def test_a_kill_at_any_point_is_healed_by_the_next_start(
-    where: str, server: Path, tmp_path: Path, reopen: Callable[..., LocalHub]
+    where: str,
+    server: Path,
+    reopen: Callable[..., LocalHub],
+    run_program: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    script = tmp_path / "kill.py"
-    script.write_text(KILL)
-    done = subprocess.run([sys.executable, str(script), where, str(server)], capture_output=True, check=False)
+    done = run_program(KILL, where, str(server))
     assert done.returncode == -9, done.stderr
     assert verify(Layout(server)).problems == []
     hub = reopen(server)
@@ -140,12 +141,15 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
-def test_a_hub_that_does_not_heal_is_found(server: Path, tmp_path: Path, reopen: Callable[..., LocalHub]) -> None:
+def test_a_hub_that_does_not_heal_is_found(
+    server: Path,
+    tmp_path: Path,
+    reopen: Callable[..., LocalHub],
+    run_program: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     """A planted bug: without the healing the rebuilt version runs under the old limits."""
-    (tmp_path / "kill.py").write_text(KILL)
     (tmp_path / "hub.py").write_text(UNHEALED)
-    command = [sys.executable, str(tmp_path / "kill.py"), "after the commit", str(server)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert run_program(KILL, "after the commit", str(server)).returncode == -9
     hub = reopen(server, tmp_path / "hub.py")
     hub.start()
     assert hub.stop() == 0

@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,14 +149,14 @@ def test_a_sound_store_holds_and_is_not_changed(
     assert fingerprint(server) == before
 
 
-def test_the_command_says_the_same(server: Path) -> None:
-    command = [sys.executable, "-m", "share_server.cli", "verify", str(server), "--replay", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_command_says_the_same(server: Path, run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    command = ["verify", str(server), "--replay", "--json"]
+    done = run_command(*command)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     assert (said["versions"], said["bit_equal"], said["problems"]) == (11, 11, [])
     _flip(_payload(server, "sha256"), 100)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command(*command)
     assert done.returncode == 1 and "is damaged" in json.loads(done.stdout)["problems"][0]
 
 

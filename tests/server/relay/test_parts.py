@@ -17,6 +17,7 @@ from share_core import identity as ids
 from share_core.errors import CertificateError, ConfigError, ManifestError, RebaseError, TokenError
 from share_proto.v1 import hub_pb2
 from share_server.cli import app
+from share_server.config import ServerConfig
 from share_server.local import LocalHub
 from share_server.provision import invite_member
 from share_server.relay.replica import Replica
@@ -25,12 +26,6 @@ from share_server.relay.verify import Checker
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _token(hub: LocalHub, name: str, hosts: tuple[str, ...] = ("127.0.0.1",)) -> str:
-    organisation, _, own = name.partition("/")
-    identity = ids.Identity("relay", organisation, own)
-    return invite_member(hub.layout, hub.config, identity, 1.0, _now(), hosts)
 
 
 class _Signer:
@@ -178,9 +173,11 @@ def test_hosts_of_a_token_cannot_be_changed() -> None:
             ids.check_token(ids.TOKEN_PREFIX + packed, key, _now())
 
 
-def test_invitations_of_relays(new_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
+def test_invitations_of_relays(
+    new_hub: Callable[..., LocalHub], relay_token: Callable[..., str], tmp_path: Path
+) -> None:
     hub = new_hub()
-    public = hub.config.__class__(hosts=("hub.example",))
+    public = ServerConfig(hosts=("hub.example",))
     with pytest.raises(ConfigError, match="hub's own name"):
         identity = ids.Identity("relay", "acme", "one")
         invite_member(hub.layout, public, identity, 1.0, _now(), ("HUB.example",))
@@ -192,8 +189,8 @@ def test_invitations_of_relays(new_hub: Callable[..., LocalHub], tmp_path: Path)
         (["relay", hub.invite("acme/two", "reader"), "--dir", str(tmp_path / "r"), "--listen", "a:1"], "serves nobody"),
         (["relay", "--dir", str(tmp_path / "r")], "is not enrolled"),
         (["relay", "nonsense", "--dir", str(tmp_path / "r")], "is not enrolled"),
-        (["relay", _token(hub, "acme/r"), "--dir", str(tmp_path / "r")], "say where to listen"),
-        (["relay", _token(hub, "acme/r"), "--dir", str(tmp_path / "r"), "--listen", "here"], "is not HOST:PORT"),
+        (["relay", relay_token(hub, "acme/r"), "--dir", str(tmp_path / "r")], "say where to listen"),
+        (["relay", relay_token(hub, "acme/r"), "--dir", str(tmp_path / "r"), "--listen", "here"], "is not HOST:PORT"),
     ):
         answer = CliRunner().invoke(app, arguments)
         assert answer.exit_code == 1, arguments
