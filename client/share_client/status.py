@@ -87,6 +87,7 @@ def watch_versions(sources: Sources, credentials: Credentials) -> Iterator[dict[
         "text": f"version {version} of {description.spec.backbone}",
     }
     for event in VersionFeed(sources, description.spec, version, chain=chain).events():
+        chain.before_cached(event.version)  # nothing is cached: what led here is of no use any more
         yield _line(event)
 
 
