@@ -18,7 +18,9 @@ from share_client.member import ClientLayout, Credentials, load_member
 from share_client.outbox import list_outbox
 from share_client.records import Records
 from share_client.sources import Sources
+from share_core.space import empty_space
 from share_core.types import Delta, Space
+from share_core.wire import encode_snapshot
 from share_proto.v1 import hub_pb2
 
 
@@ -99,6 +101,8 @@ def fetch_snapshot(link: HubLink, credentials: Credentials, version: int) -> tup
     """
     description = link.describe()
     chain = open_chain(description, credentials, None, datetime.now(UTC))
+    if version == 0 and description.version == 0:
+        return 0, encode_snapshot(empty_space(description.spec))  # nothing has been published, so nothing is signed
     return link.fetch_snapshot(description.spec.space_id, version, chain.check_snapshot)
 
 

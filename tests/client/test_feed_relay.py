@@ -26,7 +26,7 @@ from share_core.identity import Identity, Manifest, ManifestVerifier, make_autho
 from share_core.merge import MergePolicy, empty_state, merge
 from share_core.space import update_adapter
 from share_core.types import Space, SpaceSpec
-from share_core.wire import encode_delta, encode_snapshot
+from share_core.wire import decode_snapshot, encode_delta, encode_snapshot
 from share_proto.v1 import hub_pb2
 
 Message = hub_pb2.FollowVersionsResponse
@@ -161,6 +161,16 @@ def test_a_relay_that_was_slow_and_then_brought_it_is_not_left(spec: SpaceSpec, 
     assert relay.asked == [0, 1]
     assert hub.asked == []
     assert told == []
+
+
+def test_a_snapshot_before_anything_is_published_is_the_empty_space(spec: SpaceSpec) -> None:
+    """Nobody signs version 0: everybody knows what it holds."""
+    authority, authority_key = make_authority("test", NOW)
+    certificate, _ = make_signer(authority, authority_key, Identity("signer", "org", "hub"), NOW, 30)
+    link = cast(HubLink, SimpleNamespace(describe=lambda: SpaceDescription(spec, 0, 1 << 20, certificate)))
+    version, payload = status.fetch_snapshot(link, Credentials(b"", b"", authority), 0)
+    assert version == decode_snapshot(payload, spec).version == 0
+    assert decode_snapshot(payload, spec).cores == {}
 
 
 def test_watching_for_months_holds_no_history(spec: SpaceSpec, fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
