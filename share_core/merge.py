@@ -104,6 +104,7 @@ def merge_all(
     Raises:
         NonFiniteError: if a factor holds NaN or infinity.
         TensorShapeError: if a site is unknown or a factor does not fit it.
+        ConfigError: if there is no adapter.
     """
     if not adapters:
         raise ConfigError("nothing to merge: expected at least one adapter")

@@ -136,7 +136,7 @@ class ManifestChain:
                 self._save()
 
     def before_cached(self, version: int) -> None:
-        """Make the chain durable from the version in the cache on, before ``version`` takes its place there.
+        """Forget what lies before the version in the cache and make the rest durable; ``version`` takes its place next.
 
         The older one is still held: a crash between the two writes leaves a cache that the chain knows, either way.
         """

@@ -18,6 +18,7 @@ from share_core.errors import (
     DigestError,
     FedshareError,
     IdentityError,
+    ManifestError,
     OverloadError,
     PayloadTooLargeError,
     RequestError,
@@ -110,6 +111,16 @@ def error_from_rpc(error: grpc.RpcError, action: str) -> FedshareError:
     if named is not None:
         return named(sentence)
     return _WITHOUT_NAME.get(code, FedshareError)(sentence)
+
+
+def refusal_from_rpc(error: grpc.RpcError, action: str) -> FedshareError:
+    """Return what :func:`error_from_rpc` does, for calls that bring signed versions.
+
+    A breach of the signed history is only what is found here. That the other side speaks of one, such as a relay about
+    its own upstream, is its refusal like any other: a VersionError.
+    """
+    refused = error_from_rpc(error, action)
+    return VersionError(str(refused)) if isinstance(refused, ManifestError) else refused
 
 
 def _overload(sentence: str, hint: str) -> OverloadError:

@@ -1,10 +1,10 @@
 """Following versions: an endless, ordered stream of decoded deltas that survives the hub's restarts.
 
 The feed never goes backwards. It starts from the version the caller holds, checks that each delta starts where the
-last one ended and that its manifest continues the chain (:mod:`share_client.chain`), and when the hub no longer keeps
-the delta that is needed it fetches a whole version instead. A lost connection is opened again for ever, with back-off;
-a refusal is raised. What a relay refuses is asked of the hub, but a manifest that does not hold stops the feed wherever
-it comes from.
+last one ended and that its manifest continues the chain (:mod:`share_client.chain`). When the hub no longer keeps the
+deltas that are needed, or they are more bytes than a whole version, it says so, and a whole version is fetched. A lost
+connection is opened again for ever, with back-off; a refusal is raised. What a relay refuses is asked of the hub, but a
+manifest that does not hold stops the feed wherever it comes from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import grpc
 
 from share_client.backoff import Backoff
 from share_client.chain import ManifestChain
-from share_client.channel import error_from_rpc
+from share_client.channel import refusal_from_rpc
 from share_client.link import HubLink, collect
 from share_client.sources import Sources
 from share_core.errors import DigestError, FedshareError, ManifestError, UnavailableError, VersionError
@@ -87,7 +87,7 @@ class VersionFeed:
                         backoff.reset()
                         self._sources.worked(link)
                         with self._lock:
-                            self._version, self._moved = event.version, time.monotonic()
+                            self._version, self._moved, self._behind = event.version, time.monotonic(), False
                         yield event
                         if self._sources.relay_is_due:
                             break
@@ -105,7 +105,6 @@ class VersionFeed:
             if self._behind:
                 reason = UnavailableError(f"it is still at version {self._version}, and the hub has published more")
             self._sources.failed(link, reason, at_once=self._behind)
-            self._behind = False
             if self._on_wait is not None:
                 self._on_wait(reason)
             backoff.wait(self._closed, reason)
@@ -117,7 +116,7 @@ class VersionFeed:
             if self._closed.is_set():
                 return
             stream = link.hub.FollowVersions(request)
-            self._stream, self._link, self._moved = stream, link, time.monotonic()
+            self._stream, self._link, self._moved, self._behind = stream, link, time.monotonic(), False
         try:
             for message in stream:
                 part = message.WhichOneof("part")
@@ -128,9 +127,7 @@ class VersionFeed:
                     raise DigestError("versions: expected the header of a delta, got a chunk")
                 yield self._delta(message.delta, iter(stream))
         except grpc.RpcError as error:
-            refused = error_from_rpc(error, f"following versions at {link.address}")
-            # A breach is only what is found here: that the other side speaks of one is its refusal, like any other.
-            raise (VersionError(str(refused)) if isinstance(refused, ManifestError) else refused) from error
+            raise refusal_from_rpc(error, f"following versions at {link.address}") from error
         finally:
             stream.cancel()
 

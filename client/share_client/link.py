@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import grpc
 
 from share_client.backoff import Backoff
-from share_client.channel import CHUNK_BYTES, error_from_rpc, open_channel
+from share_client.channel import CHUNK_BYTES, error_from_rpc, open_channel, refusal_from_rpc
 from share_client.member import Credentials
 from share_client.uploading import Submission, upload
 from share_core.errors import GO_AHEAD_KEY, DigestError, FedshareError, UnavailableError, UnknownUpdateError
@@ -27,6 +27,9 @@ _T = TypeVar("_T")
 
 _UPLOAD_FLOOR = 100_000
 """Bytes per second below which an upload is given up and begun again."""
+
+_PATIENCE_S = 5.0
+"""Longest wait for the hub's word that the payload may come; without it the payload is sent all the same."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,6 @@ class SpaceDescription:
     """Certificate (PEM) of the key that signs manifests; empty if the hub signs none."""
     oldest_base_version: int = 0
     """The oldest version an update may be based on."""
-
-
-_PATIENCE_S = 5.0
-"""Longest wait for the hub's word that the payload may come; without it the payload is sent all the same."""
 
 
 class HubLink:
@@ -118,6 +117,8 @@ class HubLink:
             return call.result()
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
+        finally:
+            admitted.set()  # a refusal must not leave a thread waiting that holds the payload
 
     def get_upload(self, update_id: str) -> hub_pb2.GetUploadResponse:
         """Return how much of an upload is durable at the hub, or its receipt; of nothing, offset 0.
@@ -186,7 +187,7 @@ class HubLink:
                 check(header)
             payload = collect(header.payload_size, header.payload_sha256, _snapshot_chunks(stream), "snapshot")
         except grpc.RpcError as error:
-            raise error_from_rpc(error, f"fetching a snapshot at {self.address}") from error
+            raise refusal_from_rpc(error, f"fetching a snapshot at {self.address}") from error
         finally:
             stream.cancel()
         return header.version, payload

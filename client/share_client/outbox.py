@@ -155,10 +155,11 @@ class Outbox:
         )
         return self._put(submission, training, payload, head, adapter)
 
-    def rebase(self, entry: Entry, payload: bytes, base_version: int, create: bool) -> Entry:
+    def rebase(self, entry: Entry, payload: bytes, base_version: int, create: bool, adapter: bytes = b"") -> Entry:
         """Put the same content in as a new update, expressed in ``base_version``; remove ``entry``; return the new one.
 
-        Doing it again after a crash gives the entry that is there already.
+        ``adapter`` is what ``payload`` means without any bases, for an ``entry`` that keeps none itself. Doing it again
+        after a crash gives the entry that is there already.
         """
         made = self.replacement(entry)
         if made is None:
@@ -170,7 +171,7 @@ class Outbox:
                 payload_sha256=hashlib.sha256(payload).hexdigest(),
             )
             training = replace(entry.training, base_version=base_version, rebases=entry.training.rebases + 1)
-            made = self._put(submission, training, payload, entry.read_head(), entry.read_adapter())
+            made = self._put(submission, training, payload, entry.read_head(), entry.read_adapter() or adapter)
         self.remove(entry)
         return made
 
@@ -241,7 +242,7 @@ def list_outbox(directory: Path) -> tuple[list[Entry], list[tuple[Entry, str]]]:
     """Return (what waits, what was refused with the reason) without changing anything: for other processes."""
     if not directory.exists():
         return [], []
-    waiting = [_read(path) for path in _entry_directories(directory)]
+    waiting = [entry for path in _entry_directories(directory) if (entry := _read_if_there(path)) is not None]
     refused = []
     for path in _entry_directories(directory / _REFUSED) if (directory / _REFUSED).exists() else []:
         reason = json.loads((path / "reason.json").read_bytes())
@@ -255,6 +256,16 @@ def _entry_directories(directory: Path) -> list[Path]:
         for path in sorted(directory.iterdir())
         if path.is_dir() and path.name != _REFUSED and not path.name.startswith(TEMPORARY)
     ]
+
+
+def _read_if_there(directory: Path) -> Entry | None:
+    """Read an entry's header; None if the session that works here has just settled it."""
+    try:
+        return _read(directory)
+    except ConfigError:
+        if directory.exists():
+            raise
+        return None
 
 
 def _read(directory: Path) -> Entry:

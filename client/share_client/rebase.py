@@ -9,6 +9,7 @@ express stays as residual. Nothing is lost but rounding (about 1e-7 of the norm)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -29,9 +30,24 @@ _NOISE = 1e-6
 
 def kept_adapter(update: Update, space: Space) -> bytes:
     """Return what an outbox entry must hold beside the payload to be expressed anew; empty if the payload is enough."""
-    if all(part.core is None for part in update.sites.values()):
-        return b""
-    return encode_adapter(update_adapter(update, space.bases))
+    return encode_adapter(update_adapter(update, space.bases)) if _has_cores(update) else b""
+
+
+def _has_cores(update: Update) -> bool:
+    """Whether an update means something only together with the bases of its version."""
+    return any(part.core is not None for part in update.sites.values())
+
+
+@dataclass(frozen=True)
+class Expressed:
+    """One update in the coordinates of a newer version."""
+
+    payload: bytes
+    """The encoded update."""
+    adapter: bytes
+    """What an entry must hold beside it, as :func:`kept_adapter` says."""
+    space: Space
+    """The version."""
 
 
 class Rebaser:
@@ -43,8 +59,8 @@ class Rebaser:
         self._newest = newest
         self._hub = hub
 
-    def express(self, entry: Entry) -> tuple[bytes, Space] | None:
-        """Return (payload, the version it refers to); None if only training again helps.
+    def express(self, entry: Entry) -> Expressed | None:
+        """Return what to send instead of an entry; None if only training again helps.
 
         Raises:
             UnavailableError: the version held here is too old as well; a newer one is on its way.
@@ -68,13 +84,14 @@ class Rebaser:
                 "waiting for the newer one"
             )
         fresh = Update(space.version, express(adapter, space, self._spec.rank_limit), update.head)
-        return encode_update(fresh), space
+        # Exactly what was trained: an adapter computed from the new payload would gather rounding from time to time.
+        return Expressed(encode_update(fresh), encode_adapter(adapter) if _has_cores(fresh) else b"", space)
 
     def _adapter(self, entry: Entry, update: Update) -> Adapter | None:
         kept = entry.read_adapter()
         if kept:
             return decode_adapter(kept, self._spec)
-        if any(part.core is not None for part in update.sites.values()):
+        if _has_cores(update):
             return None  # put in by an older release, and its bases are gone
         return update_adapter(update, empty_space(self._spec).bases)
 

@@ -53,7 +53,6 @@ FOR_GOOD: tuple[type[FedshareError], ...] = (
 )
 """Refusals that sending the same update again cannot change."""
 
-
 _SET_ASIDE_S = 30.0
 """Seconds between two questions after an update that waits for the operator, while no new version arrives."""
 
@@ -192,7 +191,7 @@ class Sender:
             self.merged_in = max(self.merged_in, record.version)
         elif record.state == hub_pb2.UPDATE_STATE_REFUSED:
             name, _, reason = record.reason.partition(": ")
-            if name == "RebaseError":
+            if name == RebaseError.__name__:
                 raise RebaseError(reason)
             self._refuse(entry, "REFUSED", record.reason)
 
@@ -226,16 +225,16 @@ class Sender:
         made = self._rebaser.express(entry) if self._rebaser is not None else None
         if made is None:
             raise error
-        payload, space = made
-        fresh = self._outbox.rebase(entry, payload, space.version, entry.submission.task_id not in space.cores)
+        create = entry.submission.task_id not in made.space.cores
+        fresh = self._outbox.rebase(entry, made.payload, made.space.version, create, made.adapter)
         self._log.write(
             "rebased",
             task=entry.training.task,
             update_id=fresh.update_id,
             previous=entry.update_id,
             base_version=entry.training.base_version,
-            version=space.version,
-            payload_bytes=len(payload),
+            version=made.space.version,
+            payload_bytes=len(made.payload),
             reason=str(error),
         )
 

@@ -31,7 +31,7 @@ _SENTENCES: Mapping[str, str] = {
     "set_aside": "{task}: the hub has set the update aside until the operator decides: {reason}",
     "source": "{reason}",
     "version": "version {version} received",
-    "skipped": "versions {first} to {last} were jumped over: the hub no longer keeps them one by one",
+    "skipped": "versions {first} to {last} were jumped over: the hub sent the one after them whole",
     "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",

@@ -18,7 +18,9 @@ from share_client.member import ClientLayout, Credentials, load_member
 from share_client.outbox import list_outbox
 from share_client.records import Records
 from share_client.sources import Sources
+from share_core.space import empty_space
 from share_core.types import Delta, Space
+from share_core.wire import encode_snapshot
 from share_proto.v1 import hub_pb2
 
 
@@ -87,6 +89,7 @@ def watch_versions(sources: Sources, credentials: Credentials) -> Iterator[dict[
         "text": f"version {version} of {description.spec.backbone}",
     }
     for event in VersionFeed(sources, description.spec, version, chain=chain).events():
+        chain.before_cached(event.version)  # nothing is cached: what led here is of no use any more
         yield _line(event)
 
 
@@ -98,6 +101,8 @@ def fetch_snapshot(link: HubLink, credentials: Credentials, version: int) -> tup
     """
     description = link.describe()
     chain = open_chain(description, credentials, None, datetime.now(UTC))
+    if version == 0 and description.version == 0:
+        return 0, encode_snapshot(empty_space(description.spec))  # nothing has been published, so nothing is signed
     return link.fetch_snapshot(description.spec.space_id, version, chain.check_snapshot)
 
 

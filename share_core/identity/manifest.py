@@ -112,7 +112,7 @@ def parse_manifest(body: bytes) -> Manifest:
     """Read a body whose signature was checked, or that comes from our own disk.
 
     Raises:
-        ManifestError: it is not the canonical form of a manifest.
+        ManifestError: it does not hold exactly the fields of a manifest, or one has another type.
     """
     try:
         values: Any = json.loads(body)
