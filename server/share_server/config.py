@@ -116,7 +116,7 @@ class MergeConfig:
     rows_cap: int = 0
     """Declared training rows weigh up to this number; 0 means that they do not weigh at all."""
     refits: int = 8
-    """Rounds of refitting in one merge."""
+    """Most tasks that one merge projects anew from their originals."""
 
 
 @dataclass(frozen=True)

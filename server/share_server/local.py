@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from share_core.errors import UnavailableError
 from share_core.identity import Identity, make_csr, new_private_key_pem
+from share_core.lifeline import arm
 from share_core.types import SpaceSpec
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc, hub_pb2, hub_pb2_grpc
 from share_server.config import LeaseConfig, LimitConfig, ServerConfig
@@ -191,7 +192,8 @@ class LocalHub:
 
 
 def _run_hub(script: Path | None, root: Path, log_file: Path) -> None:
-    """Be the hub process: stderr goes to the log file."""
+    """Be the hub process: it ends with whoever started it, also by SIGKILL; stderr goes to the log file."""
+    arm()
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 2)
     os.close(log)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from share_core.command_line import INTERRUPTED, run_command
+from share_core.command_line import run_command
 from share_simulations.bench_cli import bench_app
 from share_simulations.chaos_cli import chaos_app
 
@@ -135,20 +133,19 @@ def _run(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from rich.console import Console
 
+    from share_simulations.interrupts import interruptible
     from share_simulations.progress import progress_console
     from share_simulations.report import print_report
     from share_simulations.results import as_json as json_of
     from share_simulations.run import new_run_folder, simulate
 
-    signal.signal(signal.SIGTERM, _interrupt)
     folders = new_run_folder(name, out, datetime.now())
-    try:
-        with _progress(progress_console(), live=not as_json) as progress:
-            progress.note(f"run folder {folders.root}")
-            results = simulate(prepare(folders), folders, progress, keep)
-    except KeyboardInterrupt:  # every process is stopped by now; typer itself would answer with exit code 1
-        typer.echo("share-sim: interrupted; every process of the federation was stopped", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with (
+        interruptible("every process of the federation was stopped"),
+        _progress(progress_console(), live=not as_json) as progress,
+    ):
+        progress.note(f"run folder {folders.root}")
+        results = simulate(prepare(folders), folders, progress, keep)
     if as_json:
         print_report(results, progress_console())
         typer.echo(json.dumps(json_of(results)))
@@ -164,10 +161,6 @@ def _progress(console: Console, live: bool) -> AbstractContextManager[LiveProgre
     if live and console.is_terminal:
         return LiveProgress(console)
     return nullcontext(LineProgress(console))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:
