@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
+import socket
 import ssl
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -119,6 +123,34 @@ def test_a_gateway_that_is_down_is_a_503_and_not_a_failed_handshake(
             assert forwarder.trouble == ""
         finally:
             again.close()
+
+
+def test_a_stop_leaves_no_connection_that_the_gateway_will_not_end(
+    tmp_path: Path, gateway: Gateway, offline: tuple[ClientLayout, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway never answers the end of TLS; a connection that nobody closes is reported when it is collected."""
+    seen: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: seen.append(found.exc_value))
+    with socket.create_server(("127.0.0.1", 0)) as listener, warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+        forwarder = Forwarder(offline[0], f"127.0.0.1:{listener.getsockname()[1]}", datetime.now(UTC))
+        forwarder.start()
+        trusting = ssl.create_default_context(cafile=str(forwarder.authority))
+        plain = socket.create_connection(("127.0.0.1", forwarder.port), timeout=30)
+        client = trusting.wrap_socket(plain, server_hostname="127.0.0.1")
+        client.sendall(b"hello")
+        silent = context.wrap_socket(listener.accept()[0], server_side=True)
+        assert silent.recv(5) == b"hello"
+        client.close()
+        silent.settimeout(30)
+        assert silent.recv(1) == b""  # the forwarder is closing, and waits for an answer
+        forwarder.stop()
+        del forwarder
+        gc.collect()
+        silent.close()
+    assert seen == []
 
 
 def test_a_gateway_of_another_federation_is_not_spoken_to(

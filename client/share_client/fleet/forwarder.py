@@ -11,7 +11,6 @@ gateway: when that cannot be reached, the request is read and answered with 503 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 import threading
 from datetime import datetime
@@ -24,6 +23,7 @@ from share_core.errors import UnavailableError
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 
 _CONNECT_S = 10.0
+_CLOSE_S = 2.0
 _LOCAL_DAYS = 3650
 _LARGEST_HEAD = 64 << 10
 _LARGEST_BODY = 64 << 20
@@ -192,6 +192,12 @@ def _content_length(head: bytes) -> int:
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
+    """Close in order; a side that does not answer the end of TLS is left, now or when the forwarder stops."""
     writer.close()
-    with contextlib.suppress(OSError, TimeoutError):
-        await asyncio.wait_for(writer.wait_closed(), 2.0)
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await writer.wait_closed()
+    except (OSError, TimeoutError):
+        pass
+    finally:
+        writer.transport.abort()
