@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from share_core.types import Adapter, Factors, SiteUpdate, Space, SpaceSpec, Upd
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import MergeConfig, RetentionConfig, ServerConfig
-from share_server.hub import history
+from share_server.hub import collecting, history
 from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
 from share_server.store.journal import Journal
@@ -293,5 +294,43 @@ def test_what_a_waiting_update_is_based_on_is_not_collected(
         found = await engine.store.do(lambda journal: find_update(journal, waiting.new.update_id))
         assert found is not None
         assert found.state.value == "MERGED", found.reason
+
+    run_engine(tmp_path / "store", work, config)
+
+
+@pytest.mark.parametrize("most", [2, 1000])
+def test_a_long_collection_lets_merges_through(
+    tmp_path: Path,
+    run_engine: Callable[..., None],
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+) -> None:
+    """Updates in coordinates that go are written out a few at a time; without the bound, all at once."""
+    config = ServerConfig(retention=RetentionConfig(horizon_versions=2, snapshot_every=1))
+
+    async def originals(engine: Engine) -> int:
+        rows = await engine.store.do(lambda journal: list_updates(journal, 0, 1000))
+        return sum(row.original_sha256 is not None for row in rows)
+
+    async def work(engine: Engine) -> None:
+        monkeypatch.setattr(engine.collector, "collect", nothing)
+        for number in range(9):
+            await _submit(engine, "acme", f"acme/t{number}", make_payload(number, engine.feed.state.space))
+            await _settle_again(engine)
+        monkeypatch.undo()
+        monkeypatch.setattr(collecting, "_PAGE", 1)
+        monkeypatch.setattr(collecting, "_MOST_ORIGINALS", most)
+        found = []
+        while engine.feed.oldest == 0:
+            await engine.collector.collect()
+            found.append(await originals(engine))
+        assert found[-1] > 4
+        steps = [later - earlier for earlier, later in pairwise([0, *found])]
+        assert max(steps) == min(most, found[-1])
+        assert (len(steps) == 1) == (most > found[-1])
+
+    async def nothing() -> int:
+        return 0
 
     run_engine(tmp_path / "store", work, config)

@@ -31,6 +31,8 @@ from share_server.store.versions import (
 )
 
 _PAGE = 32
+_MOST_ORIGINALS = 64
+"""Updates written out in ambient factors between two merges: a long backlog must not hold the merges up."""
 _LEFT_OVER_S = 24 * 3600.0
 """Age at which a payload without a row counts as left behind: longer than any upload lasts."""
 
@@ -52,21 +54,26 @@ class Collector:
             return 0
         if self.held.locked():
             return 0  # the next merge asks again
-        return await self.collect_now()
+        async with self.held:
+            return await self._collect(_MOST_ORIGINALS)
 
     async def collect_now(self) -> int:
-        """As :meth:`collect`, without waiting until it is worth it, but until nobody holds the files."""
+        """As :meth:`collect`, all of it, without waiting until it is worth it, but until nobody holds the files."""
         async with self.held:
-            return await self._collect()
+            return await self._collect(None)
 
-    async def _collect(self) -> int:
+    async def _collect(self, most_originals: int | None) -> int:
         cut = await self._store.do(lambda journal: _cut(journal, self._feed.version - self._config.horizon_versions))
         if cut is None:
             return 0
         before = await self._store.do(lambda journal: _payloads(journal, cut))
         bound, count = await self._store.do(lambda journal: _mark(journal, cut))
+        kept = 0
         while bound:
+            if most_originals is not None and kept >= most_originals:
+                return 0  # the next merge goes on
             await self._keep_originals(bound)
+            kept += len(bound)
             bound, count = await self._store.do(lambda journal: _mark(journal, cut))
         self._feed.oldest = cut
         needed = await self._store.do(referenced_blobs)
