@@ -36,6 +36,9 @@ _K_MAX = 32
 _SOON = RetentionConfig(horizon_versions=200, snapshot_every=32)
 """Old versions are collected many times in a round, so that kills hit the collection too."""
 
+_MOST_TOLD = 3
+"""Broken promises of a round that are told at once; the report has more."""
+
 _IN_RECOVERY = 0.1
 """Share of the kills that hit a hub that is starting."""
 
@@ -157,6 +160,8 @@ def _run(plan: KillOptions, result: _Round, meter: Meter, bug: str | None) -> No
             f"round over: {result.acks} acks, {result.kills} kills, {rate:.0f} acks/s while it served, "
             f"{len(result.problems)} broken promises"
         )
+        for text in result.problems[:_MOST_TOLD]:
+            meter.note(text)
 
 
 async def _round(server: LocalHub, plan: KillOptions, result: _Round, meter: Meter, bug: str | None) -> None:
