@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import secrets
 import socket
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import ConfigError
@@ -46,6 +48,14 @@ SIGNER_DAYS = 3650
 
 OWN_DAYS = 365
 """Life of those certificates in days."""
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Where Linux says which ports it gives to outgoing connections."""
+
+_USUAL_FIRST_EPHEMERAL = 32768
+"""The first of them where the system does not say."""
+
+_FIRST_PORT, _ENOUGH_PORTS, _BIND_TRIES = 10_000, 1_000, 100
 
 INVITED_ROLES = ("trainer", "contributor", "reader", "relay")
 """Roles that a join token can give."""
@@ -171,12 +181,33 @@ def _check_relay_hosts(config: ServerConfig, role: str, hosts: tuple[str, ...]) 
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ``count`` TCP ports that nobody uses on loopback right now."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Return ``count`` TCP ports that nobody uses on loopback right now.
+
+    They lie below those that the system gives to outgoing connections: while a server restarts, the attempts of its own
+    clients could be given its port, and it could not have it back.
+    """
+    ports, sockets = _lasting_ports(), [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
-            one.bind(("127.0.0.1", 0))
+            _bind(one, ports)
         return [int(one.getsockname()[1]) for one in sockets]
     finally:
         for one in sockets:
             one.close()
+
+
+def _lasting_ports() -> range:
+    """Return the ports to choose from; port 0, the system's own choice, where there are too few."""
+    try:
+        first = int(_EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = _USUAL_FIRST_EPHEMERAL
+    return range(_FIRST_PORT, first) if first - _FIRST_PORT >= _ENOUGH_PORTS else range(1)
+
+
+def _bind(one: socket.socket, ports: range) -> None:
+    for _ in range(_BIND_TRIES):
+        with contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", secrets.choice(ports)))
+            return
+    one.bind(("127.0.0.1", 0))

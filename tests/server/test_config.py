@@ -16,6 +16,7 @@ from share_core import identity as ids
 from share_core.errors import ConfigError
 from share_core.spec_file import read_spec, spec_to_toml
 from share_core.types import SpaceSpec
+from share_server import provision
 from share_server.cli import app
 from share_server.config import (
     LeaseConfig,
@@ -171,6 +172,22 @@ def test_refusals_are_one_sentence_and_exit_code_1(
     assert (code, out) == (1, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_free_ports_are_none_that_a_client_could_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that try to reach a server being restarted must not end up on its port."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(10_000 <= port < first for port in ports)
+    limits = tmp_path / "range"
+    limits.write_text("10100\t65535\n")
+    monkeypatch.setattr(provision, "_EPHEMERAL", limits)
+    assert any(port >= first for port in free_ports(20)), "too few are left: the system chooses"
+    limits.write_text("20000 60999")
+    assert all(10_000 <= port < 20_000 for port in free_ports(20))
+    monkeypatch.setattr(provision, "_EPHEMERAL", tmp_path / "no such file")
+    assert all(10_000 <= port < 32_768 for port in free_ports(20))
 
 
 def test_status_and_tasks_of_a_running_hub(
