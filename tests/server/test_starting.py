@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from share_core.errors import StorageError
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2
 from share_server.local import LocalHub, submit_header, submit_messages
@@ -136,6 +138,23 @@ def test_a_verification_tells_of_every_byte(
     assert heard[-1] == (sum(sizes), sum(sizes))
     assert [done for done, _ in heard] == sorted({done for done, _ in heard})
     assert len(heard) == len(sizes)
+
+
+def test_a_start_that_fails_leaves_the_journal_as_it_lay(
+    new_hub: Callable[..., LocalHub], toy_spec: SpaceSpec, make_payload: Callable[..., bytes]
+) -> None:
+    """SQLite would copy its log into the file when the connection goes, and the page sums would not follow."""
+    hub = new_hub()
+    first = _fill(hub, toy_spec, make_payload)
+    with _flipped(hub.layout.store / "blobs" / first[:2] / first):
+        with pytest.raises(StorageError, match=first) as held:
+            asyncio.run(Store.open(hub.layout.store, toy_spec))
+        left = {path.name: path.read_bytes() for path in hub.layout.store.iterdir() if path.is_file()}
+        del held
+        gc.collect()
+        after = {path.name: path.read_bytes() for path in hub.layout.store.iterdir() if path.is_file()}
+        assert sorted(after) == sorted(left)
+        assert after == left
 
 
 @contextmanager
