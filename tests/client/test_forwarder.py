@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -189,3 +191,35 @@ def test_the_deactivate_call_is_signed_as_flower_wants(
     assert 0 <= age.total_seconds() < 300
     gateway.close()
     assert deactivate(layout, forwarder.port, forwarder.authority, 5) == 503
+
+
+def test_a_stop_while_the_copies_end_still_closes_the_way_to_the_gateway(
+    gateway: Gateway, offline: tuple[ClientLayout, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has gone, its two copies are being ended, and just then the forwarder is stopped."""
+    opened: list[asyncio.StreamWriter] = []
+    open_connection, gather = asyncio.open_connection, asyncio.gather
+    copies_end = threading.Event()
+
+    async def recorded(*arguments: Any, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await open_connection(*arguments, **options)
+        opened.append(writer)
+        return reader, writer
+
+    def interrupted(*tasks: asyncio.Task[None], **options: Any) -> Any:
+        if not copies_end.is_set():
+            copies_end.set()
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        return gather(*tasks, **options)
+
+    forwarder = Forwarder(offline[0], f"127.0.0.1:{gateway.port}", datetime.now(UTC))
+    monkeypatch.setattr(asyncio, "open_connection", recorded)
+    monkeypatch.setattr(asyncio, "gather", interrupted)
+    forwarder.start()
+    with local_client(forwarder) as client:
+        assert client.post("/v1/fleet/pull-messages", content=b"x").content == b"x"
+    assert copies_end.wait(30)
+    forwarder.stop()
+    assert [writer.transport.is_closing() for writer in opened] == [True]

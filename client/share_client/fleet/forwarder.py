@@ -132,10 +132,10 @@ class Forwarder:
 
     async def _open_upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         try:
-            opened = await asyncio.wait_for(
-                asyncio.open_connection(self._host, self._port, ssl=self._remote, server_hostname=self._host),
-                _CONNECT_S,
-            )
+            async with asyncio.timeout(_CONNECT_S):
+                opened = await asyncio.open_connection(
+                    self._host, self._port, ssl=self._remote, server_hostname=self._host
+                )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             self.trouble = f"the gateway at {self._host}:{self._port} cannot be reached: {error or 'timeout'}"
             return None
@@ -152,13 +152,15 @@ async def _join(
     """Copy both ways until either side ends; then both end, for TLS has no half-open connections worth keeping."""
     tasks = {asyncio.create_task(_copy(reader, up_writer)), asyncio.create_task(_copy(up_reader, writer))}
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    finally:  # also when a stop cancels the wait for the copies
         await _close(up_writer)
 
 

@@ -42,13 +42,15 @@ class DiskOptions:
     """One campaign."""
 
     points: int = 3_000
-    """Failures in all."""
+    """Failures in all; not used with ``every``."""
     seed: int = 0
     """Of the workloads."""
     mutants: bool = False
     """Also show that the planted bugs are caught."""
     folder: Path | None = None
     """Where the stores lie; default: memory."""
+    every: bool = False
+    """Instead of a sample: each call of one orderly life from each start, with EIO and, if it needs room, ENOSPC."""
 
 
 class FailAt(Witness):
@@ -96,11 +98,12 @@ def run_disk(options: DiskOptions) -> dict[str, Any]:
     """
     began = time.monotonic()
     tally, faults, places, caught = Tally(), Counter[str](), Counter[str](), list[Caught]()
-    acks = noticed = 0
+    acks = noticed = shorter = 0
 
     def report() -> dict[str, Any]:
         figures = {
             "points": faults.total(),
+            "shorter": shorter,
             "acks": acks,
             "noticed": noticed,
             "faults": dict(faults.most_common()),
@@ -109,26 +112,43 @@ def run_disk(options: DiskOptions) -> dict[str, Any]:
         return assemble("disk", options.seed, figures, tally, caught, began)
 
     with reporting(report), open_lab(options.folder) as lab:
-        with Meter("disk failures", options.points) as meter:
-            for start, plan, number, fault in experiments(lab, options.seed, options.points):
+        every = list(every_call(lab, options.seed)) if options.every else None
+        points = options.points if every is None else len(every)
+        with Meter("disk failures", points) as meter:
+            for start, plan, number, fault in every or experiments(lab, options.seed, points):
                 handler, ending, findings = fail(lab, start, plan, number, fault)
                 if handler.failed is None:
-                    continue  # this life was shorter than the one that was counted
+                    shorter += 1  # this life was shorter than the one that was counted
+                    continue
                 tally.add(findings, f"start {start.name}, call {number}, {fault} at {place(handler.failed)}")
                 faults[fault] += 1
                 places[place(handler.failed)] += 1
                 acks += len(handler.promised.acks) - len(start.promised.acks)
                 noticed += ending.code == 1
                 meter.step(f"{acks} acknowledged, {tally.broken} broken")
-                if faults.total() >= options.points:
+                if faults.total() >= points:
                     break
         for mutant in mutants_of("disk") if options.mutants else ():
             caught.append(hunt(lab, mutant, options.seed))
     return report()
 
 
-def experiments(lab: Lab, seed: int, points: int) -> Iterator[tuple[Start, Plan, int, str]]:
-    """Yield (start, plan, call number, fault) for ever: every start in turn, one at a time and all at once in turn."""
+Experiment = tuple[Start, Plan, int, str]
+"""(start, plan, call number, fault)."""
+
+
+def every_call(lab: Lab, seed: int) -> Iterator[Experiment]:
+    """Yield each file-changing call of one life from each start, updates one at a time, with EIO and with ENOSPC."""
+    for start in lab.starts:
+        plan = lab.plan(start, next(iter(seeds(seed))), orderly=True)
+        for number, call in enumerate(trial(lab, start, plan), 1):
+            for fault in faults_of(call):
+                if fault in ("EIO", "ENOSPC"):
+                    yield start, plan, number, fault
+
+
+def experiments(lab: Lab, seed: int, points: int) -> Iterator[Experiment]:
+    """Yield experiments for ever: every start in turn, one at a time and all at once in turn."""
     share = max(1, -(-points // (2 * len(lab.starts))))
     for workload in seeds(seed):
         for orderly in (False, True):

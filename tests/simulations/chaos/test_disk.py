@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from share_simulations.chaos import disk
 from share_simulations.chaos.disk import DiskOptions, FailAt, fail, faults_of, hunt, run_disk
-from share_simulations.chaos.lab import Lab, Witness
+from share_simulations.chaos.lab import Lab, Start, Witness
 from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.ptrace import GO, Call, Verdict
-from share_simulations.chaos.scenario import Promised
+from share_simulations.chaos.scenario import Plan, Promised
 from share_simulations.chaos.syscalls import trial
 
 
@@ -22,6 +23,23 @@ def test_every_promise_holds_at_a_sample_of_failures() -> None:
     assert report["points"] == 42
     assert report["noticed"] > 0
     assert set(report["faults"]) <= {"EIO", "ENOSPC", "EDQUOT", "short", "full"}
+
+
+def test_every_means_each_call_of_a_life_from_each_start(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lives: dict[str, list[Call]] = {}
+
+    def recorded(lab: Lab, start: Start, plan: Plan) -> list[Call]:
+        return lives.setdefault(start.name, trial(lab, start, plan))
+
+    monkeypatch.setattr(disk, "trial", recorded)
+    chosen = list(disk.every_call(lab, 6))
+    for start in lab.starts:
+        of_start = [(number, fault) for begun, _, number, fault in chosen if begun is start]
+        calls = lives[start.name]
+        assert [number for number, fault in of_start if fault == "EIO"] == list(range(1, len(calls) + 1))
+        room = [at for at, call in enumerate(calls, 1) if "ENOSPC" in faults_of(call)]
+        assert [number for number, fault in of_start if fault == "ENOSPC"] == room
+        assert len(calls) > 300
 
 
 @pytest.mark.parametrize("where", ["fsync /staging/u-", "fdatasync /journal.db-wal", "fdatasync /anchor"])
