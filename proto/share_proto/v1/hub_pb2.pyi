@@ -14,11 +14,13 @@ class UpdateState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPDATE_STATE_MERGED: _ClassVar[UpdateState]
     UPDATE_STATE_REFUSED: _ClassVar[UpdateState]
     UPDATE_STATE_QUARANTINED: _ClassVar[UpdateState]
+    UPDATE_STATE_FORGOTTEN: _ClassVar[UpdateState]
 UPDATE_STATE_UNSPECIFIED: UpdateState
 UPDATE_STATE_ACCEPTED: UpdateState
 UPDATE_STATE_MERGED: UpdateState
 UPDATE_STATE_REFUSED: UpdateState
 UPDATE_STATE_QUARANTINED: UpdateState
+UPDATE_STATE_FORGOTTEN: UpdateState
 
 class SiteSpec(_message.Message):
     __slots__ = ("name", "d_out", "d_in", "sha256")
@@ -61,7 +63,7 @@ class DescribeSpaceResponse(_message.Message):
     def __init__(self, space_id: _Optional[str] = ..., backbone: _Optional[str] = ..., sites: _Optional[_Iterable[_Union[SiteSpec, _Mapping]]] = ..., version: _Optional[int] = ..., k_max: _Optional[int] = ..., tau: _Optional[float] = ..., rank_limit: _Optional[int] = ..., max_payload_bytes: _Optional[int] = ..., signer_certificate_pem: _Optional[bytes] = ..., oldest_base_version: _Optional[int] = ...) -> None: ...
 
 class SubmitHeader(_message.Message):
-    __slots__ = ("update_id", "space_id", "task_id", "create", "payload_size", "payload_sha256", "lease_id", "rows", "offset", "sharing", "schema_sha256")
+    __slots__ = ("update_id", "space_id", "task_id", "create", "payload_size", "payload_sha256", "lease_id", "rows", "offset", "sharing", "schema_sha256", "sequence", "signature", "privacy")
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +75,9 @@ class SubmitHeader(_message.Message):
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     SHARING_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     update_id: str
     space_id: str
     task_id: str
@@ -84,7 +89,10 @@ class SubmitHeader(_message.Message):
     offset: int
     sharing: TaskSharing
     schema_sha256: str
-    def __init__(self, update_id: _Optional[str] = ..., space_id: _Optional[str] = ..., task_id: _Optional[str] = ..., create: bool = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., lease_id: _Optional[str] = ..., rows: _Optional[int] = ..., offset: _Optional[int] = ..., sharing: _Optional[_Union[TaskSharing, _Mapping]] = ..., schema_sha256: _Optional[str] = ...) -> None: ...
+    sequence: int
+    signature: bytes
+    privacy: str
+    def __init__(self, update_id: _Optional[str] = ..., space_id: _Optional[str] = ..., task_id: _Optional[str] = ..., create: bool = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., lease_id: _Optional[str] = ..., rows: _Optional[int] = ..., offset: _Optional[int] = ..., sharing: _Optional[_Union[TaskSharing, _Mapping]] = ..., schema_sha256: _Optional[str] = ..., sequence: _Optional[int] = ..., signature: _Optional[bytes] = ..., privacy: _Optional[str] = ...) -> None: ...
 
 class TaskSharing(_message.Message):
     __slots__ = ("open", "organisations")
@@ -141,7 +149,7 @@ class GetUpdateResponse(_message.Message):
     def __init__(self, update: _Optional[_Union[UpdateRecord, _Mapping]] = ...) -> None: ...
 
 class UpdateRecord(_message.Message):
-    __slots__ = ("update_id", "ingest_seq", "member", "task_id", "state", "reason", "base_version", "version", "staleness", "bytes", "received_unix_ms", "relative_error", "payload_sha256")
+    __slots__ = ("update_id", "ingest_seq", "member", "task_id", "state", "reason", "base_version", "version", "staleness", "bytes", "received_unix_ms", "relative_error", "payload_sha256", "signer", "sequence", "signature", "privacy")
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     INGEST_SEQ_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +163,10 @@ class UpdateRecord(_message.Message):
     RECEIVED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIGNER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_FIELD_NUMBER: _ClassVar[int]
     update_id: str
     ingest_seq: int
     member: str
@@ -168,7 +180,11 @@ class UpdateRecord(_message.Message):
     received_unix_ms: int
     relative_error: float
     payload_sha256: str
-    def __init__(self, update_id: _Optional[str] = ..., ingest_seq: _Optional[int] = ..., member: _Optional[str] = ..., task_id: _Optional[str] = ..., state: _Optional[_Union[UpdateState, str]] = ..., reason: _Optional[str] = ..., base_version: _Optional[int] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., bytes: _Optional[_Union[PayloadBytes, _Mapping]] = ..., received_unix_ms: _Optional[int] = ..., relative_error: _Optional[float] = ..., payload_sha256: _Optional[str] = ...) -> None: ...
+    signer: str
+    sequence: int
+    signature: bytes
+    privacy: str
+    def __init__(self, update_id: _Optional[str] = ..., ingest_seq: _Optional[int] = ..., member: _Optional[str] = ..., task_id: _Optional[str] = ..., state: _Optional[_Union[UpdateState, str]] = ..., reason: _Optional[str] = ..., base_version: _Optional[int] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., bytes: _Optional[_Union[PayloadBytes, _Mapping]] = ..., received_unix_ms: _Optional[int] = ..., relative_error: _Optional[float] = ..., payload_sha256: _Optional[str] = ..., signer: _Optional[str] = ..., sequence: _Optional[int] = ..., signature: _Optional[bytes] = ..., privacy: _Optional[str] = ...) -> None: ...
 
 class PayloadBytes(_message.Message):
     __slots__ = ("coefficients", "directions", "heads", "envelope")

@@ -67,6 +67,10 @@ def update_record(row: UpdateRow) -> hub_pb2.UpdateRecord:
         received_unix_ms=row.received_ms,
         relative_error=row.relative_error,
         payload_sha256=new.sha256,
+        signer=new.signer,
+        sequence=new.sequence,
+        signature=new.signature,
+        privacy=new.privacy,
     )
 
 

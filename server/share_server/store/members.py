@@ -42,9 +42,23 @@ def enrol_member(journal: Journal, row: MemberRow, node_key: bytes, nonce: str, 
             "enrolled_ms = excluded.enrolled_ms",
             (row.member, row.role, row.key_sha256, row.certificate, now_ms),
         )
+        keep_certificate(journal, row.key_sha256, row.member, row.certificate, now_ms)
         _replace_node(journal, row.member, node_key)
         body = {"member": row.member, "role": row.role, "key_sha256": row.key_sha256, "at_ms": now_ms}
         journal.append_entry("enrolled", body)
+
+
+def keep_certificate(journal: Journal, key_sha256: str, member: str, certificate: bytes, now_ms: int) -> None:
+    """Record a certificate that was issued, inside a transaction: signatures are checked with it for ever."""
+    journal.change(
+        "INSERT INTO certificates VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", (key_sha256, member, certificate, now_ms)
+    )
+
+
+def certificates_of(journal: Journal, key_sha256: str) -> list[bytes]:
+    """Return every certificate (PEM) that was issued over a key, the oldest first."""
+    query = "SELECT certificate FROM certificates WHERE key_sha256 = ? ORDER BY issued_ms"
+    return [row["certificate"] for row in journal.rows(query, (key_sha256,))]
 
 
 def list_members(journal: Journal) -> list[MemberRow]:

@@ -21,6 +21,8 @@ class UpdateState(Enum):
     """Durable, but it could not be merged."""
     QUARANTINED = "QUARANTINED"
     """Durable, set aside until the operator decides."""
+    FORGOTTEN = "FORGOTTEN"
+    """Taken out again with everything that it did; its payload is gone."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,14 @@ class NewUpdate:
     """Who may contribute to the task that it creates."""
     schema_sha256: str = ""
     """Digest of the task's label schema; empty if it is not told."""
+    signer: str = ""
+    """SHA-256 of the PEM of the public key it is signed with; empty for updates of format 2 and before."""
+    sequence: int = 0
+    """The signer's own count of what it has signed, from 1; 0 for updates of format 2 and before."""
+    signature: bytes = b""
+    """The signer's signature; empty for updates of format 2 and before."""
+    privacy: str = ""
+    """What it declares of noise and clipping, as canonical JSON; empty if nothing."""
 
     @property
     def organisation(self) -> str:
@@ -111,6 +121,8 @@ class UpdateRow:
     """Its ambient factors, where the bases it was expressed in are no longer kept."""
     original_size: int = 0
     """Bytes of that payload, or 0."""
+    released: bool = False
+    """Whether the operator let it out of quarantine: filters do not hold it again."""
 
 
 @dataclass(frozen=True)

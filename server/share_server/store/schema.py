@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Written as ``user_version``. An older store is brought forward by :data:`MIGRATIONS`, a newer one is refused."""
 
 APPLICATION_ID = 0x66736872
@@ -10,15 +10,14 @@ APPLICATION_ID = 0x66736872
 
 _META = "INSERT INTO meta VALUES ('transactions', '0');"
 
-_UPDATES = """
-CREATE TABLE updates (
+_UPDATE_COLUMNS = """
   update_id TEXT PRIMARY KEY,
   ingest_seq INTEGER NOT NULL UNIQUE,
   entry_seq INTEGER NOT NULL UNIQUE REFERENCES entries (seq),
   member TEXT NOT NULL,
   organisation TEXT NOT NULL,
   task_id TEXT NOT NULL REFERENCES tasks (task_id),
-  state TEXT NOT NULL CHECK (state IN ('ACCEPTED', 'MERGED', 'REFUSED', 'QUARANTINED')),
+  state TEXT NOT NULL CHECK (state IN ({states})),
   reason TEXT NOT NULL DEFAULT '',
   base_version INTEGER NOT NULL CHECK (base_version >= 0),
   version INTEGER NOT NULL DEFAULT 0 CHECK ((state = 'MERGED') = (version > 0)),
@@ -33,14 +32,49 @@ CREATE TABLE updates (
   received_ms INTEGER NOT NULL,
   relative_error REAL NOT NULL DEFAULT 0,
   original_sha256 TEXT,
-  original_size INTEGER NOT NULL DEFAULT 0
+  original_size INTEGER NOT NULL DEFAULT 0"""
+
+_STATES_2 = "'ACCEPTED', 'MERGED', 'REFUSED', 'QUARANTINED'"
+_UPDATES_2 = f"CREATE TABLE updates ({_UPDATE_COLUMNS.format(states=_STATES_2)}\n) STRICT;\n"
+
+_STATES = f"{_STATES_2}, 'FORGOTTEN'"
+_UPDATES = f"""
+CREATE TABLE updates ({_UPDATE_COLUMNS.format(states=_STATES)},
+  signer TEXT NOT NULL DEFAULT '',
+  sequence INTEGER NOT NULL DEFAULT 0,
+  signature BLOB NOT NULL DEFAULT x'',
+  privacy TEXT NOT NULL DEFAULT '',
+  released INTEGER NOT NULL DEFAULT 0 CHECK (released IN (0, 1))
 ) STRICT;
 """
 
-_UPDATE_INDEXES = """
+_UPDATE_INDEXES_2 = """
 CREATE INDEX updates_waiting ON updates (ingest_seq) WHERE state = 'ACCEPTED';
 CREATE INDEX updates_of_task ON updates (task_id, version);
 CREATE INDEX updates_of_version ON updates (version) WHERE version > 0;
+"""
+
+_UPDATE_INDEXES = f"""{_UPDATE_INDEXES_2}
+CREATE UNIQUE INDEX updates_signed ON updates (signer, sequence) WHERE sequence > 0;
+"""
+
+_CERTIFICATES = """
+CREATE TABLE certificates (
+  key_sha256 TEXT NOT NULL CHECK (length(key_sha256) = 64),
+  member TEXT NOT NULL,
+  certificate BLOB NOT NULL,
+  issued_ms INTEGER NOT NULL,
+  PRIMARY KEY (key_sha256, issued_ms)
+) STRICT;
+"""
+
+_PRIVACY = """
+CREATE TABLE privacy (
+  task_id TEXT PRIMARY KEY REFERENCES tasks (task_id),
+  events TEXT NOT NULL,
+  delta REAL NOT NULL,
+  epsilon REAL NOT NULL
+) STRICT;
 """
 
 _VERSIONS = """
@@ -123,7 +157,7 @@ CREATE TABLE traffic (
   down_deltas INTEGER NOT NULL DEFAULT 0,
   down_snapshots INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-"""
+{_CERTIFICATES}{_PRIVACY}"""
 
 MIGRATIONS = {
     1: f"""
@@ -134,7 +168,7 @@ ALTER TABLE updates RENAME TO updates_1;
 ALTER TABLE versions RENAME TO versions_1;
 DROP INDEX updates_waiting;
 DROP INDEX updates_of_task;
-{_UPDATES}{_VERSIONS}
+{_UPDATES_2}{_VERSIONS}
 INSERT INTO updates
   SELECT update_id, ingest_seq, entry_seq, member, organisation, task_id, state, reason, base_version, version, sha256,
     size, coefficients, directions, heads, envelope, lease_id, rows, received_ms, relative_error, NULL, 0
@@ -145,6 +179,16 @@ INSERT INTO versions
   FROM versions_1;
 DROP TABLE versions_1;
 DROP TABLE updates_1;
-{_UPDATE_INDEXES}"""
+{_UPDATE_INDEXES_2}""",
+    2: f"""
+ALTER TABLE updates RENAME TO updates_2;
+DROP INDEX updates_waiting;
+DROP INDEX updates_of_task;
+DROP INDEX updates_of_version;
+{_UPDATES}
+INSERT INTO updates SELECT *, '', 0, x'', '', 0 FROM updates_2;
+DROP TABLE updates_2;
+{_UPDATE_INDEXES}{_CERTIFICATES}{_PRIVACY}
+INSERT INTO certificates SELECT key_sha256, member, certificate, enrolled_ms FROM members;""",
 }
 """Statements that bring a store of each older format to the next one, run in one transaction."""

@@ -232,7 +232,10 @@ def sharing_to_text(sharing: Sharing) -> str:
 
 def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str | int]:
     """Return what the hash chain says of an accepted update."""
+    signed = {"signer": new.signer, "sequence": new.sequence, "signature": new.signature.hex()}
     return {
+        **(signed if new.signature else {}),
+        **({"privacy": new.privacy} if new.privacy else {}),
         "update_id": new.update_id,
         "ingest_seq": ingest_seq,
         "member": new.member,
@@ -259,6 +262,10 @@ def _update(row: sqlite3.Row) -> UpdateRow:
         envelope=row["envelope"],
         lease_id=row["lease_id"],
         rows=row["rows"],
+        signer=row["signer"],
+        sequence=row["sequence"],
+        signature=row["signature"],
+        privacy=row["privacy"],
     )
     return UpdateRow(
         new=new,
@@ -271,4 +278,5 @@ def _update(row: sqlite3.Row) -> UpdateRow:
         relative_error=row["relative_error"],
         original_sha256=row["original_sha256"],
         original_size=row["original_size"],
+        released=bool(row["released"]),
     )

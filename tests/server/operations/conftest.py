@@ -23,7 +23,7 @@ from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig, read_config
 from share_server.layout import Layout
 from share_server.local import Holder, LocalHub, submit_header, submit_messages
-from share_server.provision import create_server, free_ports
+from share_server.provision import create_server, free_ports, renew_certificates
 from share_server.store.pages import PageSums
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -179,15 +179,21 @@ def run_command(
 
 @pytest.fixture
 def older_server(tmp_path: Path) -> Callable[[str], Path]:
-    """Return a function (name) -> server directory around a store of format 1 that an older release has written."""
+    """Return a function (name) -> server directory around a store that an older release has written."""
 
     def unpack(name: str) -> Path:
         with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
             archive.extractall(tmp_path / "golden", filter="data")
-        root, ports = tmp_path / name, free_ports(3)
+        golden, root, ports = tmp_path / "golden" / name, tmp_path / name, free_ports(3)
         config = ServerConfig(hub_port=ports[0], enrol_port=ports[1], gateway_port=ports[2])
-        create_server(Layout(root), config, read_spec(tmp_path / "golden" / name / "space.toml"), datetime.now(UTC))
-        shutil.copytree(tmp_path / "golden" / name / "store", root / "store")
+        create_server(Layout(root), config, read_spec(golden / "space.toml"), datetime.now(UTC))
+        if (golden / "ca").exists():  # its versions are signed: the authority and the key go with them
+            for path in (root / "tls").glob("*.pem"):
+                path.unlink()
+            shutil.copytree(golden, root, dirs_exist_ok=True)
+            renew_certificates(Layout(root), config, datetime.now(UTC))
+        else:
+            shutil.copytree(golden / "store", root / "store")
         return root
 
     return unpack
