@@ -232,7 +232,7 @@ def sharing_to_text(sharing: Sharing) -> str:
 
 def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str | int]:
     """Return what the hash chain says of an accepted update."""
-    signed = {"signer": new.signer, "sequence": new.sequence, "signature": new.signature.hex()}
+    signed: dict[str, str | int] = {"signer": new.signer, "sequence": new.sequence, "signature": new.signature.hex()}
     return {
         **(signed if new.signature else {}),
         **({"privacy": new.privacy} if new.privacy else {}),
