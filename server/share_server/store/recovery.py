@@ -177,7 +177,8 @@ def row_problems(
         as_before = update.version == merged.get(name, 0) and (update.state is UpdateState.REFUSED) == (
             name in chained["refused"]
         )
-        if not (update.state is UpdateState.FORGOTTEN if name in forgotten else as_before):
+        gone = update.state is UpdateState.FORGOTTEN
+        if gone != (name in forgotten) or not (gone or as_before):
             yield f"update {name} is {update.state.value}, which was not chained"
     for version in versions:
         body, _ = chained["version"].get(version.version, ({}, ""))
