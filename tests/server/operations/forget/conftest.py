@@ -51,6 +51,8 @@ CONFIG = ServerConfig(
 )
 """Some versions of a long history are collected on the way: some originals are written before anybody is forgotten."""
 
+SEED = 20
+"""Under it a short past, too, holds everything that makes a difference; see :func:`lived`."""
 MEMBERS = ("acme/alice", "bolt/bob", "cord/cid", "cord/dan")
 SHARED = "cord/shared"
 
@@ -145,14 +147,14 @@ async def _merge_waiting(engine: Engine) -> None:
         await engine.collector.collect()
 
 
-def _live(past: Past, groups: int, draw: random.Random) -> None:
+def _live(past: Past, groups: int, draw: random.Random, every: int) -> None:
     """Let members of three organisations submit, in stale bases, several at once, to their own tasks and one of all."""
 
     def group(oldest: int, newest: int) -> list[tuple[NewUpdate, bytes]]:
         found: list[tuple[NewUpdate, bytes]] = []
-        for member in draw.sample(MEMBERS, draw.choice((1, 1, 1, 1, 3))):
+        for member in draw.sample(MEMBERS, 4 if draw.randrange(every) == 0 else 1):
             organisation = member.split("/")[0]
-            task = draw.choice((SHARED, f"{organisation}/a", f"{organisation}/b"))
+            task = draw.choice((SHARED, SHARED, f"{organisation}/a", f"{organisation}/b"))
             base = max(oldest, newest - draw.randrange(6))
             payload = _payload(draw.randrange(2**40), past.spaces[base] if base else None)
             if task == SHARED or task not in {new.task_id for new, _ in found}:  # as one version can take them
@@ -175,11 +177,14 @@ def _live(past: Past, groups: int, draw: random.Random) -> None:
     past.open(work)
 
 
-def _lived(root: Path, versions: int, config: ServerConfig = CONFIG) -> Past:
-    """Make a server with ``versions`` versions, one of them rebuilt, evaluations, updates that wait, and an upload."""
-    past, draw = Past(Layout(root), config), random.Random(versions)
+def _lived(root: Path, versions: int, config: ServerConfig = CONFIG, every: int = 4) -> Past:
+    """Make a server with ``versions`` versions, one of them rebuilt, evaluations, updates that wait, and an upload.
+
+    About one version in ``every`` takes several updates.
+    """
+    past, draw = Past(Layout(root), config), random.Random(SEED)
     create_server(past.layout, config, SPEC, datetime.now(UTC))
-    _live(past, versions // 2, draw)
+    _live(past, versions // 2, draw, every)
     assert rebuild(past.layout, REBUILT).version == versions // 2 + 1
     past.groups.append([])
     past.spec = replace(SPEC, k_max=REBUILT)
@@ -188,7 +193,7 @@ def _lived(root: Path, versions: int, config: ServerConfig = CONFIG) -> Past:
         past.spaces.append(engine.feed.state.space)
 
     past.open(look)
-    _live(past, versions - versions // 2 - 1, draw)
+    _live(past, versions - versions // 2 - 1, draw, every)
 
     async def wait(engine: Engine) -> None:
         for member in ("acme/alice", "cord/cid", "dusk/eve"):
@@ -204,18 +209,6 @@ def _lived(root: Path, versions: int, config: ServerConfig = CONFIG) -> Past:
 
     past.open(wait)
     return past
-
-
-@pytest.fixture(scope="module")
-def lived(tmp_path_factory: pytest.TempPathFactory) -> Past:
-    """A short past, to copy."""
-    return _lived(tmp_path_factory.mktemp("lived") / "server", 14)
-
-
-@pytest.fixture
-def past(lived: Past, tmp_path: Path) -> Past:
-    """A copy of it, to forget in."""
-    return lived.copy(tmp_path / "server")
 
 
 def _replayed(past: Past, root: Path, *names: str) -> tuple[bytes, dict[str, TaskLedger]]:
@@ -239,9 +232,7 @@ def _replayed(past: Past, root: Path, *names: str) -> tuple[bytes, dict[str, Tas
                     engine.feed.publish(HubState(replace(state.space, version=version), state.ledger))
                 for new, payload in rest:
                     await _take(engine, new, payload)
-                    original = past.meant(new, payload)
-                    digest = await engine.store.io(lambda original=original: engine.store.blobs.put(original))
-                    await engine.store.do(lambda journal, new=new, digest=digest: _keep(journal, new.update_id, digest))
+                    await _keep_original(engine, new.update_id, past.meant(new, payload))
                 await _merge_waiting(engine)
                 assert engine.feed.version == version
             state = engine.feed.state
@@ -258,9 +249,14 @@ def _move_head(journal: Journal) -> None:
         journal.change("UPDATE head SET version = version + 1")
 
 
-def _keep(journal: Journal, update_id: str, digest: str) -> None:
-    with journal.transaction():
-        keep_original(journal, update_id, digest, 1)
+async def _keep_original(engine: Engine, update_id: str, original: bytes) -> None:
+    digest = await engine.store.io(lambda: engine.store.blobs.put(original))
+
+    def keep(journal: Journal) -> None:
+        with journal.transaction():
+            keep_original(journal, update_id, digest, len(original))
+
+    await engine.store.do(keep)
 
 
 def _broken(past: Past, expected: tuple[bytes, Mapping[str, TaskLedger]], *names: str) -> list[str]:
@@ -313,6 +309,29 @@ def _traces(past: Past, *names: str) -> list[str]:
         if any(tail in data for tail in tails):
             found.append(f"{path.relative_to(past.layout.root)} holds what was forgotten")
     return found
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Past:
+    """A short past, to copy: without cord some versions are empty, some take several, and others share a task."""
+    past = _lived(tmp_path_factory.mktemp("lived") / "server", 14)
+    rest = [[new for new, _ in group if new.organisation != "cord"] for group in past.groups]
+    assert sum(bool(group) and not left for group, left in zip(past.groups, rest, strict=True)) > 1
+    assert sum(len({new.task_id for new in left}) > 1 for left in rest) > 1
+    assert {new.organisation for left in rest[8:] for new in left if new.task_id == SHARED} == {"acme", "bolt"}
+    return past
+
+
+@pytest.fixture(scope="module")
+def expected(lived: Past, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, TaskLedger]]:
+    """What that past is without cord."""
+    return _replayed(lived, tmp_path_factory.mktemp("fresh") / "store", "cord")
+
+
+@pytest.fixture
+def past(lived: Past, tmp_path: Path) -> Past:
+    """A copy of it, to forget in."""
+    return lived.copy(tmp_path / "server")
 
 
 @pytest.fixture(scope="session")
