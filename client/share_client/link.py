@@ -53,6 +53,8 @@ class HubLink:
 
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
+        self.credentials = credentials
+        """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
         self._channel = open_channel(address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
@@ -87,18 +89,7 @@ class HubLink:
             FedshareError: the hub's refusal, or UnavailableError when no answer came; then the update may or
                 may not be durable, and sending the same update id again is right in both cases.
         """
-        header = hub_pb2.SubmitHeader(
-            update_id=submission.update_id,
-            space_id=submission.space_id,
-            task_id=submission.task_id,
-            create=submission.create,
-            payload_size=submission.payload_size,
-            payload_sha256=submission.payload_sha256,
-            lease_id=submission.lease_id,
-            rows=submission.rows,
-            offset=offset,
-        )
-
+        header = submission.header(offset)
         admitted = threading.Event()
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:

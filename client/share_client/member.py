@@ -3,7 +3,7 @@
 ::
 
     CDIR/member.json            member, addresses, space id, node id
-    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode)
+    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode), sequence.json
     CDIR/outbox/<update id>/    trained and not yet merged; outbox/refused/ holds what the hub will not take
     CDIR/tasks/<task>/          private heads, history.jsonl, record.json
     CDIR/cache/                 a version of the space, to rejoin without downloading all again
@@ -78,6 +78,11 @@ class ClientLayout:
     def node_public_key(self) -> Path:
         """Public half of the node key, PEM."""
         return self.identity / "node.pub"
+
+    @property
+    def sequence(self) -> Path:
+        """The number of what was signed last."""
+        return self.identity / "sequence.json"
 
     @property
     def outbox(self) -> Path:

@@ -22,6 +22,7 @@ from share_core.identity.authority import (
 )
 from share_core.identity.manifest import Manifest, ManifestVerifier, SignedManifest, parse_manifest, sign_manifest
 from share_core.identity.names import ROLES, Identity, parse_identity_uri
+from share_core.identity.statement import UpdateStatement, check_update_signature, sign_update, statement_of
 from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, token_decode, token_encode
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "Manifest",
     "ManifestVerifier",
     "SignedManifest",
+    "UpdateStatement",
     "certificate_fingerprint",
     "certificate_to_der",
     "certificate_to_pem",
     "check_token",
+    "check_update_signature",
     "check_validity",
     "identity_of",
     "make_authority",
@@ -49,6 +52,8 @@ __all__ = [
     "public_key_pem_of_certificate",
     "sign_csr",
     "sign_manifest",
+    "sign_update",
+    "statement_of",
     "token_decode",
     "token_encode",
     "verified_signer_key",

@@ -48,6 +48,11 @@ def public_key_pem_of_certificate(certificate: bytes) -> bytes:
     return _public_pem(key)
 
 
+def sign_bytes(key_pem: bytes, message: bytes) -> bytes:
+    """Return the ECDSA signature (SHA-256, DER) of ``message`` by an EC private key (PEM)."""
+    return _load_key(key_pem).sign(message, ec.ECDSA(hashes.SHA256()))
+
+
 def make_authority(common_name: str, now: datetime) -> tuple[bytes, bytes]:
     """Return (certificate PEM, private key PEM) of a new authority that lives :data:`AUTHORITY_DAYS`."""
     key_pem = new_private_key_pem()

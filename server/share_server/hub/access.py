@@ -69,6 +69,11 @@ class Caller:
         """The organisation that answers for it."""
         return self.identity.organisation
 
+    @property
+    def signer(self) -> str:
+        """Hexadecimal SHA-256 of the public key in the certificate, by which what it signs is remembered."""
+        return _read(self.certificate)[1]
+
 
 CALLER: ContextVar[Caller] = ContextVar("caller")
 """The caller of the RPC that the current task serves; set by the interceptor."""

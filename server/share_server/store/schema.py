@@ -44,7 +44,8 @@ CREATE TABLE updates ({_UPDATE_COLUMNS.format(states=_STATES)},
   sequence INTEGER NOT NULL DEFAULT 0,
   signature BLOB NOT NULL DEFAULT x'',
   privacy TEXT NOT NULL DEFAULT '',
-  released INTEGER NOT NULL DEFAULT 0 CHECK (released IN (0, 1))
+  released INTEGER NOT NULL DEFAULT 0 CHECK (released IN (0, 1)),
+  terms TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
 
@@ -186,7 +187,7 @@ DROP INDEX updates_waiting;
 DROP INDEX updates_of_task;
 DROP INDEX updates_of_version;
 {_UPDATES}
-INSERT INTO updates SELECT *, '', 0, x'', '', 0 FROM updates_2;
+INSERT INTO updates SELECT *, '', 0, x'', '', 0, '' FROM updates_2;
 DROP TABLE updates_2;
 {_UPDATE_INDEXES}{_CERTIFICATES}{_PRIVACY}
 INSERT INTO certificates SELECT key_sha256, member, certificate, enrolled_ms FROM members;""",
