@@ -317,6 +317,8 @@ def read_deltas(stream: Iterable[hub_pb2.FollowVersionsResponse]) -> Iterator[tu
         part = message.WhichOneof("part")
         if part == "snapshot_required":
             return
+        if part == "heartbeat":
+            continue
         if part == "delta":
             header, payload = message.delta, bytearray(message.delta.data)
         else:

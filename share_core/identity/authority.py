@@ -202,6 +202,26 @@ def identity_of(certificate: bytes) -> Identity:
     return parse_identity_uri(uris[0])
 
 
+def issued_identity(ca_cert: bytes, certificate: bytes) -> Identity:
+    """Return who a member's certificate (PEM or DER) names, after checking that the authority (PEM) has issued it.
+
+    Whether it is valid now is not asked: what its holder signed stays signed.
+
+    Raises:
+        CertificateError: another issuer, or it is no member's certificate.
+    """
+    try:
+        _load(certificate).verify_directly_issued_by(_load(ca_cert))
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise CertificateError("the certificate is not one of this federation's authority") from error
+    return identity_of(certificate)
+
+
+def serial_of(certificate: bytes) -> str:
+    """Return the serial number of ``certificate`` (PEM or DER), hexadecimal."""
+    return f"{_load(certificate).serial_number:x}"
+
+
 def check_validity(certificate: bytes, now: datetime) -> None:
     """Raise CertificateError if ``now`` lies outside the life of ``certificate`` (PEM or DER)."""
     loaded = _load(certificate)

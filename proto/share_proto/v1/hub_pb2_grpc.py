@@ -95,6 +95,11 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.FromString,
                 _registered_method=True)
+        self.ListCertificates = channel.unary_unary(
+                '/share_proto.v1.Hub/ListCertificates',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.FromString,
+                _registered_method=True)
         self.Backup = channel.unary_stream(
                 '/share_proto.v1.Hub/Backup',
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.BackupRequest.SerializeToString,
@@ -193,6 +198,13 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCertificates(self, request, context):
+        """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Backup(self, request, context):
         """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves.
         """
@@ -262,6 +274,11 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.GetRoster,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.SerializeToString,
+            ),
+            'ListCertificates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCertificates,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.SerializeToString,
             ),
             'Backup': grpc.unary_stream_rpc_method_handler(
                     servicer.Backup,
@@ -594,6 +611,33 @@ class Hub(object):
             '/share_proto.v1.Hub/GetRoster',
             share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCertificates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/ListCertificates',
+            share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,8 @@ class HubStub:
     """GetStatus gives the counters of the hub."""
     GetRoster: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    ListCertificates: _grpc.UnaryUnaryMultiCallable[_hub_pb2.ListCertificatesRequest, _hub_pb2.ListCertificatesResponse]
+    """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
     Backup: _grpc.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
 
@@ -106,6 +108,8 @@ class HubAsyncStub(HubStub):
     """GetStatus gives the counters of the hub."""
     GetRoster: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]  # type: ignore[assignment]
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    ListCertificates: _aio.UnaryUnaryMultiCallable[_hub_pb2.ListCertificatesRequest, _hub_pb2.ListCertificatesResponse]  # type: ignore[assignment]
+    """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
     Backup: _aio.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]  # type: ignore[assignment]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
 
@@ -212,6 +216,14 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hub_pb2.GetRosterResponse, _abc.Awaitable[_hub_pb2.GetRosterResponse]]:
         """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+
+    @_abc_1.abstractmethod
+    def ListCertificates(
+        self,
+        request: _hub_pb2.ListCertificatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.ListCertificatesResponse, _abc.Awaitable[_hub_pb2.ListCertificatesResponse]]:
+        """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
 
     @_abc_1.abstractmethod
     def Backup(

@@ -38,6 +38,7 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/ListEvaluations": MEMBER_ROLES | {"operator"},
     "/share_proto.v1.Hub/GetStatus": _EVERYBODY,
     "/share_proto.v1.Hub/GetRoster": frozenset({"relay"}),
+    "/share_proto.v1.Hub/ListCertificates": frozenset({"operator"}),
     "/share_proto.v1.Hub/Backup": frozenset({"operator"}),
     "/share_proto.v1.Fleet/Dispatch": frozenset({"fleet"}),
     "/share_proto.v1.Fleet/CloseLease": frozenset({"trainer"}),

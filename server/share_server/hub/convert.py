@@ -71,6 +71,11 @@ def update_record(row: UpdateRow) -> hub_pb2.UpdateRecord:
         sequence=new.sequence,
         signature=new.signature,
         privacy=new.privacy,
+        lease_id=new.lease_id,
+        rows=new.rows,
+        create=new.create,
+        sharing=hub_pb2.TaskSharing(open=new.sharing.open, organisations=new.sharing.organisations),
+        schema_sha256=new.schema_sha256,
     )
 
 

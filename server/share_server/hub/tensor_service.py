@@ -23,7 +23,7 @@ from share_server.hub.feed import bases_bytes, coefficients
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.operations.backup import backup_running
-from share_server.store.members import list_members
+from share_server.store.members import list_certificates, list_members
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
 from share_server.store.updates import count_states, find_update, list_updates
@@ -168,6 +168,21 @@ class HubService(hub_pb2_grpc.HubServicer):
         return hub_pb2.GetRosterResponse(
             members=[
                 hub_pb2.RosterMember(member=row.member, role=row.role, key_sha256=row.key_sha256, revoked=row.revoked)
+                for row in rows
+            ]
+        )
+
+    async def ListCertificates(
+        self, request: hub_pb2.ListCertificatesRequest, context: Context
+    ) -> hub_pb2.ListCertificatesResponse:
+        """A page of the certificates that were issued, for operators."""
+        after, most = request.after, convert.limit(request.limit, _PAGE)
+        rows = await self._store.do(lambda journal: list_certificates(journal, after, most))
+        return hub_pb2.ListCertificatesResponse(
+            certificates=[
+                hub_pb2.IssuedCertificate(
+                    number=row.number, key_sha256=row.key_sha256, member=row.member, certificate_pem=row.certificate
+                )
                 for row in rows
             ]
         )

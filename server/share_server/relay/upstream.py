@@ -25,6 +25,7 @@ from share_core.errors import (
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.hub import log
 from share_server.hub.access import Roster
+from share_server.hub.streams import Newest
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.relay.home import RelayHome, RelayState
 from share_server.relay.replica import Replica
@@ -77,6 +78,8 @@ class Upstream:
         self._stub: Any = None
         self.description: hub_pb2.DescribeSpaceResponse | None = None
         """What upstream last said about the space, or what was on the disk."""
+        self.newest: Newest | None = None
+        """The hub's last statement of its newest version, verified: passed on as it is."""
         self.roster_members: list[hub_pb2.RosterMember] = []
         """The roster as it travels."""
 
@@ -216,6 +219,9 @@ class Upstream:
                 part = message.WhichOneof("part")
                 if part == "snapshot_required":
                     return True
+                if part == "heartbeat":
+                    self.newest = (self._check().newest(message.heartbeat), message.heartbeat)
+                    continue
                 if part != "delta":
                     raise DigestError("upstream sent a chunk before its header")
                 await self._take_step(message.delta, messages)

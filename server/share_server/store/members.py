@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from share_core.errors import AccessError, RequestError, TokenError
 from share_server.store.journal import Journal
-from share_server.store.records import MemberRow, NodeRow
+from share_server.store.records import CertificateRow, MemberRow, NodeRow
 
 
 def key_digest(public_key_pem: bytes) -> str:
@@ -59,6 +59,17 @@ def certificates_of(journal: Journal, key_sha256: str) -> list[bytes]:
     """Return every certificate (PEM) that was issued over a key, the oldest first."""
     query = "SELECT certificate FROM certificates WHERE key_sha256 = ? ORDER BY issued_ms"
     return [row["certificate"] for row in journal.rows(query, (key_sha256,))]
+
+
+def list_certificates(journal: Journal, after: int, limit: int) -> list[CertificateRow]:
+    """Return up to ``limit`` certificates with a number after ``after``, by number."""
+    rows = journal.rows("SELECT rowid, * FROM certificates WHERE rowid > ? ORDER BY rowid LIMIT ?", (after, limit))
+    return [CertificateRow(row["rowid"], row["key_sha256"], row["member"], row["certificate"]) for row in rows]
+
+
+def all_certificates(journal: Journal) -> list[CertificateRow]:
+    """Return every certificate that was issued, by number."""
+    return list_certificates(journal, 0, -1)
 
 
 def list_members(journal: Journal) -> list[MemberRow]:

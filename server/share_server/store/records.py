@@ -225,6 +225,20 @@ class MemberRow:
 
 
 @dataclass(frozen=True)
+class CertificateRow:
+    """One certificate that was issued."""
+
+    number: int
+    """Place among all certificates."""
+    key_sha256: str
+    """SHA-256 of the PEM of its public key."""
+    member: str
+    """``organisation/name``."""
+    certificate: bytes
+    """PEM."""
+
+
+@dataclass(frozen=True)
 class NodeRow:
     """The Flower node of one member."""
 

@@ -334,6 +334,8 @@ async def follow(server: LocalHub, holder: Holder, book: Book, seed: int) -> Non
                     if part == "snapshot_required":
                         newest = message.snapshot_required.newest_version
                         break
+                    if part == "heartbeat":
+                        continue
                     if part == "delta":
                         header, payload = message.delta, bytearray(message.delta.data)
                     else:
