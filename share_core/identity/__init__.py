@@ -17,12 +17,14 @@ from share_core.identity.authority import (
     not_after,
     public_key_pem,
     public_key_pem_of_certificate,
+    reissue,
+    renewal_moment,
     sign_csr,
     verified_signer_key,
 )
 from share_core.identity.manifest import Manifest, ManifestVerifier, SignedManifest, parse_manifest, sign_manifest
 from share_core.identity.names import ROLES, Identity, parse_identity_uri
-from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, token_decode, token_encode
+from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, check_token_key, token_decode, token_encode
 
 __all__ = [
     "ROLES",
@@ -36,6 +38,7 @@ __all__ = [
     "certificate_to_der",
     "certificate_to_pem",
     "check_token",
+    "check_token_key",
     "check_validity",
     "identity_of",
     "make_authority",
@@ -47,6 +50,8 @@ __all__ = [
     "parse_manifest",
     "public_key_pem",
     "public_key_pem_of_certificate",
+    "reissue",
+    "renewal_moment",
     "sign_csr",
     "sign_manifest",
     "token_decode",
