@@ -24,14 +24,18 @@ from share_server.hub.metrics import Levels, Metrics, count_connections, serve_m
 from share_server.hub.options import HUB_OPTIONS
 from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
 from share_server.hub.streams import Streams
-from share_server.hub.tls import PairFile, server_credentials
+from share_server.hub.tls import PairFile, keep_renewed, server_credentials
 from share_server.relay.home import RelayHome, RelayState, split_address
+from share_server.relay.renewal import renew_relay
 from share_server.relay.replica import Replica
 from share_server.relay.service import RelayGate, RelayService, RelaySource
 from share_server.relay.upstream import Pace, Upstream
 
 RECHECK_S = 5.0
 """Seconds between two looks at the callers of open calls."""
+
+RENEWAL_LOOK_S = 60.0
+"""Seconds between two looks at whether the certificates are due."""
 
 _HEALTH_S = 0.2
 """Seconds between two looks at whether callers would be served."""
@@ -79,6 +83,7 @@ async def serve_relay(
             asyncio.create_task(relay.upstream.run(), name="upstream"),
             asyncio.create_task(_keep_health(relay, ready), name="health"),
             asyncio.create_task(relay.door.keep_looking(RECHECK_S), name="callers"),
+            asyncio.create_task(_keep_renewed(relay, home, state), name="certificates"),
         ]
         asked = asyncio.create_task(stop.wait())
         await asyncio.wait({asked, *working}, return_when=asyncio.FIRST_COMPLETED)
@@ -92,6 +97,10 @@ async def serve_relay(
         await asyncio.gather(asked, *working, return_exceptions=True)
     log.info("stopped", broken=broken)
     return EXIT_FAILED if broken else EXIT_STOPPED
+
+
+async def _keep_renewed(relay: _Relay, home: RelayHome, state: RelayState) -> None:
+    await keep_renewed(lambda: renew_relay(home, state, datetime.now(UTC)), relay.pair, RENEWAL_LOOK_S)
 
 
 async def _build(home: RelayHome, state: RelayState, limits: LimitConfig, pace: Pace) -> _Relay:

@@ -90,7 +90,7 @@ def revoke_member(journal: Journal, member: str, revoked: bool, now_ms: int) -> 
     """
     known = find_member(journal, member)
     if known is None:
-        raise RequestError(f"no member {member[:160]!r} has enrolled here: 'organisation/name' was expected")
+        raise RequestError(f"no member {member[:160]!r} has enrolled here: give the name as organisation/name")
     if known.revoked == revoked:
         return known
     with journal.transaction():
