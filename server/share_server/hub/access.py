@@ -2,8 +2,8 @@
 
 Checked on every single call, not only at the handshake, because a connection outlives certificates: TLS 1.3; a client
 certificate of our authority (TLS has verified the chain); its life; client authentication and exactly one ``share://``
-name; the role's right to the method; and for members that this key is the one they enrolled last and that they are not
-shut out.
+name; the role's right to the method; for members that this key is the one they enrolled last and that they are not shut
+out; and for the server's own tools their very names.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from share_core.errors import AccessError, IdentityError
+from share_core.errors import AccessError, CertificateError, IdentityError
 from share_core.identity import Identity, check_validity, identity_of, public_key_pem_of_certificate
+from share_server.provision import OWN_CERTIFICATES
 from share_server.store.members import check_standing, key_digest
 from share_server.store.records import MemberRow
 
@@ -133,6 +134,8 @@ class Gate:
         check_validity(caller.certificate, self._clock())
         if identity.role in MEMBER_ROLES:
             self._roster.check(identity, key_sha256)
+        elif identity not in OWN_CERTIFICATES.values():
+            raise CertificateError(f"{identity.uri} is none of the server's own tools")
 
 
 def require_tls13(peer: Mapping[str, object]) -> None:
