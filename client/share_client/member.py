@@ -202,6 +202,16 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise ConfigError(
             f"{layout.identity}: identity is incomplete: {error}; enrol again with a new token"
         ) from error
+    check_credentials(layout, credentials, now)
+    return credentials
+
+
+def check_credentials(layout: ClientLayout, credentials: Credentials, now: datetime) -> None:
+    """Check that the parts of an identity can be used, belong together, and have not run out at ``now``.
+
+    Raises:
+        CertificateError: otherwise. The message names the file of ``layout`` in which the part lies, or is to lie.
+    """
     own = _usable(layout.key, lambda: public_key_pem(credentials.key))
     certified = _usable(layout.certificate, lambda: public_key_pem_of_certificate(credentials.certificate))
     _usable(layout.authority, lambda: _check_issued(credentials.authority, credentials.authority))
@@ -216,7 +226,6 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise CertificateError(
             f"{layout.certificate} expired at {end:%Y-%m-%d %H:%M} UTC: ask the operator for a new join token"
         )
-    return credentials
 
 
 def check_node_key(layout: ClientLayout) -> None:

@@ -27,6 +27,7 @@ from share_client.member import ClientLayout, Member, load_credentials, load_mem
 from share_client.outbox import Outbox, Training
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
+from share_client.renewal import kept_renewed
 from share_client.sending import Sender
 from share_client.session_log import SessionLog
 from share_client.signing import SubmissionSigner
@@ -107,6 +108,7 @@ def run_session(
         _only_session(layout, options.lock_s),
         HubLink(address, credentials) as link,
         open_relay(member.follow_address, credentials) as relay,
+        kept_renewed(layout, [link, relay], lambda text: log.write("certificate", reason=text)),
     ):
         try:
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))

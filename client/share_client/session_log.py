@@ -36,6 +36,7 @@ _SENTENCES: Mapping[str, str] = {
     "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",
+    "certificate": "{reason}",
     "tasks": "tasks file cannot be used: {reason}",
     "node": "{reason}",
 }

@@ -483,3 +483,27 @@ class BackupProgress(_message.Message):
     version: int
     finished: bool
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., version: _Optional[int] = ..., finished: bool = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("certificate_pem", "serving_certificate_pem")
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    SERVING_CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    certificate_pem: bytes
+    serving_certificate_pem: bytes
+    def __init__(self, certificate_pem: _Optional[bytes] = ..., serving_certificate_pem: _Optional[bytes] = ...) -> None: ...
+
+class RevokeRequest(_message.Message):
+    __slots__ = ("member", "undo")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    undo: bool
+    def __init__(self, member: _Optional[str] = ..., undo: bool = ...) -> None: ...
+
+class RevokeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

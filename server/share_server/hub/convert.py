@@ -115,7 +115,13 @@ def traffic(row: TrafficRow) -> hub_pb2.MemberTraffic:
 
 def node(row: NodeRow) -> fleet_pb2.Node:
     """Return one node as a message."""
-    return fleet_pb2.Node(member=row.member, public_key_pem=row.public_key, node_id=row.node_id, revoked=row.revoked)
+    return fleet_pb2.Node(
+        member=row.member,
+        public_key_pem=row.public_key,
+        node_id=row.node_id,
+        revoked=row.revoked,
+        key_sha256=row.key_sha256,
+    )
 
 
 def limit(value: int, most: int) -> int:

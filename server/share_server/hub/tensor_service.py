@@ -20,6 +20,7 @@ from share_server.hub.access import CALLER, Caller
 from share_server.hub.clock import now_ms
 from share_server.hub.engine import Engine
 from share_server.hub.feed import bases_bytes, coefficients
+from share_server.hub.membership import Membership
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.operations.backup import backup_running
@@ -40,7 +41,13 @@ class HubService(hub_pb2_grpc.HubServicer):
     """See ``hub.proto`` for what each method promises."""
 
     def __init__(
-        self, spec: SpaceSpec, engine: Engine, streams: Streams, traffic: Traffic, signer_certificate: bytes
+        self,
+        spec: SpaceSpec,
+        engine: Engine,
+        streams: Streams,
+        traffic: Traffic,
+        membership: Membership,
+        signer_certificate: bytes,
     ) -> None:
         self._store = engine.store
         self._spec = spec
@@ -51,6 +58,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self._collector = engine.collector
         self._streams = streams
         self._traffic = traffic
+        self._membership = membership
         self._signer_certificate = signer_certificate
         self._started_ms = now_ms()
 
@@ -192,6 +200,15 @@ class HubService(hub_pb2_grpc.HubServicer):
         async with self._collector.held, aclosing(backup_running(self._store, Path(request.directory))) as steps:
             async for done, total, version in steps:
                 yield hub_pb2.BackupProgress(done=done, total=total, version=version, finished=done == total)
+
+    async def Renew(self, request: hub_pb2.RenewRequest, context: Context) -> hub_pb2.RenewResponse:
+        """A new certificate over the caller's present key."""
+        return await self._membership.renew(CALLER.get())
+
+    async def Revoke(self, request: hub_pb2.RevokeRequest, context: Context) -> hub_pb2.RevokeResponse:
+        """Shut a member out, or let it in again."""
+        await self._membership.revoke(request.member, request.undo)
+        return hub_pb2.RevokeResponse()
 
     def _evaluation(self, caller: Caller, one: hub_pb2.Evaluation) -> EvaluationRow:
         organisation, _ = split_task_id(one.task_id)

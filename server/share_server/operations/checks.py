@@ -169,18 +169,38 @@ def _other_row_problems(
         for number, digest in body["versions"].items() if kind == "signed" else ():
             if int(number) > len(versions) or versions[int(number) - 1].manifest.sha256 != digest:
                 yield f"version {number} has another manifest than was chained"
-    yield from _member_problems(journal, said.get("enrolled", {}))
+    yield from _member_problems(journal, said.get("enrolled", {}), said.get("revoked", {}))
+    yield from _certificate_problems(journal, entries)
     yield from _task_problems(journal, updates, said.get("shared", {}))
 
 
-def _member_problems(journal: ReadJournal, enrolled: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+def _member_problems(
+    journal: ReadJournal, enrolled: Mapping[str, dict[str, Any]], revoked: Mapping[str, dict[str, Any]]
+) -> Iterator[str]:
     members = list_members(journal)
     for member in members:
         body = enrolled.get(member.member, {})
         if (body.get("role"), body.get("key_sha256")) != (member.role, member.key_sha256):
             yield f"member {member.member} has another key or role than it enrolled with"
+        if tuple(body.get("hosts", ())) != member.hosts:
+            yield f"member {member.member} may serve under other names than it enrolled with"
+        if revoked.get(member.member, {}).get("revoked", False) != member.revoked:
+            yield f"member {member.member} is {'' if member.revoked else 'not '}shut out, which was not chained"
     if len(members) != len(enrolled):
         yield f"the journal has {len(members)} members, but {len(enrolled)} were enrolled"
+
+
+def _certificate_problems(journal: ReadJournal, entries: Entries) -> Iterator[str]:
+    """Compare each member's certificate with the last one that was chained, by its enrolment or a renewal."""
+    last = {
+        body["member"]: body.get("certificate_sha256")  # enrolments of format 2 and before do not tell it
+        for kind, body, _ in entries.values()
+        if kind in {"enrolled", "renewed"}
+    }
+    for member in list_members(journal):
+        digest = hashlib.sha256(member.certificate).hexdigest()
+        if last.get(member.member) not in {None, digest}:
+            yield f"member {member.member} has another certificate than was chained"
 
 
 def _task_problems(

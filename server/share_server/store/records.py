@@ -222,6 +222,8 @@ class MemberRow:
     """Its newest certificate, PEM."""
     revoked: bool
     """Whether it is shut out."""
+    hosts: tuple[str, ...] = ()
+    """Names and addresses under which a relay may serve; empty for every other role."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ class NodeRow:
     """Flower's id; 0 until registered."""
     revoked: bool
     """Whether its member is shut out."""
+    key_sha256: str
+    """SHA-256 of the PEM of the public key in its member's certificate."""
 
 
 @dataclass(frozen=True)
