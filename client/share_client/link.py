@@ -25,6 +25,9 @@ from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
 
 _T = TypeVar("_T")
 
+OLD_CALLS_S = 60.0
+"""Seconds that calls under way have when the identity was renewed."""
+
 _UPLOAD_FLOOR = 100_000
 """Bytes per second below which an upload is given up and begun again."""
 
@@ -53,10 +56,28 @@ class HubLink:
 
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
+        self.credentials = credentials
+        """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
-        self._channel = open_channel(address, credentials)
+        self._old: list[tuple[threading.Timer, grpc.Channel]] = []
+        self._open(credentials)
+
+    def _open(self, credentials: Credentials) -> None:
+        self._channel = open_channel(self.address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+
+    def use(self, credentials: Credentials, grace_s: float = OLD_CALLS_S) -> None:
+        """Make every call from now on over a new connection with ``credentials``, our renewed identity.
+
+        Calls under way go on over the old one, which is closed after ``grace_s`` seconds: a stream that is still open
+        ends then as if the connection was lost, and those who need it open it again.
+        """
+        timer = threading.Timer(grace_s, self._channel.close)
+        timer.daemon = True
+        self._old.append((timer, self._channel))
+        self._open(credentials)
+        timer.start()
 
     def __enter__(self) -> Self:
         return self
@@ -68,6 +89,9 @@ class HubLink:
 
     def close(self) -> None:
         """Close the channel; calls under way end as cancelled."""
+        for timer, channel in self._old:
+            timer.cancel()
+            channel.close()
         self._channel.close()
 
     @property
@@ -87,18 +111,7 @@ class HubLink:
             FedshareError: the hub's refusal, or UnavailableError when no answer came; then the update may or
                 may not be durable, and sending the same update id again is right in both cases.
         """
-        header = hub_pb2.SubmitHeader(
-            update_id=submission.update_id,
-            space_id=submission.space_id,
-            task_id=submission.task_id,
-            create=submission.create,
-            payload_size=submission.payload_size,
-            payload_sha256=submission.payload_sha256,
-            lease_id=submission.lease_id,
-            rows=submission.rows,
-            offset=offset,
-        )
-
+        header = submission.header(offset)
         admitted = threading.Event()
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
@@ -163,6 +176,10 @@ class HubLink:
     def get_node(self) -> fleet_pb2.Node:
         """Return what the hub knows of our own Flower node."""
         return self._call("asking for our node", self._fleet.GetNode, fleet_pb2.GetNodeRequest()).node
+
+    def renew(self) -> bytes:
+        """Return a new certificate (PEM) over our key: the hub's newest one of us."""
+        return self._call("renewing our certificate", self._hub.Renew, hub_pb2.RenewRequest()).certificate_pem
 
     def close_lease(self, lease_id: str, idle: bool, submitted: int) -> None:
         """Tell the hub that a lease is over."""

@@ -1,4 +1,4 @@
-"""The commands ``verify``, ``rebuild``, ``forget``, ``backup`` and ``restore`` of share-server."""
+"""The commands ``verify``, ``audit``, ``rebuild``, ``forget``, ``backup`` and ``restore`` of share-server."""
 
 from __future__ import annotations
 
@@ -48,6 +48,33 @@ def verify(
             typer.echo(f"problem: {problem}")
         typer.echo("everything holds" if not report.problems else "restore the store from a backup")
     raise typer.Exit(1 if report.problems else 0)
+
+
+def audit(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The server directory; its hub may run.")],
+    version: Annotated[int, typer.Option(help="Only what this version took; 0: everything.", min=0)] = 0,
+    member: Annotated[str, typer.Option(help="Only of this member (organisation/name) or organisation.")] = "",
+    task: Annotated[str, typer.Option(help="Only of this task (organisation/name).")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show who contributed what to which version, each signature checked: exit code 1 if one of them is not valid."""
+    from share_server.operations.audit import Filter
+    from share_server.operations.audit import audit as look
+    from share_server.operations.signatures import INVALID, UNSIGNED, VALID
+    from share_server.tables import audit_table, contributors_table
+
+    with plain_errors("share-server"):
+        found = look(Layout(directory.resolve()), Filter(version, member, task))
+    if as_json:
+        counts = {"valid": found.count(VALID), "invalid": found.count(INVALID), "unsigned": found.count(UNSIGNED)}
+        typer.echo(json.dumps({**dataclasses.asdict(found), "signatures": counts}))
+    else:
+        _show(audit_table(found))
+        _show(contributors_table(found))
+        for line in found.updates:
+            if line.problem or line.reason:
+                typer.echo(f"{line.update_id}: {line.problem or line.reason}")
+    raise typer.Exit(1 if found.count(INVALID) else 0)
 
 
 def rebuild(
@@ -133,7 +160,7 @@ def restore(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of share-server."""
-    for command in (verify, rebuild, forget, backup, restore):
+    for command in (verify, audit, rebuild, forget, backup, restore):
         app.command()(command)
 
 
@@ -192,6 +219,7 @@ def _verify_table(report: Report) -> Table:
     table.add_row("versions", str(report.versions))
     table.add_row("updates", str(report.updates))
     table.add_row("entries", str(report.entries))
+    table.add_row("signatures", str(report.signatures))
     table.add_row("payloads", f"{report.payloads} ({decimal(report.bytes)})")
     table.add_row("orphans", f"{len(report.orphans)}" + "".join(f"\n{digest}" for digest in report.orphans))
     if report.replayed:

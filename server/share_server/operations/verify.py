@@ -15,6 +15,7 @@ from share_server.operations.checks import (
     check_marker,
     check_pages,
     check_payloads,
+    check_signatures,
 )
 from share_server.operations.reading import ReadStore, Told, copied, held, reading, silent
 from share_server.operations.replay import replay_versions
@@ -67,6 +68,7 @@ async def _check(
             report.notes.append("a forgetting was cut short; the next start of the hub removes what it has left behind")
     check_marker(layout, rows, report)
     check_manifests(layout, rows.versions, report, told)
+    await store.do(lambda journal: check_signatures(layout, journal, spec.space_id, rows.updates, report, told))
     check_payloads(store.root, rows, report, told)
     space = check_versions(store.blobs, spec, rows, report, told)
     state = None

@@ -146,7 +146,7 @@ async def _send_again(engine: Engine, plan: Plan, promised: Promised) -> list[Fi
     """Be every client that does not know whether its update arrived, and goes on where it broke off."""
     found = []
     for letter in plan.letters:
-        known = await resume(engine, plan.spec, letter)
+        known = await resume(engine, letter)
         if letter.update_id in promised.acks and known is not True:
             found.append(
                 Finding("lost", f"update {letter.update_id} was acknowledged; sent again it is not known: {known}")
