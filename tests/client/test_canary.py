@@ -199,7 +199,7 @@ def _make_model(folder: Path) -> list[int]:
     BertModel(BertConfig(vocab_size=5000, max_position_embeddings=32, **shape)).save_pretrained(folder)  # type: ignore[arg-type]
     names = ["[UNK]", "[PAD]", *WORDS, *dict.fromkeys(SENTENCE.split())]
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(names)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)  # type: ignore[no-untyped-call]
     return [names.index(word) for word in SENTENCE.split()]
 
