@@ -21,6 +21,7 @@ _STATES = {
     UpdateState.MERGED: hub_pb2.UPDATE_STATE_MERGED,
     UpdateState.REFUSED: hub_pb2.UPDATE_STATE_REFUSED,
     UpdateState.QUARANTINED: hub_pb2.UPDATE_STATE_QUARANTINED,
+    UpdateState.FORGOTTEN: hub_pb2.UPDATE_STATE_FORGOTTEN,
 }
 
 

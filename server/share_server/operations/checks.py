@@ -26,16 +26,13 @@ from share_server.store.members import all_certificates, list_members
 from share_server.store.pages import PageSums
 from share_server.store.privacy import privacy_problems
 from share_server.store.records import UpdateRow, UpdateState, VersionRow
-from share_server.store.recovery import all_updates, needed_payloads, row_problems
+from share_server.store.recovery import Entries, all_updates, needed_payloads, row_problems
 from share_server.store.schema import SCHEMA_VERSION
 from share_server.store.updates import sharing_to_text
 from share_server.store.versions import find_task, head_version, list_versions
 
 _MOST_NAMED = 20
 """Most unsigned updates that a note names."""
-
-Entries = Mapping[int, tuple[str, dict[str, Any], str]]
-"""(kind, body, hexadecimal hash) of every entry of the chain by number."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,10 @@ def _other_row_problems(
         name = row.new.update_id
         if row.state is UpdateState.REFUSED and name in refused and refused[name]["reason"] != row.reason:
             yield f"update {name} was refused for another reason than its row says"
-        if originals.get(name, {}).get("sha256") != row.original_sha256:
+        if row.state is UpdateState.FORGOTTEN:
+            if row.original_sha256 is not None:
+                yield f"update {name} is forgotten and has its original still"
+        elif originals.get(name, {}).get("sha256") != row.original_sha256:
             yield f"update {name} has another original than was chained"
     for version in versions:
         if version.collected != (version.version < before):

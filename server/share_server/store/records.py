@@ -151,7 +151,7 @@ class VersionRow:
     version: int
     """Number, from 1."""
     updates: tuple[str, ...]
-    """Ids of the updates it merged, in ingest order; none for a version that was rebuilt."""
+    """Ids of the updates it merged, in ingest order, without forgotten ones; none for a version that was rebuilt."""
     delta_sha256: str
     """Payload of the step from the version before; empty for a version that is only published whole."""
     delta_size: int

@@ -225,8 +225,8 @@ def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> N
 def list_bound_to(journal: Journal, before: int, most: int) -> list[UpdateRow]:
     """Return up to ``most`` updates that can only be read with the bases of a version in 1 to ``before`` - 1."""
     rows = journal.rows(
-        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL AND u.state <> 'REFUSED' "
-        "ORDER BY u.ingest_seq LIMIT ?",
+        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL "
+        "AND u.state NOT IN ('REFUSED', 'FORGOTTEN') ORDER BY u.ingest_seq LIMIT ?",
         (before - 1, most),
     )
     return [_update(row) for row in rows]
