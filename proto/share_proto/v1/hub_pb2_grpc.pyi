@@ -71,6 +71,8 @@ class HubStub:
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
     Backup: _grpc.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+    DecideUpdate: _grpc.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 @_typing.type_check_only
 class HubAsyncStub(HubStub):
@@ -108,6 +110,8 @@ class HubAsyncStub(HubStub):
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
     Backup: _aio.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]  # type: ignore[assignment]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+    DecideUpdate: _aio.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]  # type: ignore[assignment]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 class HubServicer(metaclass=_abc_1.ABCMeta):
     """Hub owns the state of one space. Every call needs a client certificate of this federation."""
@@ -220,5 +224,13 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_hub_pb2.BackupProgress], _abc.AsyncIterator[_hub_pb2.BackupProgress]]:
         """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+
+    @_abc_1.abstractmethod
+    def DecideUpdate(
+        self,
+        request: _hub_pb2.DecideUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.DecideUpdateResponse, _abc.Awaitable[_hub_pb2.DecideUpdateResponse]]:
+        """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 def add_HubServicer_to_server(servicer: HubServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -39,6 +39,7 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/GetStatus": _EVERYBODY,
     "/share_proto.v1.Hub/GetRoster": frozenset({"relay"}),
     "/share_proto.v1.Hub/Backup": frozenset({"operator"}),
+    "/share_proto.v1.Hub/DecideUpdate": frozenset({"operator"}),
     "/share_proto.v1.Fleet/Dispatch": frozenset({"fleet"}),
     "/share_proto.v1.Fleet/CloseLease": frozenset({"trainer"}),
     "/share_proto.v1.Fleet/ListNodes": frozenset({"fleet", "operator"}),
