@@ -8,6 +8,7 @@ one factor alone, changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +17,34 @@ from share_core.linalg import float64
 from share_core.types import Adapter
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of the contributions to one task, (n, n) in float64."""
+
+    whole: Tensor
+    """``<dW_i, dW_j>``."""
+    changes: Tensor | None
+    """``<dW_i - dW_0, dW_j - dW_0>`` with what the task began with; None where it has just begun."""
+
+    def among(self, places: Sequence[int]) -> Geometry:
+        """Return the same of some of them."""
+        own = list(places)
+        changes = None if self.changes is None else self.changes[own][:, own]
+        return Geometry(self.whole[own][:, own], changes)
+
+
+def geometry(adapters: Sequence[Adapter], start: Adapter | None = None) -> Geometry:
+    """Return the inner products of ``adapters`` and of what each changes in ``start``."""
+    if start is None:
+        return Geometry(inner_products(adapters), None)
+    products = inner_products([*adapters, start])
+    whole, cross, own = products[:-1, :-1], products[:-1, -1], products[-1, -1]
+    return Geometry(whole, whole - cross[:, None] - cross[None, :] + own)
+
+
 def inner_products(adapters: Sequence[Adapter]) -> Tensor:
     """Return ``<dW_i, dW_j>`` (n, n) in float64, over all sites; a site that one leaves out counts as zero there."""
-    count = len(adapters)
-    total = torch.zeros(count, count, dtype=torch.float64)
+    total = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
     for site in sorted({site for adapter in adapters for site in adapter}):
         present = [i for i, adapter in enumerate(adapters) if site in adapter]
         ranks = [adapters[i][site].rank for i in present]

@@ -17,13 +17,11 @@ class RobustPolicy:
     """Limits. Everything is off unless set: a version that was made without them is made again without them."""
 
     filter: str = "off"
-    """``cosine``: direction, distance and length against the others' contributions; ``off``: nothing is judged."""
+    """``cosine``: direction and length against the others' contributions; ``off``: nothing is judged."""
     organisations: int = 4
     """Fewest organisations that can outvote one; with fewer, contributions are only cut to a length."""
     cosine: float = 0.5
-    """Least agreement with the others, as a share of what is usual among them."""
-    distance: float = 3.0
-    """Largest distance from the others' centre, in multiples of what is usual among them."""
+    """Least cosine to the others' centre, as a share of what is usual among them."""
     clip: float = 1.5
     """Longer contributions are cut to this multiple of the median length."""
     norm: float = 10.0
@@ -41,10 +39,10 @@ class RobustPolicy:
             raise ConfigError(
                 f"robust organisations: expected at least 3, got {self.organisations}: two have no majority"
             )
-        if not (0 < self.cosine < 1 and self.distance > 1 and 1 <= self.clip <= self.norm):
+        if not (0 < self.cosine < 1 and 1 <= self.clip <= self.norm):
             raise ConfigError(
-                "robust limits: expected 0 < cosine < 1, distance above 1 and 1 <= clip <= norm, "
-                f"got {self.cosine:g}, {self.distance:g}, {self.clip:g} and {self.norm:g}"
+                "robust limits: expected 0 < cosine < 1 and 1 <= clip <= norm, "
+                f"got {self.cosine:g}, {self.clip:g} and {self.norm:g}"
             )
         if not (0 < self.influence <= 1 and 0 < self.past <= 1):
             raise ConfigError(

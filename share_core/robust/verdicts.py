@@ -8,9 +8,9 @@ Every contributor is one organisation and has one voice, however many members or
    is highest, and those nearest to it, half of all and one more in total. Colluders are a minority, so that the median
    over all others keeps them from electing themselves. A contribution whose cosine to the centre of the others in that
    majority is below ``cosine`` times the usual one (the median over all) is set aside.
-3. **Distance.** The same for the distance to that centre, above ``distance`` times the usual one: all contributions
-   begin at the stored task, so that they agree before they have learned anything, and one that pushes hard against the
-   others is found by how far it went.
+3. **Direction of the change.** The same for what each changes in the adapter that the task began with. Everybody who
+   trains a stored task starts from it, so that all contributions agree before they have learned anything; what they
+   learn is mostly their own noise, and only the little that is common tells who works against the others.
 
 Where the others hardly agree among themselves (a usual cosine below :data:`TELLING`), rules 2 and 3 say nothing: honest
 organisations with unlike data look like that, and nobody can be called an outlier of no crowd. With fewer than
@@ -18,23 +18,25 @@ organisations with unlike data look like that, and nobody can be called an outli
 the others are cut to ``norm`` times its length.
 
 What no such rule can find: a minority that stays inside the spread of the honest ones (Baruch et al., 2019, "A Little
-Is Enough"), or that moves little in a direction nobody measures (backdoors).
+Is Enough"), or that learns what the others learn and one thing more (backdoors).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from share_core.robust.agreement import cosines, norms_of
+from share_core.robust.agreement import Geometry, cosines, norms_of
 from share_core.robust.policy import RobustPolicy
 
 TELLING = 0.1
 """Below this usual cosine a crowd has no common direction to measure anybody against."""
+
+STILL = 1e-3
+"""A change shorter than this share of the median change has no direction: whoever sends it repeats what is there."""
 
 
 @dataclass(frozen=True)
@@ -68,61 +70,23 @@ WHOLE = Verdict(1.0)
 """It counts as it is."""
 
 
-def judge(voices: Sequence[Voice], gram: Tensor, policy: RobustPolicy) -> list[Verdict]:
+def judge(voices: Sequence[Voice], said: Geometry, policy: RobustPolicy) -> list[Verdict]:
     """Return one verdict per contribution.
 
     Args:
         voices: who says it.
-        gram: (n, n) inner products of what is said, see :func:`share_core.robust.agreement.inner_products`.
+        said: how what they say lies to each other, see :func:`share_core.robust.agreement.geometry`.
         policy: the limits.
     """
-    if not policy.filters:
-        return [WHOLE] * len(voices)
-    norms = norms_of(gram)
+    norms = norms_of(said.whole)
     if len(voices) < policy.organisations:
         verdicts = _against_owner(voices, norms, policy.norm)
     else:
-        verdicts = _against_majority(gram, norms, policy)
+        verdicts = _against_majority(said, norms, policy)
     return [WHOLE if voice.released else verdict for voice, verdict in zip(voices, verdicts, strict=True)]
 
 
-def _against_owner(voices: Sequence[Voice], norms: Tensor, most: float) -> list[Verdict]:
-    own = next((float(norm) for voice, norm in zip(voices, norms, strict=True) if voice.owner), 0.0)
-    if own == 0:
-        return [WHOLE] * len(voices)
-    return [WHOLE if voice.owner else _cut(float(norm), most * own) for voice, norm in zip(voices, norms, strict=True)]
-
-
-def _against_majority(gram: Tensor, norms: Tensor, policy: RobustPolicy) -> list[Verdict]:
-    usual_norm = _median(norms)
-    agreement, distance = to_centre(gram)
-    usual, apart = _median(agreement), _median(distance)
-    found: list[Verdict] = []
-    for norm, cosine, away in zip(norms.tolist(), agreement.tolist(), distance.tolist(), strict=True):
-        if norm > policy.norm * usual_norm:
-            found.append(_aside(f"its length is {norm:.3g}", f"{policy.norm:g} times the median of {usual_norm:.3g}"))
-        elif usual >= TELLING and cosine < policy.cosine * usual:
-            found.append(
-                _aside(
-                    f"its cosine to the others is {cosine:.3f}",
-                    f"{policy.cosine:g} times the usual {usual:.3f}",
-                    "below",
-                )
-            )
-        elif usual >= TELLING and away > policy.distance * apart:
-            found.append(
-                _aside(
-                    f"its distance from the others is {away:.3g}", f"{policy.distance:g} times the usual {apart:.3g}"
-                )
-            )
-        else:
-            found.append(_cut(norm, policy.clip * usual_norm))
-    if not any(verdict.counts for verdict in found):  # no crowd at all: nobody is an outlier of it
-        return [_cut(norm, policy.clip * usual_norm) for norm in norms.tolist()]
-    return found
-
-
-def set_aside(voices: Sequence[Voice], gram: Tensor, fresh: Sequence[bool], policy: RobustPolicy) -> dict[int, str]:
+def set_aside(voices: Sequence[Voice], said: Geometry, fresh: Sequence[bool], policy: RobustPolicy) -> dict[int, str]:
     """Return which fresh contributions are to be set aside, by place, with the reason.
 
     Judged again without them until nobody else is: so what is left counts when it is judged by itself, as it is when
@@ -132,7 +96,7 @@ def set_aside(voices: Sequence[Voice], gram: Tensor, fresh: Sequence[bool], poli
     left = list(range(len(voices)))
     out: dict[int, str] = {}
     while left:
-        verdicts = judge([voices[i] for i in left], gram[left][:, left], policy)
+        verdicts = judge([voices[i] for i in left], said.among(left), policy)
         bad = {i: verdict.reason for i, verdict in zip(left, verdicts, strict=True) if fresh[i] and not verdict.counts}
         if not bad:
             break
@@ -141,26 +105,54 @@ def set_aside(voices: Sequence[Voice], gram: Tensor, fresh: Sequence[bool], poli
     return out
 
 
-def to_centre(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return every contribution's cosine (n,) to the centre of the best agreeing majority, and its distance (n,).
+def _against_owner(voices: Sequence[Voice], norms: Tensor, most: float) -> list[Verdict]:
+    own = next((float(norm) for voice, norm in zip(voices, norms, strict=True) if voice.owner), 0.0)
+    if own == 0:
+        return [WHOLE] * len(voices)
+    return [WHOLE if voice.owner else _cut(float(norm), most * own) for voice, norm in zip(voices, norms, strict=True)]
 
-    A member of the majority is compared with the others in it, so that nobody agrees with itself. The centre of the
-    cosine is the sum of unit vectors; that of the distance is the mean, after every contribution was cut to the median
-    length.
-    """
-    members = majority(gram)
-    norms = norms_of(gram)
+
+def _against_majority(said: Geometry, norms: Tensor, policy: RobustPolicy) -> list[Verdict]:
     usual = _median(norms)
-    cut = torch.where(norms > usual, usual / torch.where(norms > 0, norms, 1.0), 1.0)
-    angles, lengths = cosines(gram), gram * cut[:, None] * cut[None, :]
-    agreement, distance = torch.zeros(len(gram), dtype=gram.dtype), torch.zeros(len(gram), dtype=gram.dtype)
+    cut = [_cut(norm, policy.clip * usual) for norm in norms.tolist()]
+    found = list(cut)
+    for i, norm in enumerate(norms.tolist()):
+        if norm > policy.norm * usual:
+            found[i] = _aside(f"its length is {norm:.3g}, more than {policy.norm:g} times the median {usual:.3g}")
+    for what, gram in (("its cosine", said.whole), ("the cosine of what it changes", said.changes)):
+        for i, reason in _strays(gram, what, policy.cosine).items() if gram is not None else ():
+            found[i] = found[i] if found[i].reason else _aside(reason)
+    # Where every single one is an outlier there is no crowd to be an outlier of.
+    return found if any(verdict.counts for verdict in found) else cut
+
+
+def _strays(gram: Tensor, what: str, share: float) -> dict[int, str]:
+    """Return which contributions point away from the centre, with the reason."""
+    agreement = to_centre(gram)
+    usual = _median(agreement)
+    if usual < TELLING:
+        return {}
+    norms = norms_of(gram)
+    still = STILL * _median(norms)
+    return {
+        i: f"{what} to the others' centre is {cosine:.3f}, less than {share:g} times the usual {usual:.3f}"
+        for i, (cosine, norm) in enumerate(zip(agreement.tolist(), norms.tolist(), strict=True))
+        if cosine < share * usual and norm > still
+    }
+
+
+def to_centre(gram: Tensor) -> Tensor:
+    """Return every contribution's cosine (n,) to the centre of the best agreeing majority, a sum of unit vectors.
+
+    A member of the majority is compared with the others in it, so that nobody agrees with itself.
+    """
+    members, angles = majority(gram), cosines(gram)
+    agreement = torch.zeros(len(gram), dtype=gram.dtype)
     for i in range(len(gram)):
         others = [j for j in members if j != i]
         length = float(angles[others][:, others].sum().clamp_min(0).sqrt())
         agreement[i] = float(angles[i, others].sum()) / length if length > 0 else 0.0
-        cross = float(lengths[i, others].mean())
-        distance[i] = math.sqrt(max(0.0, float(lengths[i, i]) - 2 * cross + float(lengths[others][:, others].mean())))
-    return agreement, distance
+    return agreement
 
 
 def majority(gram: Tensor) -> list[int]:
@@ -184,5 +176,5 @@ def _cut(norm: float, most: float) -> Verdict:
     return WHOLE if norm <= most else Verdict(most / norm)
 
 
-def _aside(figure: str, limit: str, relation: str = "more than") -> Verdict:
-    return Verdict(0.0, f"{figure}, {relation} {limit}")
+def _aside(reason: str) -> Verdict:
+    return Verdict(0.0, reason)

@@ -12,16 +12,15 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 
 from share_core.mixing import mix_adapters
-from share_core.robust.verdicts import WHOLE
 from share_core.space import task_adapter, update_adapter
 from share_core.types import Adapter, Factors, Space, SpaceSpec
 from share_core.wire import decode_adapter, decode_update
 from share_server.hub.history import History
-from share_server.hub.judging import Said, mean_of, newest_of_each, verdicts_on
+from share_server.hub.judging import Background, Said, mean_of, newest_of_each, verdicts_on
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import newest_merged
+from share_server.store.updates import first_merged, newest_merged
 from share_server.store.versions import find_task
 
 
@@ -54,37 +53,41 @@ class Contents:
         if policy.mixing != "mean":
             return None
         merged_in = max(row.version for row in rows)
-        return await self._mean(rows, merged_in - 1, policy)
+        return await self._mean(task_id, rows, merged_in - 1, policy)
 
     async def is_shared(self, task_id: str) -> bool:
         """Return whether several organisations may contribute to a task."""
         task = await self._store.do(lambda journal: find_task(journal, task_id))
         return task is not None and task.sharing.shared
 
-    async def older_of_task(self, task_id: str, space: Space) -> list[Said]:
-        """Return what the organisations have said of a shared task up to ``space``, the newest of each."""
-        if task_id not in space.cores:
-            return []
-        return await self._read(await self._store.do(lambda journal: newest_merged(journal, task_id, space.version)))
+    async def background(self, task_id: str, version: int, policy: StepPolicy) -> Background:
+        """Return what a shared task is mixed with and judged by when something is merged after ``version``."""
+        task = await self._store.do(lambda journal: find_task(journal, task_id))
+        if task is None or not 0 < task.created_version <= version:
+            return Background()
+        rows = await self._store.do(lambda journal: newest_merged(journal, task_id, version))
+        return Background(await self._read(rows), await self._start(task_id, version, policy))
 
     async def next_of_task(
-        self, task_id: str, space: Space, older: Sequence[Said], fresh: Sequence[Said], policy: StepPolicy
+        self, task_id: str, space: Space, background: Background, fresh: Sequence[Said], policy: StepPolicy
     ) -> Adapter:
         """Return what a task becomes when ``fresh`` updates of it (in ingest order) are merged into ``space``.
 
         Args:
             task_id: the task.
             space: the version before.
-            older: what :meth:`older_of_task` gives; not looked at for a private task.
+            background: what :meth:`background` gives; not looked at for a private task.
             fresh: updates that may be merged, at least one.
             policy: how they are mixed.
         """
         if not await self.is_shared(task_id):
             return fresh[-1].adapter
-        said = newest_of_each([*older, *fresh])
+        said = newest_of_each([*background.older, *fresh])
         if policy.mixing == "mean":
-            return mean_of(said, space.version, policy, self._spec.rank_limit)
-        fresh = [_cut(one, factor) for one, factor in _factors(said, fresh, policy)]
+            return mean_of(said, background.start, space.version, policy, self._spec.rank_limit)
+        verdicts = zip(said, verdicts_on(said, background.start, policy), strict=True)
+        factors = {one.row.new.update_id: verdict.factor for one, verdict in verdicts}
+        fresh = [_cut(one, factors.get(one.row.new.update_id, 1.0)) for one in fresh]
         if task_id not in space.cores:
             fresh, current = fresh[1:], fresh[0].adapter
         else:
@@ -109,18 +112,20 @@ class Contents:
                 parts.append((-scale, task_adapter(base, task_id)))
         return mix_adapters(parts, self._spec.rank_limit)
 
-    async def _mean(self, rows: Sequence[UpdateRow], version: int, policy: StepPolicy) -> Adapter:
+    async def _mean(self, task_id: str, rows: Sequence[UpdateRow], version: int, policy: StepPolicy) -> Adapter:
         said = newest_of_each(await self._read(rows))
-        return mean_of(said, version, policy, self._spec.rank_limit)
+        start = await self._start(task_id, version, policy)
+        return mean_of(said, start, version, policy, self._spec.rank_limit)
+
+    async def _start(self, task_id: str, version: int, policy: StepPolicy) -> Adapter | None:
+        """Return what a task began with, if it did up to ``version`` and if somebody is judged by it."""
+        if not policy.robust.filters:
+            return None
+        row = await self._store.do(lambda journal: first_merged(journal, task_id, version))
+        return None if row is None else await self.of_update(row)
 
     async def _read(self, rows: Sequence[UpdateRow]) -> list[Said]:
         return [Said(row, await self.of_update(row)) for row in rows]
-
-
-def _factors(said: Sequence[Said], fresh: Sequence[Said], policy: StepPolicy) -> list[tuple[Said, float]]:
-    """Return every fresh update with what its verdict multiplies it by."""
-    verdicts = {one.row.new.update_id: v for one, v in zip(said, verdicts_on(said, policy), strict=True)}
-    return [(one, verdicts.get(one.row.new.update_id, WHOLE).factor) for one in fresh]
 
 
 def _cut(said: Said, factor: float) -> Said:

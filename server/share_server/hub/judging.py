@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from share_core.mixing import Contribution, contributor_weights, mix_adapters
-from share_core.robust.agreement import inner_products
+from share_core.robust.agreement import geometry
 from share_core.robust.influence import owner_of
-from share_core.robust.verdicts import Verdict, Voice, judge, set_aside
+from share_core.robust.verdicts import WHOLE, Verdict, Voice, judge, set_aside
 from share_core.types import Adapter
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import UpdateRow
@@ -40,21 +38,31 @@ def newest_of_each(said: Iterable[Said]) -> list[Said]:
     return sorted(newest.values(), key=lambda one: one.row.ingest_seq)
 
 
-def verdicts_on(said: Sequence[Said], policy: StepPolicy) -> list[Verdict]:
+@dataclass(frozen=True)
+class Background:
+    """What a shared task is mixed with and judged by, of the versions before."""
+
+    older: Sequence[Said] = ()
+    """What the organisations have said of it, the newest of each."""
+    start: Adapter | None = None
+    """What it began with; None where it has just begun, or where nobody is judged."""
+
+
+def verdicts_on(said: Sequence[Said], start: Adapter | None, policy: StepPolicy) -> list[Verdict]:
     """Return one verdict for each, where ``said`` is what :func:`newest_of_each` gives for one task."""
     if not policy.robust.filters:
-        return judge(_voices(said), Tensor(), policy.robust)
-    return judge(_voices(said), inner_products([one.adapter for one in said]), policy.robust)
+        return [WHOLE] * len(said)
+    return judge(_voices(said), geometry([one.adapter for one in said], start), policy.robust)
 
 
-def to_set_aside(older: Sequence[Said], fresh: Sequence[Said], policy: StepPolicy) -> dict[str, str]:
+def to_set_aside(background: Background, fresh: Sequence[Said], policy: StepPolicy) -> dict[str, str]:
     """Return which of the ``fresh`` updates of one task may not be merged, by id, with the reason."""
     out: dict[str, str] = {}
     while fresh and policy.robust.filters:
-        said = newest_of_each([*older, *fresh])
+        said = newest_of_each([*background.older, *fresh])
         new = {one.row.new.update_id for one in fresh}
-        gram = inner_products([one.adapter for one in said])
-        found = set_aside(_voices(said), gram, [one.row.new.update_id in new for one in said], policy.robust)
+        lie = geometry([one.adapter for one in said], background.start)
+        found = set_aside(_voices(said), lie, [one.row.new.update_id in new for one in said], policy.robust)
         out.update({said[i].row.new.update_id: reason for i, reason in found.items()})
         # An earlier update of the same organisation may come forward when its newest is set aside.
         fresh = [one for one in fresh if one.row.new.update_id not in out]
@@ -63,16 +71,18 @@ def to_set_aside(older: Sequence[Said], fresh: Sequence[Said], policy: StepPolic
     return out
 
 
-def mean_of(said: Sequence[Said], version: int, policy: StepPolicy, rank: int) -> Adapter:
+def mean_of(said: Sequence[Said], start: Adapter | None, version: int, policy: StepPolicy, rank: int) -> Adapter:
     """Return the mixture of what counts, cut to ``rank``: one voice per organisation, less the older it is.
 
     Args:
         said: what :func:`newest_of_each` gives.
+        start: what the task began with.
         version: the version it is merged into, from which ages count.
         policy: how it is weighed and judged.
         rank: largest rank per site of a mixture.
     """
-    counted = [(one, verdict) for one, verdict in zip(said, verdicts_on(said, policy), strict=True) if verdict.counts]
+    verdicts = verdicts_on(said, start, policy)
+    counted = [(one, verdict) for one, verdict in zip(said, verdicts, strict=True) if verdict.counts]
     contributions = [
         Contribution(one.row.new.organisation, {}, max(0, version - one.row.new.base_version), one.row.new.rows)
         for one, _ in counted

@@ -16,10 +16,10 @@ from share_core.errors import FedshareError, StorageError
 from share_core.merge import HubState, Merged, merge_all
 from share_core.robust.past import Harm, harm_of
 from share_core.space import advance
-from share_core.types import Adapter, Space, SpaceSpec
+from share_core.types import Adapter, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot, encode_delta, encode_snapshot
 from share_server.hub.contents import Contents, Originals
-from share_server.hub.judging import Said, to_set_aside
+from share_server.hub.judging import Background, Said, to_set_aside
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import Merging, UpdateRow
 
@@ -87,14 +87,16 @@ class Stepper:
         groups: dict[str, list[Said]] = {}
         for one in said:
             groups.setdefault(one.row.new.task_id, []).append(one)
-        older = {task: await self._older(task, state.space) for task in groups}
         aside: dict[str, str] = {}
-        for task in [task for task in groups if await self._contents.is_shared(task)]:
-            aside.update(await asyncio.to_thread(to_set_aside, older[task], groups[task], policy))
+        behind: dict[str, Background] = {}
+        for task, fresh in groups.items():
+            behind[task] = await self._background(task, state.space.version, policy)
+            if await self._contents.is_shared(task):
+                aside.update(await asyncio.to_thread(to_set_aside, behind[task], fresh, policy))
         said = [one for one in said if one.row.new.update_id not in aside]
         groups = {task: [one for one in own if one in said] for task, own in groups.items()}
         adapters = {
-            task: await self._contents.next_of_task(task, state.space, older[task], fresh, policy)
+            task: await self._contents.next_of_task(task, state.space, behind[task], fresh, policy)
             for task, fresh in groups.items()
             if fresh
         }
@@ -116,9 +118,12 @@ class Stepper:
         """End the thread."""
         self._thread.shutdown(wait=True)
 
-    async def _older(self, task_id: str, space: Space) -> list[Said]:
-        """Return what a task is mixed from and judged by; nothing is read where neither is done."""
-        return await self._contents.older_of_task(task_id, space) if await self._contents.is_shared(task_id) else []
+    async def _background(self, task_id: str, version: int, policy: StepPolicy) -> Background:
+        """Return what a shared task is mixed with and judged by; nothing is read where neither is done."""
+        needed = policy.mixing == "mean" or policy.robust.filters
+        if not (needed and await self._contents.is_shared(task_id)):
+            return Background()
+        return await self._contents.background(task_id, version, policy)
 
     async def _originals(self, state: HubState, adapters: Mapping[str, Adapter], policy: StepPolicy) -> Originals:
         others = [task for task in state.space.cores if task not in adapters]

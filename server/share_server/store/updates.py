@@ -66,6 +66,15 @@ def newest_merged(journal: Journal, task_id: str, upto: int) -> list[UpdateRow]:
     return [_update(row) for row in rows]
 
 
+def first_merged(journal: Journal, task_id: str, upto: int) -> UpdateRow | None:
+    """Return the update that a task began with, if some version up to ``upto`` holds it."""
+    row = journal.row(
+        f"{_SELECT} WHERE u.task_id = ? AND u.version BETWEEN 1 AND ? ORDER BY u.version, u.ingest_seq LIMIT 1",
+        (task_id, upto),
+    )
+    return None if row is None else _update(row)
+
+
 def count_states(journal: Journal) -> dict[UpdateState, int]:
     """Return how many updates are in each state."""
     found = {row[0]: row[1] for row in journal.rows("SELECT state, count(*) FROM updates GROUP BY state")}

@@ -85,7 +85,7 @@ class Crew:
         own.parent.mkdir(parents=True, exist_ok=True)
         for path, rows in ((own, mine), (test, held_out)):
             path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-        config = TaskConfig(task, "text-classification", own, test, max_length=48)
+        config = TaskConfig(task, "text-classification", own, test, max_length=32)
         prepared = prepare_task(config, self._backbone)
         if len(prepared.classes) != len(classes):
             raise ConfigError(f"{task}: the rows of client {client} and the test rows do not hold every class")

@@ -25,19 +25,19 @@ class AttackOptions:
     """Folder with ``<task>/{train,test}.jsonl.gz``."""
     adapters: Path
     """Folder with finished PEFT adapters and heads by task: the tasks that the space holds already."""
-    shared: tuple[str, ...] = ("trec", "snips", "sst2", "tweet_emotion")
+    shared: tuple[str, ...] = ("trec", "snips", "sst2")
     """Tasks that everybody contributes to."""
     stored: tuple[str, ...] = ("cr", "subj", "agnews", "clinc150")
     """Private tasks of another organisation that are stored before."""
     clients: int = 20
     """Contributors, one organisation each."""
-    rows: int = 150
+    rows: int = 100
     """Training rows of each client and task; no two clients have the same."""
-    test_rows: int = 300
+    test_rows: int = 250
     """Test rows of each task."""
-    epochs: int = 5
+    epochs: int = 3
     """Passes over the rows."""
-    batch_size: int = 16
+    batch_size: int = 10
     """Rows in one step."""
     evaluators: int = 4
     """Honest clients whose own heads the merged adapter is measured with."""
