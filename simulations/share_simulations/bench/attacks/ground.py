@@ -86,7 +86,7 @@ async def _run(root: Path, spec: SpaceSpec, config: ServerConfig, key: bytes, wa
     try:
         await _accept(engine.store, wave)
         merging = asyncio.create_task(engine.loop.run())
-        while not merging.done() and await engine.store.do(lambda journal: len(list_accepted(journal, 1))):
+        while not merging.done() and await _waits(engine.store):
             await asyncio.sleep(0.02)
         engine.loop.stop()
         await merging
@@ -94,6 +94,10 @@ async def _run(root: Path, spec: SpaceSpec, config: ServerConfig, key: bytes, wa
         return Outcome(engine.feed.state, rows, await _weightless(engine, spec, config))
     finally:
         await engine.close()
+
+
+async def _waits(store: Store) -> bool:
+    return len(await store.do(lambda journal: list_accepted(journal, 1))) > 0
 
 
 async def _accept(store: Store, wave: Sequence[Sent]) -> None:
