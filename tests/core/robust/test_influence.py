@@ -28,7 +28,7 @@ def tasks_of(owned: dict[str, int]) -> list[str]:
     return [f"{organisation}/t{i}" for organisation, count in owned.items() for i in range(count)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(counts, st.floats(0.01, 1.0))
 def test_no_organisation_weighs_more_than_the_cap(owned: dict[str, int], most: float) -> None:
     factors = influence_factors(tasks_of(owned), most)
