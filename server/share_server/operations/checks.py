@@ -35,6 +35,10 @@ _MOST_NAMED = 20
 """Most unsigned updates that a note names."""
 
 
+_REASONED = {UpdateState.REFUSED: "refused", UpdateState.QUARANTINED: "quarantined"}
+"""States with a reason, and the entries that say it."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What the journal holds, as far as it could be read."""
@@ -155,11 +159,11 @@ def _other_row_problems(
         key = body.get("update_id") or body.get("task_id") or body.get("member") or ""
         said.setdefault(kind, {})[key] = body
         before = max(before, body["before"]) if kind == "collected" else before
-    refused, originals = said.get("refused", {}), said.get("original", {})
+    originals = said.get("original", {})
     for row in updates:
         name = row.new.update_id
-        if row.state is UpdateState.REFUSED and name in refused and refused[name]["reason"] != row.reason:
-            yield f"update {name} was refused for another reason than its row says"
+        if row.state in _REASONED and said.get(_REASONED[row.state], {}).get(name, {}).get("reason") != row.reason:
+            yield f"update {name} was {_REASONED[row.state]} for another reason than its row says"
         if row.state is UpdateState.FORGOTTEN:
             if row.original_sha256 is not None:
                 yield f"update {name} is forgotten and has its original still"
