@@ -169,12 +169,10 @@ class Serving:
             self._merged = task  # from here on no batch begins
         originals: list[tuple[Place, Any]] = []
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._in_use)
-                held = self._current
+            held = self._await_quiet()
             for site, stack in held.stacks.items():
                 place = self._places[site]
-                total = place.matrix().detach().float() + stack.change(entry_of(held, task)).float()
+                total = place.matrix().detach().float() + stack.change(entry_of(held, task))
                 # Another parameter, not other numbers in it: an embedding tied to this weight must not change.
                 originals.append((place, place.module.weight))
                 place.module.weight = nn.Parameter(place.as_stored(total), requires_grad=False)
@@ -184,6 +182,12 @@ class Serving:
                 place.module.weight = original
             with self._changed:
                 self._merged = None
+
+    def _await_quiet(self) -> ServedVersion:
+        """Wait until no batch runs; return the version that is current then."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_use)
+            return self._current
 
     def _own_batch(self) -> Batch | None:
         """Return the innermost batch of this serving; those of other models may lie around or inside it."""

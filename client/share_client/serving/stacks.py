@@ -61,10 +61,9 @@ class SiteStack:
         )
 
     def change(self, entry: int) -> Tensor:
-        """Return one task's dW (d_out, d_in)."""
-        cores = self.rows(entry)
-        core_t = cores.in_ if cores.out is None else cores.in_ @ cores.out
-        return (self.right @ core_t @ self.left_t).T
+        """Return one task's dW (d_out, d_in) in float32, of the factors as they are held."""
+        core_t = self.in_[entry].float() if self.out is None else self.in_[entry].float() @ self.out[entry].float()
+        return (self.right.float() @ core_t @ self.left_t.float()).T
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what all tasks share, and what grows with them."""
