@@ -20,7 +20,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 7)
-        self.second = Conv1D(9, 7)
+        self.second: nn.Module = Conv1D(9, 7)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.second(torch.tanh(self.first(x)))

@@ -90,7 +90,7 @@ def test_in_place_the_model_gives_the_task_and_nothing_else_changes(space: Space
     assert outputs(model).equal(other)
 
 
-def test_a_compiled_scale_is_honoured(space: Space, written: Any) -> None:
+def test_the_scale_of_rslora_is_honoured(space: Space, written: Any) -> None:
     model = running(use_rslora=True)
     hot_swap(model, "served", task_adapter(space, "org/t1"))
     assert torch.allclose(outputs(model), wanted(written, space, "org/t1"), atol=1e-5)
@@ -151,7 +151,7 @@ def test_wrong_models_and_adapters_are_named(space: Space) -> None:
     unknown = {"decoder.query": Factors(torch.ones(8, 1), torch.ones(8, 1))}
     model = running()
     before = outputs(model)
-    with pytest.raises(AdapterError, match="no module 'decoder.query'"):
+    with pytest.raises(AdapterError, match=r"no module 'decoder\.query'"):
         hot_swap(model, "served", unknown, recreate=True)
     assert outputs(model).equal(before)
 

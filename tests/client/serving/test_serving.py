@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from share_client.serving import Serving
-from share_client.serving import serving as module
+from share_client.serving.places import find_places
 from share_client.serving.stacks import RowCores, SiteStack
 from share_core.errors import ConfigError, SpaceMismatchError, TensorShapeError, UnknownTaskError
 from share_core.fingerprint import describe_space
@@ -126,11 +125,10 @@ def test_convolutions(
     make_space: Any, expected: Any, kernel: tuple[int, int, str], p: int, rows: list[int], seed: int
 ) -> None:
     size, stride, mode = kernel
+    modes: Any = {"padding_mode": mode}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(3, 6, size, stride, size // 2, padding_mode=mode), nn.ReLU(), nn.Conv2d(6, 2, 1)
-        )
+        model = nn.Sequential(nn.Conv2d(3, 6, size, stride, size // 2, **modes), nn.ReLU(), nn.Conv2d(6, 2, 1))
     shapes = {"0": (6, 3 * size * size), "2": (2, 6)}
     space = make_space(shapes, 2, 2, 3, p, seed)
     names, x = [f"org/t{row}" if row < 2 else None for row in rows], draw(seed, len(rows), 3, 6, 5)
@@ -148,7 +146,7 @@ def test_a_transformer_whose_fast_path_skips_modules_is_served_all_the_same(make
     with Serving(model, space) as serving, serving.batch(names):
         got = model(x)
     assert close(got, expected(model, space, names, x))
-    with pytest.raises(ConfigError, match="inside nn.MultiheadAttention"):
+    with pytest.raises(ConfigError, match=r"inside nn\.MultiheadAttention"):
         Serving(model, make_space({"self_attn.out_proj": (8, 8)}, 1, 2, 2, 1))
 
 
@@ -246,13 +244,14 @@ def model_before(model: nn.Module, originals: dict[str, tuple[nn.Parameter, Tens
 
 
 def test_merging_leaves_a_tied_embedding_alone(make_space: Any) -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "lm_head": nn.Linear(4, 7, bias=False)})
-    model["lm_head"].weight = model["embed"].weight
-    before = model["embed"].weight.detach().clone()
+    embed, lm_head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    lm_head.weight = embed.weight
+    model = nn.ModuleDict({"embed": embed, "lm_head": lm_head})
+    before = embed.weight.detach().clone()
     with Serving(model, make_space({"lm_head": (7, 4)}, 1, 2, 2, 1)) as serving, serving.merged("org/t0"):
-        assert model["embed"].weight.equal(before)
-        assert not model["lm_head"].weight.equal(before)
-    assert model["lm_head"].weight is model["embed"].weight
+        assert embed.weight.equal(before)
+        assert not lm_head.weight.equal(before)
+    assert lm_head.weight is embed.weight
 
 
 def test_sites_are_found_in_a_task_model_and_the_wrong_backbone_is_refused(
@@ -271,7 +270,7 @@ def test_sites_are_found_in_a_task_model_and_the_wrong_backbone_is_refused(
             Serving(model, space)
     with pytest.raises(SpaceMismatchError, match="the space has a weight of 7 x 5, this model 7 x 6"):
         Serving(make_toy(), make_space({"block.first": (7, 5)}, 1, 2, 2, 1))
-    weights = {site: place.matrix().detach() for site, place in module.find_places(make_toy(), space.bases).items()}
+    weights = {site: place.matrix().detach() for site, place in find_places(make_toy(), space.bases).items()}
     spec = describe_space("toy", weights)
     Serving(make_toy(), space, spec=spec).close()
     with pytest.raises(SpaceMismatchError, match="same shapes, other weights"):
@@ -310,14 +309,11 @@ def test_a_model_of_another_shape_of_weights_cannot_be_merged(make_space: Any) -
         assert model["q"].weight is packed
 
 
-Make = Callable[..., Space]
-
-
-def test_bytes_count_what_all_tasks_share_and_what_each_adds(make_toy: Any, shapes: Any, make_space: Make) -> None:
+def test_bytes_count_what_all_tasks_share_and_what_each_adds(make_toy: Any, shapes: Any, make_space: Any) -> None:
     model = make_toy()
     sizes = {}
     for tasks in (2, 4):
         with Serving(model, make_space(shapes, tasks, 4, 4, 1)) as serving:
             sizes[tasks] = serving.current.shared_bytes, serving.current.task_bytes
-    assert sizes[2][0] == sizes[4][0] == 4 * sum(4 * (d_out + d_in) for d_out, d_in in shapes.values())  # type: ignore[attr-defined]
+    assert sizes[2][0] == sizes[4][0] == 4 * sum(4 * (d_out + d_in) for d_out, d_in in shapes.values())
     assert sizes[4][1] - sizes[2][1] == 2 * 3 * (4 + 4) * 4

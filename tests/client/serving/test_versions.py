@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from share_client.serving import Follower, Serving
+from share_client.serving import Follower, Serving, stacks
 from share_client.serving import serving as module
 from share_client.serving.serving import Batch
 from share_client.serving.stacks import ServedVersion
@@ -56,9 +56,9 @@ def swapped_between_layers(model: Any, versions: list[Space]) -> tuple[Tensor, T
         with serving.batch(NAMES) as batch:
             torn = model(inputs())
             assert batch.version == 0
-            assert serving.versions == (1, 0)
+            assert list(serving.versions) == [1, 0]
         model.between = lambda: None
-        assert serving.versions == (1,)
+        assert list(serving.versions) == [1]
         with serving.batch(NAMES) as batch:
             assert batch.version == 1
             return torn, model(inputs())
@@ -107,7 +107,7 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._made: list[weakref.ref[ServedVersion]] = []
         self.peak = 0
-        build = module.build_version
+        build = stacks.build_version
 
         def counting(*args: Any) -> ServedVersion:
             fresh = build(*args)
@@ -273,7 +273,7 @@ def test_a_follower_serves_every_version_and_its_heads(
     history: Any, backbone: torch.nn.Module, dense_change: Callable[..., Tensor]
 ) -> None:
     assert history[3][0].compacts
-    feed, done = Events([history[1][0], history[2][1], history[3][0]]), []
+    feed, done = Events([history[1][0], history[2][1], history[3][0]]), list[int]()
     heads = {v: {"org/t1": {"weight": torch.full((2, 12), float(v))}} for v in (1, 2)}
     with (
         Serving(backbone, history[0][1]) as serving,
