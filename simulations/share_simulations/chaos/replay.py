@@ -44,7 +44,7 @@ from share_simulations.chaos.thefts import MUTANTS, THEFTS, Mutant
 from share_simulations.interrupts import reporting
 
 _TAKEN = 6
-_MUTANT_ROUNDS = 3
+_MUTANT_ROUNDS = 5
 """How often every byte is changed before a planted bug counts as unnoticed."""
 _CHUNK = 256
 _SCHEMA = "5c" * 32
