@@ -71,7 +71,7 @@ class LimitConfig:
     write_timeout_s: float = 30.0
     """A subscriber that does not take a message within this time is cut."""
     recheck_s: float = 30.0
-    """How often the certificate behind an open stream is checked again."""
+    """How often the caller of every open call is checked again."""
     enrolments_per_minute: int = 300
     """Enrolment calls per minute and peer address."""
     free_space_bytes: int = 256 * 2**20
@@ -165,8 +165,8 @@ class ServerConfig:
     """Port of the Flower gateway. Client certificate required."""
     metrics_port: int = 0
     """Port on 127.0.0.1 of the Prometheus metrics, without TLS and for this machine only; 0 turns them off."""
-    certificate_days: float = 90.0
-    """Life of a member's certificate in days."""
+    certificate_days: float = 7.0
+    """Life of a member's certificate in days. Members renew it by themselves when half of it is over."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     """How work is handed out."""
     limits: LimitConfig = field(default_factory=LimitConfig)

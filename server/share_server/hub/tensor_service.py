@@ -20,10 +20,12 @@ from share_server.hub.access import CALLER, Caller
 from share_server.hub.clock import now_ms
 from share_server.hub.engine import Engine
 from share_server.hub.feed import bases_bytes, coefficients
+from share_server.hub.membership import Membership
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.operations.backup import backup_running
-from share_server.store.members import list_members
+from share_server.store.members import list_certificates, list_members
+from share_server.store.privacy import read_privacy
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
 from share_server.store.updates import count_states, decide_update, find_update, list_updates
@@ -41,7 +43,13 @@ class HubService(hub_pb2_grpc.HubServicer):
     """See ``hub.proto`` for what each method promises."""
 
     def __init__(
-        self, spec: SpaceSpec, engine: Engine, streams: Streams, traffic: Traffic, signer_certificate: bytes
+        self,
+        spec: SpaceSpec,
+        engine: Engine,
+        streams: Streams,
+        traffic: Traffic,
+        membership: Membership,
+        signer_certificate: bytes,
     ) -> None:
         self._store = engine.store
         self._spec = spec
@@ -52,6 +60,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self._collector = engine.collector
         self._streams = streams
         self._traffic = traffic
+        self._membership = membership
         self._signer_certificate = signer_certificate
         self._started_ms = now_ms()
 
@@ -113,10 +122,16 @@ class HubService(hub_pb2_grpc.HubServicer):
 
     async def ListTasks(self, request: hub_pb2.ListTasksRequest, context: Context) -> hub_pb2.ListTasksResponse:
         """Every task that the newest version holds, with its ledger."""
-        rows = await self._store.do(list_tasks)
+        rows, spent = await self._store.do(lambda journal: (list_tasks(journal), read_privacy(journal)))
         state = self._feed.state
         tasks = [
-            convert.task_record(row, state.ledger[row.task_id], self._spec.tau, coefficients(state.space, row.task_id))
+            convert.task_record(
+                row,
+                state.ledger[row.task_id],
+                self._spec.tau,
+                coefficients(state.space, row.task_id),
+                spent.get(row.task_id),
+            )
             for row in rows
             if row.task_id in state.ledger
         ]
@@ -174,11 +189,35 @@ class HubService(hub_pb2_grpc.HubServicer):
             ]
         )
 
+    async def ListCertificates(
+        self, request: hub_pb2.ListCertificatesRequest, context: Context
+    ) -> hub_pb2.ListCertificatesResponse:
+        """A page of the certificates that were issued, for operators."""
+        after, most = request.after, convert.limit(request.limit, _PAGE)
+        rows = await self._store.do(lambda journal: list_certificates(journal, after, most))
+        return hub_pb2.ListCertificatesResponse(
+            certificates=[
+                hub_pb2.IssuedCertificate(
+                    number=row.number, key_sha256=row.key_sha256, member=row.member, certificate_pem=row.certificate
+                )
+                for row in rows
+            ]
+        )
+
     async def Backup(self, request: hub_pb2.BackupRequest, context: Context) -> AsyncIterator[hub_pb2.BackupProgress]:
         """Copy the server directory while serving; nothing is collected meanwhile."""
         async with self._collector.held, aclosing(backup_running(self._store, Path(request.directory))) as steps:
             async for done, total, version in steps:
                 yield hub_pb2.BackupProgress(done=done, total=total, version=version, finished=done == total)
+
+    async def Renew(self, request: hub_pb2.RenewRequest, context: Context) -> hub_pb2.RenewResponse:
+        """A new certificate over the caller's present key."""
+        return await self._membership.renew(CALLER.get())
+
+    async def Revoke(self, request: hub_pb2.RevokeRequest, context: Context) -> hub_pb2.RevokeResponse:
+        """Shut a member out, or let it in again."""
+        await self._membership.revoke(request.member, request.undo)
+        return hub_pb2.RevokeResponse()
 
     async def DecideUpdate(
         self, request: hub_pb2.DecideUpdateRequest, context: Context

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from share_core.errors import RebaseError
 from share_core.ledger import TaskLedger, measure
 from share_core.linalg import thin_qr
 from share_core.merge import HubState
@@ -22,6 +23,7 @@ from share_server.hub.contents import Contents
 from share_server.hub.stepping import Stepper
 from share_server.operations.checks import Rows
 from share_server.operations.reading import ReadStore, Told
+from share_server.operations.remaining import forgetting_versions, replay_remaining
 from share_server.operations.remaking import remake
 from share_server.operations.report import Report
 from share_server.operations.versions import make_contents, read_step, recorded_policy
@@ -64,6 +66,8 @@ async def replay_versions(
     try:
         if whole:
             state = HubState(empty_space(spec), {})
+        elif kept[0].version in forgetting_versions(rows):
+            state, whole = await _without_the_forgotten(run, kept.pop(0), told)
         else:
             state = await _begin(run, kept.pop(0))
             report.notes.append(f"replayed from version {state.space.version}: older ones are collected")
@@ -97,6 +101,21 @@ async def _begin(run: _Replay, row: VersionRow) -> HubState:
         original = await run.contents.of_task(task, row.version, recorded_policy(row, run.rows, run.spec))
         ledger[task] = measure(original or stored, stored)
     return HubState(space, ledger)
+
+
+async def _without_the_forgotten(run: _Replay, row: VersionRow, told: Told) -> tuple[HubState, bool]:
+    """Make the version of a forgetting anew from what remains, as :func:`_replay_one`; return whether that could be."""
+    try:
+        made = await replay_remaining(run.store, run.contents, run.stepper, run.spec, run.rows, row.version, told)
+    except RebaseError as error:
+        run.report.notes.append(f"version {row.version}, of a forgetting, cannot be made anew: {error}")
+        return await _begin(run, row), False
+    stored = read_step(run.store.blobs, run.spec, None, row)
+    run.report.replayed += 1
+    _compare(run.report, row, made.space, stored, "", encode_snapshot(made.space), stored.cores)
+    if made.space.cores.keys() != stored.cores.keys():
+        run.report.problems.append(f"version {row.version} holds other tasks than what remains of the updates gives")
+    return HubState(stored, made.ledger), True
 
 
 async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubState:
