@@ -64,10 +64,20 @@ class Stepper:
         self._spec = spec
         self._thread = ThreadPoolExecutor(1, "merge")
 
-    async def step(self, state: HubState, rows: Sequence[UpdateRow], policy: StepPolicy, snapshot_every: int) -> Tried:
+    async def step(
+        self,
+        state: HubState,
+        rows: Sequence[UpdateRow],
+        policy: StepPolicy,
+        snapshot_every: int,
+        *,
+        again: bool = False,
+    ) -> Tried:
         """Merge ``rows``, given in ingest order, into ``state``.
 
         Of many large updates only the first ones are taken, so that a version stays of bounded size; the others wait.
+        With ``again`` they were merged before: none is set aside, also where others have been forgotten since; one that
+        is outvoted has no weight.
 
         Raises:
             StorageError: the store failed. What else the mathematics raises concerns the rows together.
@@ -91,7 +101,7 @@ class Stepper:
         behind: dict[str, Background] = {}
         for task, fresh in groups.items():
             behind[task] = await self._background(task, state.space.version, policy)
-            if await self._contents.is_shared(task):
+            if not again and await self._contents.is_shared(task):
                 aside.update(await asyncio.to_thread(to_set_aside, behind[task], fresh, policy))
         said = [one for one in said if one.row.new.update_id not in aside]
         groups = {task: [one for one in own if one in said] for task, own in groups.items()}

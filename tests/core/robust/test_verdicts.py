@@ -6,6 +6,9 @@ their own, and a small part is common (docs/evidence/attacks.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +67,7 @@ def hostile(kind: str, stored: Tensor, said: Tensor, number: int) -> Tensor:
     """Return what ``number`` colluders send."""
     mean = (said - stored).mean(0)
     noise = torch.randn(number, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return {
+    found: dict[str, Tensor] = {
         "sign of all": -said[:number],
         "sign of the change": stored - (said[:number] - stored),
         "scale": stored + 1e6 * (said[:number] - stored),
@@ -73,7 +76,8 @@ def hostile(kind: str, stored: Tensor, said: Tensor, number: int) -> Tensor:
         "random change": stored + 0.6 * noise,
         "against the mean": (stored - 4 * mean).expand(number, -1),
         "against the mean, norm-matched": (stored - mean * (0.6 * stored.norm() / mean.norm())).expand(number, -1),
-    }[kind]
+    }
+    return found[kind]
 
 
 KINDS = [
@@ -174,7 +178,7 @@ def test_the_majority_is_not_the_colluders() -> None:
     assert to_centre(everybody @ everybody.T)[:12].min() > to_centre(everybody @ everybody.T)[12:].max()
 
 
-PLANTED = {
+PLANTED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "no length": ("long", lambda m: None),
     "no change": ("sign of the change", lambda m: None),
     "no direction": ("random", lambda m: m.setattr(verdicts, "_strays", lambda *_: {})),
@@ -210,10 +214,8 @@ def test_judging_once_is_not_enough() -> None:
 
 
 def test_limits_that_cannot_work_are_refused() -> None:
-    for values in ({"filter": "krum"}, {"organisations": 2}, {"cosine": 1.0}, {"clip": 0.5}, {"clip": 20.0}):
-        with pytest.raises(ConfigError, match="expected"):
-            RobustPolicy(**values)
-    for values in ({"influence": 0.0}, {"past": 1.5}):
+    wrong: list[dict[str, Any]] = [{"filter": "krum"}, {"organisations": 2}, {"cosine": 1.0}, {"clip": 0.5}]
+    for values in [*wrong, {"clip": 20.0}, {"influence": 0.0}, {"past": 1.5}]:
         with pytest.raises(ConfigError, match="expected"):
             RobustPolicy(**values)
     assert robust_policy(None) == OFF and not OFF.filters
