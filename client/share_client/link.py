@@ -54,6 +54,7 @@ class HubLink:
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
         self._deadline = deadline
+        self._egress = credentials.egress
         self._channel = open_channel(address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
@@ -97,13 +98,20 @@ class HubLink:
             lease_id=submission.lease_id,
             rows=submission.rows,
             offset=offset,
+            privacy=submission.privacy,
         )
 
-        admitted = threading.Event()
+        admitted, ended = threading.Event(), threading.Event()
+        if self._egress is not None:
+            self._egress.call(self.address, "/share_proto.v1.Hub/Submit", header)
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
             yield hub_pb2.SubmitRequest(header=header)
             admitted.wait(_PATIENCE_S)
+            if ended.is_set():
+                return  # refused, or known already: the payload stays here
+            if self._egress is not None:
+                self._egress.upload(self.address, header, payload)
             for start in range(offset, len(payload), CHUNK_BYTES):
                 yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
 
@@ -114,10 +122,11 @@ class HubLink:
             # The hub answers the header before the payload: one that it refuses costs nobody a byte more.
             if any(key == GO_AHEAD_KEY for key, _ in call.initial_metadata()):
                 admitted.set()
-            return call.result()
+            return self._received(call.result())
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
         finally:
+            ended.set()
             admitted.set()  # a refusal must not leave a thread waiting that holds the payload
 
     def get_upload(self, update_id: str) -> hub_pb2.GetUploadResponse:
@@ -127,7 +136,10 @@ class HubLink:
         """
         request = hub_pb2.GetUploadRequest(update_id=update_id)
         try:
-            return self._hub.GetUpload(request, timeout=self._deadline)
+            answer = self._hub.GetUpload(request, timeout=self._deadline)
+            if answer.HasField("receipt"):
+                self._received(answer.receipt)
+            return answer
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return hub_pb2.GetUploadResponse()
@@ -150,6 +162,11 @@ class HubLink:
         """Return what became of an update."""
         request = hub_pb2.GetUpdateRequest(update_id=update_id)
         return self._call(f"asking for update {update_id}", self._hub.GetUpdate, request).update
+
+    def list_updates(self, after_seq: int, limit: int) -> hub_pb2.ListUpdatesResponse:
+        """Return updates of our organisation after an ingest number, in ingest order."""
+        request = hub_pb2.ListUpdatesRequest(after_seq=after_seq, limit=limit)
+        return self._call("listing updates", self._hub.ListUpdates, request)
 
     def report(self, evaluations: Sequence[hub_pb2.Evaluation]) -> hub_pb2.ReportEvaluationResponse:
         """Hand in evaluations; they are durable at the hub when this returns."""
@@ -191,6 +208,12 @@ class HubLink:
         finally:
             stream.cancel()
         return header.version, payload
+
+    def _received(self, receipt: hub_pb2.SubmitResponse) -> hub_pb2.SubmitResponse:
+        """Write down a receipt and return it."""
+        if self._egress is not None:
+            self._egress.receipt(self.address, receipt)
+        return receipt
 
     def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
         try:

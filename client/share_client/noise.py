@@ -1,10 +1,10 @@
 """Random numbers that nobody else can compute: noise and sampling for differential privacy.
 
-The seed of a task orders rows and starts factors, and anybody may know it. Noise drawn from it could be subtracted again,
-so noise and the choice of rows come from the operating system. No seed can be given here, on purpose.
+The seed of a task orders rows and starts factors, and anybody may know it. Noise drawn from it could be subtracted
+again, so noise and the choice of rows come from the operating system. No seed can be given here, on purpose.
 
 Every normal number is the sum of four, divided by two: that hides in which bits a floating-point generator leaves
-holes (Holohan and Braghin, arXiv 2107.10138, section 5.1). Values stay within 8.6 standard deviations on each of the four.
+holes (Holohan and Braghin, arXiv 2107.10138, section 5.1). Each of the four stays within 8.6 standard deviations.
 """
 
 from __future__ import annotations

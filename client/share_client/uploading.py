@@ -40,6 +40,8 @@ class Submission:
     """Lease under which it was trained; empty outside a lease."""
     rows: int = 0
     """Training rows the client declares; 0 says nothing."""
+    privacy: str = ""
+    """What is declared of clipping and noise (:mod:`share_core.privacy`); empty if nothing."""
 
 
 class Uploader(Protocol):

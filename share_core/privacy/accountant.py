@@ -1,8 +1,8 @@
 """What noise is worth: Renyi differential privacy of the Gaussian mechanism, in float64 and without sampling.
 
-A release adds Gaussian noise of standard deviation ``noise_multiplier * sensitivity``. Its Renyi divergence of order a is
-``a / (2 noise_multiplier^2)`` (Mironov, arXiv 1702.07476, Corollary 3), and that of several releases is the sum (ibid.,
-Proposition 1), whoever chose the later ones and why. Nothing is gained here from sampling who takes part: in an
+A release adds Gaussian noise of standard deviation ``noise_multiplier * sensitivity``. Its Renyi divergence of order a
+is ``a / (2 noise_multiplier^2)`` (Mironov, arXiv 1702.07476, Corollary 3), and that of several releases is the sum
+(ibid., Proposition 1), whoever chose the later ones and why. Nothing is gained here from sampling who takes part: in an
 asynchronous federation nobody is drawn at random.
 
 A curve becomes (epsilon, delta) by Proposition 12 of Canonne, Kamath and Steinke (arXiv 2004.00010)::

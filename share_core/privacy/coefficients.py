@@ -46,7 +46,9 @@ def noisy_cores(
 
 def clip_scale(entries: Mapping[str, Tensor], clip: float) -> float:
     """Return the factor, at most 1, after which the norm of all entries together is at most ``clip``."""
-    norm = float(torch.sqrt(sum((matrix.square().sum() for matrix in entries.values()), torch.zeros((), dtype=torch.float64))))
+    norm = float(
+        torch.sqrt(sum((matrix.square().sum() for matrix in entries.values()), torch.zeros((), dtype=torch.float64)))
+    )
     return min(1.0, clip / norm) if norm else 1.0
 
 

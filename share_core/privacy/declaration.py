@@ -2,8 +2,9 @@
 
 Two mechanisms::
 
-    {"delta":1e-05,"epsilon":2.0,"max_grad_norm":1.0,"mechanism":"dp-sgd","noise_multiplier":1.1,"sample_rate":0.05,"steps":60}
     {"clip":1.0,"delta":1e-05,"mechanism":"coefficients","noise_multiplier":4.0}
+    {"delta":1e-05,"epsilon":2.0,"max_grad_norm":1.0,"mechanism":"dp-sgd","noise_multiplier":1.1,"sample_rate":0.05,
+     "steps":60}                                                                           (one line, without spaces)
 
 Canonical means: exactly these keys, sorted, no spaces, every number but ``steps`` written as Python writes a float. What
 is not canonical is refused, so that equal declarations are equal bytes.
@@ -12,7 +13,8 @@ is not canonical is refused, so that equal declarations are equal bytes.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from share_core.errors import HeaderError, RequestError
@@ -59,6 +61,11 @@ class CoefficientNoise:
 
 Declaration = SampleNoise | CoefficientNoise
 
+_KINDS: Mapping[str, type[SampleNoise] | type[CoefficientNoise]] = {
+    SAMPLES: SampleNoise,
+    COEFFICIENTS: CoefficientNoise,
+}
+
 _BOUNDS = {
     "epsilon": (0.0, 1e9),
     "delta": (1e-30, 0.1),
@@ -94,26 +101,26 @@ def declaration_from_text(text: str) -> Declaration | None:
     declaration = _declaration(body)
     if declaration_to_text(declaration) != text:
         raise RequestError(
-            f"privacy: expected canonical JSON {declaration_to_text(declaration)!r}, got {text[:200]!r}: sort the keys, "
-            "leave out spaces, write numbers but steps with a decimal point"
+            f"privacy: expected canonical JSON {declaration_to_text(declaration)!r}, got {text[:200]!r}: sort the "
+            "keys, leave out spaces, write numbers but steps with a decimal point"
         )
     return declaration
 
 
 def _declaration(body: Any) -> Declaration:
     mechanism = body.get("mechanism") if isinstance(body, dict) else None
-    kind = {SAMPLES: SampleNoise, COEFFICIENTS: CoefficientNoise}.get(mechanism if isinstance(mechanism, str) else "")
+    kind = _KINDS.get(mechanism) if isinstance(mechanism, str) else None
     if kind is None:
         raise RequestError(f"privacy: expected mechanism {SAMPLES!r} or {COEFFICIENTS!r}, got {str(mechanism)[:40]!r}")
-    names = tuple(kind.__dataclass_fields__)
+    names = tuple(field.name for field in fields(kind))
     if set(body) != {"mechanism", *names}:
         raise RequestError(
             f"privacy: expected the keys mechanism, {', '.join(names)}, got {', '.join(sorted(body))[:200]}"
         )
-    return kind(**{name: _number(name, body[name]) for name in names})  # type: ignore[return-value]
+    return kind(**{name: _number(name, body[name]) for name in names})
 
 
-def _number(name: str, value: Any) -> float | int:
+def _number(name: str, value: Any) -> Any:
     low, high = _BOUNDS[name]
     wanted = int if name == "steps" else float
     good = type(value) in (int, wanted) and low <= value <= high

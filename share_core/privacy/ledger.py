@@ -1,8 +1,8 @@
 """What the published updates of one task have spent, all contributors together.
 
-Every update with noise on its coefficients is one Gaussian release whose sensitivity is its clip. The ledger adds them up
-whoever they come from, so for each contributor it says at least what that one has spent. Its delta is the smallest that
-was declared: epsilon at a smaller delta is larger.
+Every update with noise on its coefficients is one Gaussian release whose sensitivity is its clip. The ledger adds them
+up whoever they come from, so for each contributor it says at least what that one has spent. Its delta is the smallest
+that was declared: epsilon at a smaller delta is larger.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """From a ``[privacy]`` table to what one training declares, and from declarations to what they have spent together.
 
-Poisson sampling is counted by dp-accounting's Renyi accountant (Mironov, Talwar and Zhang, arXiv 1908.10530) at the orders
-of :mod:`share_core.privacy`. Rows are added or removed (not exchanged): the neighbouring relation of both packages.
+Poisson sampling is counted by dp-accounting's Renyi accountant (Mironov, Talwar and Zhang, arXiv 1908.10530) at the
+orders of :mod:`share_core.privacy` that are whole numbers: there the divergence is a finite sum, elsewhere a series that
+need not end. Fewer orders can only make epsilon larger. Rows are added or removed (not exchanged): the neighbouring
+relation of dp-accounting and Opacus.
 """
 
 from __future__ import annotations
@@ -11,7 +13,17 @@ from typing import Any
 
 from share_client.tasks_file import PrivacyConfig, TaskConfig
 from share_core.errors import ConfigError
-from share_core.privacy import COEFFICIENTS, ORDERS, CoefficientNoise, Declaration, SampleNoise, gaussian_epsilon, least_noise
+from share_core.privacy import (
+    COEFFICIENTS,
+    ORDERS,
+    CoefficientNoise,
+    Declaration,
+    SampleNoise,
+    gaussian_epsilon,
+    least_noise,
+)
+
+_WHOLE = tuple(order for order in ORDERS if order.is_integer())
 
 CLIENT_DELTA = 1e-6
 """Delta for noise on coefficients where none is given. It is about clients, so no number of rows says what is small."""
@@ -79,7 +91,7 @@ def _epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
     if all(rate == 1.0 for _, rate, _ in events):
         return gaussian_epsilon([(noise, steps) for noise, _, steps in events], delta)
     accounting = _accounting()
-    accountant = accounting.rdp.RdpAccountant(ORDERS)
+    accountant = accounting.rdp.RdpAccountant(_WHOLE)
     for noise, rate, steps in events:
         step = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
         accountant.compose(step, steps)
@@ -91,5 +103,7 @@ def _accounting() -> Any:
         import dp_accounting
         import dp_accounting.rdp
     except ImportError as error:
-        raise ConfigError("privacy in a tasks file needs dp-accounting and opacus: pip install 'fedshare[privacy]'") from error
+        raise ConfigError(
+            "privacy in a tasks file needs dp-accounting and opacus: pip install 'fedshare[privacy]'"
+        ) from error
     return dp_accounting

@@ -114,7 +114,9 @@ def check_releasable(space: Space, task: PreparedTask, options: TrainingOptions)
             "would leave without noise"
         )
     if task.config.share_head:
-        raise ConfigError(f"task {name!r}: noise on coefficients needs share_head = false: a head would leave without noise")
+        raise ConfigError(
+            f"task {name!r}: noise on coefficients needs share_head = false: a head would leave without noise"
+        )
     if not has_bases(space):
         raise ConfigError(
             f"task {name!r}: noise on coefficients needs a space with bases, and version {space.version} has none: "

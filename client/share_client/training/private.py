@@ -1,13 +1,13 @@
 """Training by DP-SGD: gradients of single rows, clipped, summed, and hidden in noise (arXiv 1607.00133).
 
-Opacus takes the gradient of every row of every trained matrix, clips, and drives the optimizer. It knows plain linear maps,
-so a change is laid out as four of them here and read back in the end::
+Opacus takes the gradient of every row of every trained matrix, clips, and drives the optimizer. It knows plain linear
+maps, so a change is laid out as four of them here and read back in the end::
 
     y = base(x) + L E_o (E_i^T (R^T x)) + B (A^T x)
 
-Only the matrices of cores, free directions and the head have gradients: the backbone is frozen. Everything that depends
-on the rows goes through the noise: the rows of a step are drawn by Poisson sampling, so their number tells nothing, an
-empty draw is a step of pure noise, and free directions start at random and not from the gradient of the data.
+Only the matrices of cores, free directions and the head have gradients: the backbone is frozen. Everything that
+depends on the rows goes through the noise: the rows of a step are drawn by Poisson sampling, an empty draw is a step of
+pure noise, and free directions start at random and not from the gradient of the data.
 """
 
 from __future__ import annotations
@@ -136,8 +136,11 @@ def train_private(
                 schedule.step()
                 mean = smoothed(mean, loss) if rows else mean
                 if progress is not None:
-                    epoch = min(options.epochs, 1 + (step - 1) // per_epoch)
-                    progress(Progress(epoch, options.epochs, step, declared.steps, float("nan") if mean is None else mean))
+                    epoch, late = (
+                        min(options.epochs, 1 + (step - 1) // per_epoch),
+                        float("nan") if mean is None else mean,
+                    )
+                    progress(Progress(epoch, options.epochs, step, declared.steps, late))
                 if options.pace > 0:
                     time.sleep(options.pace)
         finally:
