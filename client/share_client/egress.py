@@ -8,7 +8,7 @@
 Every line has ``number`` (from 1, without gaps), ``previous`` (SHA-256 of the line before it, without its newline;
 zeros for the first), ``time`` (UTC), ``event``, ``to`` (host:port) and ``bytes``. The events:
 
-``call``     one gRPC message other than a payload: ``method``, ``sha256`` of the message, ``fields`` with what is in it
+``call``     one gRPC message but a payload: ``method``, ``sha256`` of the message, ``fields`` with what is in it
 ``upload``   the payload of one update, from ``offset`` on: ``space``, ``task``, ``update_id``, every tensor's name, dtype,
              shape and bytes, ``payload_bytes``, ``payload_sha256``, ``privacy``. An upload that is sent again is a line
              again: those bytes left twice.

@@ -128,7 +128,11 @@ def task_list(link: HubLink) -> dict[str, Any]:
     names = [field.name for field in hub_pb2.TaskRecord.DESCRIPTOR.fields]
     return {
         "version": answer.version,
-        "tasks": [{name: getattr(task, name) for name in names} for task in answer.tasks],
+        "tasks": [
+            # What was not said is null, not zero: no epsilon and an epsilon of 0 are opposites.
+            {n: getattr(task, n) if n not in ("epsilon", "delta") or task.HasField(n) else None for n in names}
+            for task in answer.tasks
+        ],
     }
 
 

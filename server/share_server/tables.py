@@ -48,13 +48,18 @@ def traffic_table(answer: hub_pb2.GetStatusResponse) -> Table:
 
 def task_table(answer: hub_pb2.ListTasksResponse) -> Table:
     """Return the tasks of one version."""
-    table = _names_and_numbers("task", "owner", numbers=("first", "last", "updates", "coeff.", "error"))
+    spent = any(task.HasField("epsilon") for task in answer.tasks)
+    numbers = ("first", "last", "updates", "coeff.", "error", *(("epsilon",) if spent else ()))
+    table = _names_and_numbers("task", "owner", numbers=numbers)
     table.title = f"tasks of version {answer.version}"
     table.caption = "first, last: versions; coeff.: numbers stored; error: relative bound, ! over budget"
+    if spent:
+        table.caption += "; epsilon: spent by noise on coefficients"
     for task in answer.tasks:
         error = f"{task.error_bound:.4f}" + ("!" if task.over_budget else "")
-        numbers = (task.created_version, task.updated_version, task.updates, task.coefficients)
-        table.add_row(task.task_id, task.owner, *(str(number) for number in numbers), error)
+        counts = (task.created_version, task.updated_version, task.updates, task.coefficients)
+        epsilon = (f"{task.epsilon:.2f}" if task.HasField("epsilon") else "-",) if spent else ()
+        table.add_row(task.task_id, task.owner, *(str(count) for count in counts), error, *epsilon)
     return table
 
 

@@ -136,10 +136,8 @@ def train_private(
                 schedule.step()
                 mean = smoothed(mean, loss) if rows else mean
                 if progress is not None:
-                    epoch, late = (
-                        min(options.epochs, 1 + (step - 1) // per_epoch),
-                        float("nan") if mean is None else mean,
-                    )
+                    epoch = min(options.epochs, 1 + (step - 1) // per_epoch)
+                    late = float("nan") if mean is None else mean
                     progress(Progress(epoch, options.epochs, step, declared.steps, late))
                 if options.pace > 0:
                     time.sleep(options.pace)

@@ -297,7 +297,7 @@ class ListTasksRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients")
+    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients", "epsilon", "delta")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     CREATED_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +306,8 @@ class TaskRecord(_message.Message):
     ERROR_BOUND_FIELD_NUMBER: _ClassVar[int]
     OVER_BUDGET_FIELD_NUMBER: _ClassVar[int]
     COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     owner: str
     created_version: int
@@ -314,7 +316,9 @@ class TaskRecord(_message.Message):
     error_bound: float
     over_budget: bool
     coefficients: int
-    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ...) -> None: ...
+    epsilon: float
+    delta: float
+    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
 class ListTasksResponse(_message.Message):
     __slots__ = ("tasks", "version")

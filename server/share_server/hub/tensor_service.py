@@ -24,6 +24,7 @@ from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.operations.backup import backup_running
 from share_server.store.members import list_members
+from share_server.store.privacy import read_privacy
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
 from share_server.store.updates import count_states, find_update, list_updates
@@ -112,10 +113,16 @@ class HubService(hub_pb2_grpc.HubServicer):
 
     async def ListTasks(self, request: hub_pb2.ListTasksRequest, context: Context) -> hub_pb2.ListTasksResponse:
         """Every task that the newest version holds, with its ledger."""
-        rows = await self._store.do(list_tasks)
+        rows, spent = await self._store.do(lambda journal: (list_tasks(journal), read_privacy(journal)))
         state = self._feed.state
         tasks = [
-            convert.task_record(row, state.ledger[row.task_id], self._spec.tau, coefficients(state.space, row.task_id))
+            convert.task_record(
+                row,
+                state.ledger[row.task_id],
+                self._spec.tau,
+                coefficients(state.space, row.task_id),
+                spent.get(row.task_id),
+            )
             for row in rows
             if row.task_id in state.ledger
         ]

@@ -23,6 +23,7 @@ from share_server.store.blobs import storage
 from share_server.store.journal import entry_hash
 from share_server.store.members import list_members
 from share_server.store.pages import PageSums
+from share_server.store.privacy import privacy_problems
 from share_server.store.records import UpdateRow, UpdateState, VersionRow
 from share_server.store.recovery import all_updates, needed_payloads, row_problems
 from share_server.store.schema import SCHEMA_VERSION
@@ -108,6 +109,8 @@ def _read_rows(journal: ReadJournal, entries: Entries, report: Report) -> Rows:
         report.problems += list(row_problems(entries, updates, versions, head))
     with report.noting("other rows and chain"):
         report.problems += list(_other_row_problems(journal, entries, updates, versions))
+    with report.noting("privacy ledger"):
+        report.problems += list(privacy_problems(journal, [(kind, body) for kind, body, _ in entries.values()]))
     report.updates, report.versions = len(updates), len(versions)
     return Rows(entries, updates, versions, head)
 
