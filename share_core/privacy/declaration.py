@@ -6,8 +6,8 @@ Two mechanisms::
     {"delta":1e-05,"epsilon":2.0,"max_grad_norm":1.0,"mechanism":"dp-sgd","noise_multiplier":1.1,"sample_rate":0.05,
      "steps":60}                                            (one line, without spaces)
 
-Canonical means: exactly these keys, sorted, no spaces, every number but ``steps`` written as Python writes a float. What
-is not canonical is refused, so that equal declarations are equal bytes.
+Canonical means: exactly these keys, sorted, no spaces, every number but ``steps`` written as Python writes a float.
+What is not canonical is refused, so that equal declarations are equal bytes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Poisson sampling is counted by dp-accounting's Renyi accountant (Mironov, Talwar and Zhang, arXiv 1908.10530) at the
 orders of :mod:`share_core.privacy` that are whole numbers: there the divergence is a finite sum, elsewhere a series
-that need not end. Fewer orders can only make epsilon larger. Rows are added or removed (not exchanged): the neighbouring
-relation of dp-accounting and Opacus.
+that need not end. Fewer orders can only make epsilon larger. Rows are added or removed (not exchanged): the
+neighbouring relation of dp-accounting and Opacus.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def train_private(
 ) -> Trained:
     """Train ``head`` and ``changes`` in place by DP-SGD with the steps and noise that ``declared`` says.
 
-    The optimizer and its schedule are those of :func:`~.loop.train`; they see only noisy gradients. Two calls never give
-    the same result. The backbone is left as it was, however this ends.
+    The optimizer and its schedule are those of :func:`~.loop.train`; they see only noisy gradients. Two calls never
+    give the same result. The backbone is left as it was, however this ends.
 
     Raises:
         ConfigError: Opacus is not installed.
