@@ -10,8 +10,8 @@ zeros for the first), ``time`` (UTC), ``event``, ``to`` (host:port) and ``bytes`
 
 ``call``     one gRPC message but a payload: ``method``, ``sha256`` of the message, ``fields`` with what is in it
 ``upload``   the payload of one update, from ``offset`` on: ``space``, ``task``, ``update_id``, every tensor's name,
-             dtype, shape and bytes, ``payload_bytes``, ``payload_sha256``, ``privacy``. An upload that is sent again is a line
-             again: those bytes left twice.
+             dtype, shape and bytes, ``payload_bytes``, ``payload_sha256``, ``privacy``. An upload that is sent again is
+             a line again: those bytes left twice.
 ``fleet``    one piece of what Flower's SuperNode sent through the forwarder: ``sha256``, and the ``request`` it begins
 ``receipt``  no bytes: the hub has said that it holds an update, with its ``ingest_seq`` and ``entry_hash``
 

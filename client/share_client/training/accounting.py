@@ -1,9 +1,8 @@
 """From a ``[privacy]`` table to what one training declares, and from declarations to what they have spent together.
 
 Poisson sampling is counted by dp-accounting's Renyi accountant (Mironov, Talwar and Zhang, arXiv 1908.10530) at the
-orders of :mod:`share_core.privacy` that are whole numbers: there the divergence is a finite sum, elsewhere a series
-that need not end. Fewer orders can only make epsilon larger. Rows are added or removed (not exchanged): the
-neighbouring relation of dp-accounting and Opacus.
+orders of :mod:`share_core.privacy` from 2 on: below, its series often does not converge. Fewer orders can only make
+epsilon larger. Rows are added or removed (not exchanged): the neighbouring relation of dp-accounting and Opacus.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from share_core.privacy import (
     least_noise,
 )
 
-_WHOLE = tuple(order for order in ORDERS if order.is_integer())
+_ORDERS = tuple(order for order in ORDERS if order >= 2)
 
 CLIENT_DELTA = 1e-6
 """Delta for noise on coefficients where none is given. It is about clients, so no number of rows says what is small."""
@@ -91,7 +90,7 @@ def _epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
     if all(rate == 1.0 for _, rate, _ in events):
         return gaussian_epsilon([(noise, steps) for noise, _, steps in events], delta)
     accounting = _accounting()
-    accountant = accounting.rdp.RdpAccountant(_WHOLE)
+    accountant = accounting.rdp.RdpAccountant(_ORDERS)
     for noise, rate, steps in events:
         step = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
         accountant.compose(step, steps)

@@ -78,7 +78,9 @@ def train_in_space(
     if isinstance(declared, CoefficientNoise):
         submission = _with_noise(submission, space, declared, options.pseudo_rank)
         fixed = update_adapter(Update(space.version, submission), space.bases)
-        noisy = {site: FixedFactors(one.out, one.in_).to(backbone.device) for site, one in fixed.items()}
+        noisy = {
+            site: FixedFactors(one.out.float(), one.in_.float()).to(backbone.device) for site, one in fixed.items()
+        }
         trained = train(backbone, task, trained_head, noisy, options, progress)
     tensors = head_tensors(trained_head)
     return TrainResult(

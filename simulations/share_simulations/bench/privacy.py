@@ -209,7 +209,9 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
     """Return the accuracy with a private head that is trained on what the noise left."""
     adapter = update_adapter(Update(bench.space.version, sites), bench.space.bases)
     head = fresh_head(bench.backbone, task, options.seed, None)
-    fixed = {site: FixedFactors(one.out, one.in_).to(bench.backbone.device) for site, one in adapter.items()}
+    fixed = {
+        site: FixedFactors(one.out.float(), one.in_.float()).to(bench.backbone.device) for site, one in adapter.items()
+    }
     train(bench.backbone, task, head, fixed, options, None)
     with torch.no_grad():
         return evaluate(bench.backbone, task, adapter, head_tensors(head)).value

@@ -25,9 +25,9 @@ def write_privacy_plot(report: dict[str, Any], path: Path) -> None:
 def _panel(axes: Any, name: str, accuracy: dict[str, dict[str, float]]) -> None:
     curves: dict[str, list[tuple[float, dict[str, float]]]] = {}
     for key, figures in accuracy.items():
-        mechanism, _, epsilon = key.rpartition(", epsilon ")
+        mechanism, _, text = key.rpartition(", epsilon ")
         if mechanism:
-            curves.setdefault(mechanism, []).append((float(epsilon), figures))
+            curves.setdefault(mechanism, []).append((float(text), figures))
     axes.axhline(accuracy["frozen backbone, plain head"]["mean"], color="0.5", ls="--", label="frozen backbone")
     for number, (mechanism, points) in enumerate(curves.items()):
         colour = f"C{number}"
