@@ -342,7 +342,7 @@ def test_a_training_declares_what_it_spends() -> None:
     assert total_epsilon([noise, declared]) > max(2.0, declared.epsilon)
     assert declare(replace(task_with(epsilon=3.0), privacy=None), 10) is None
     with pytest.raises(ConfigError, match="raise epsilon"):
-        declare(task_with(epsilon=1e-7), 10)
+        declare(task_with(epsilon=1e-9, delta=1e-12), 10)
 
 
 def test_noise_is_normal_and_rows_are_drawn_at_the_rate() -> None:
