@@ -34,7 +34,7 @@ from share_server.hub.convert import task_record
 from share_server.hub.engine import Engine
 from share_server.store import versions
 from share_server.store.journal import Journal
-from share_server.store.privacy import chained_privacy, privacy_problems, read_privacy, restore_privacy
+from share_server.store.privacy import chained_privacy, privacy_problems, read_privacy, record_spend, restore_privacy
 from share_server.store.records import UpdateState
 from share_server.store.updates import find_update
 from share_server.store.versions import head_version, list_tasks
@@ -207,7 +207,7 @@ def test_the_spend_is_there_exactly_when_the_merge_is(
 def test_a_spend_in_another_transaction_would_be_noticed(
     run_engine: Run, tmp_path: Path, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest_spend, honest_commit = versions.record_spend, versions.commit_version
+    honest_spend, honest_commit = record_spend, versions.commit_version
 
     def late(journal: Journal, commit: Any, now_ms: int) -> None:
         honest_commit(journal, commit, now_ms)
@@ -227,10 +227,9 @@ def test_a_merge_that_fails_spends_nothing(
 
     async def work(engine: Engine) -> None:
         spent: list[object] = []
-        honest = versions.record_spend
 
         def refuse(journal: Journal, updates: Any) -> None:
-            honest(journal, updates)
+            record_spend(journal, updates)
             spent.append(updates)
             raise StorageError("the disk refused")
 
