@@ -3,7 +3,7 @@
 ::
 
     CDIR/member.json            member, addresses, space id, node id
-    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode)
+    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode), sequence.json
     CDIR/outbox/<update id>/    trained and not yet merged; outbox/refused/ holds what the hub will not take
     CDIR/tasks/<task>/          private heads, history.jsonl, record.json
     CDIR/egress/                everything that left, line by line
@@ -80,6 +80,11 @@ class ClientLayout:
     def node_public_key(self) -> Path:
         """Public half of the node key, PEM."""
         return self.identity / "node.pub"
+
+    @property
+    def sequence(self) -> Path:
+        """The number of what was signed last."""
+        return self.identity / "sequence.json"
 
     @property
     def outbox(self) -> Path:
@@ -207,6 +212,16 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise ConfigError(
             f"{layout.identity}: identity is incomplete: {error}; enrol again with a new token"
         ) from error
+    check_credentials(layout, credentials, now)
+    return credentials
+
+
+def check_credentials(layout: ClientLayout, credentials: Credentials, now: datetime) -> None:
+    """Check that the parts of an identity can be used, belong together, and have not run out at ``now``.
+
+    Raises:
+        CertificateError: otherwise. The message names the file of ``layout`` in which the part lies, or is to lie.
+    """
     own = _usable(layout.key, lambda: public_key_pem(credentials.key))
     certified = _usable(layout.certificate, lambda: public_key_pem_of_certificate(credentials.certificate))
     _usable(layout.authority, lambda: _check_issued(credentials.authority, credentials.authority))
@@ -221,7 +236,6 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise CertificateError(
             f"{layout.certificate} expired at {end:%Y-%m-%d %H:%M} UTC: ask the operator for a new join token"
         )
-    return credentials
 
 
 def check_node_key(layout: ClientLayout) -> None:

@@ -27,8 +27,10 @@ from share_client.member import ClientLayout, Member, load_credentials, load_mem
 from share_client.outbox import Outbox, Training
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
+from share_client.renewal import kept_renewed
 from share_client.sending import Sender
 from share_client.session_log import SessionLog
+from share_client.signing import SubmissionSigner
 from share_client.sources import Sources, open_relay
 from share_client.spending import Spending
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trainer
@@ -107,6 +109,7 @@ def run_session(
         _only_session(layout, options.lock_s),
         HubLink(address, credentials) as link,
         open_relay(member.follow_address, credentials) as relay,
+        kept_renewed(layout, [link, relay], lambda text: log.write("certificate", reason=text)),
     ):
         try:
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
@@ -157,7 +160,8 @@ class _Session:
         self._cache = SpaceCache(layout.cache, self._spec, chain)
         self._view = View(self._first_space(description))
         rebaser = Rebaser(self._spec, lambda: self._view.newest, self._hub_versions)
-        self._sender = Sender(self._link, self._outbox, self._records, log, stop, rebaser)
+        signer = SubmissionSigner(layout.sequence, lambda: self._link.credentials)
+        self._sender = Sender(self._link, self._outbox, self._records, signer, log, stop, rebaser)
         self._set_aside: frozenset[str] = frozenset()
         self._evaluated = 0
         self._taken = 0

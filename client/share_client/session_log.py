@@ -29,6 +29,7 @@ _SENTENCES: Mapping[str, str] = {
     "refused": "{task}: refused: {reason}",
     "retrain": "{task}: will be trained again: {reason}",
     "rebased": "{task}: expressed in version {version} and sent again, without training: {reason}",
+    "signed_again": "{task}: signed anew, under another number: {reason}",
     "set_aside": "{task}: the hub has set the update aside until the operator decides: {reason}",
     "source": "{reason}",
     "version": "version {version} received",
@@ -36,6 +37,7 @@ _SENTENCES: Mapping[str, str] = {
     "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",
+    "certificate": "{reason}",
     "tasks": "tasks file cannot be used: {reason}",
     "node": "{reason}",
 }

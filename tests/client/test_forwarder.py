@@ -228,6 +228,25 @@ def test_a_stop_while_the_copies_end_still_closes_the_way_to_the_gateway(
     assert [writer.transport.is_closing() for writer in opened] == [True]
 
 
+def test_each_connection_shows_the_newest_certificate_that_can_be_used(
+    gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes]
+) -> None:
+    layout, authority, authority_key = offline
+
+    def renewed(name: str) -> bytes:
+        identity = Identity("trainer", "org", name)  # another name, so that the gateway can tell
+        return sign_csr(authority, authority_key, make_csr(layout.key.read_bytes()), identity, datetime.now(UTC), 1)
+
+    called = []
+    for certificate in (None, renewed("two"), b"torn", renewed("three")):
+        if certificate is not None:
+            write_atomic(layout.certificate, certificate)
+        with local_client(forwarder) as client:
+            assert client.post("/v1/fleet/pull-messages", content=b"x").content == b"x"
+        called.append(gateway.requests[-1][3])
+    assert called == ["org/one", "org/two", "org/two", "org/three"]
+
+
 def test_what_goes_through_is_in_the_egress_log_first(
     gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""A loopback listener that adds the member's certificate.
+"""A loopback listener that adds the member's certificate, the newest there is at each connection.
 
 Flower's SuperNode can verify a server but has no client certificate to show, and the gateway demands one. The
 forwarder accepts TLS on 127.0.0.1 with a throw-away authority that only our SuperNode trusts, opens mutual TLS 1.3 to
@@ -11,6 +11,7 @@ gateway: when that cannot be reached, the request is read and answered with 503 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import threading
 from collections.abc import Awaitable, Callable
@@ -58,10 +59,9 @@ class Forwarder:
         self._local = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._local.minimum_version = ssl.TLSVersion.TLSv1_3
         self._local.load_cert_chain(certificate, key)
-        self._remote = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._remote.minimum_version = ssl.TLSVersion.TLSv1_3
-        self._remote.load_verify_locations(layout.authority)
-        self._remote.load_cert_chain(layout.certificate, layout.key)
+        self._layout = layout
+        self._remote = _remote_context(layout)
+        self._shown = layout.certificate.read_bytes()
         self._thread = threading.Thread(target=self._run, name="forwarder", daemon=True)
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -133,6 +133,17 @@ class Forwarder:
         finally:
             await _close(writer)
 
+    def _newest(self) -> ssl.SSLContext:
+        """Return the context of the next connection: with the certificate in the file, which may have been renewed.
+
+        One that cannot be used leaves the old one in force; every other reader of the file says what is wrong with it.
+        """
+        with contextlib.suppress(OSError):  # ssl.SSLError is one
+            found = self._layout.certificate.read_bytes()
+            if found != self._shown:
+                self._remote, self._shown = _remote_context(self._layout), found
+        return self._remote
+
     async def _write_down(self, piece: bytes) -> None:
         """Write a piece into the egress log before it leaves; on a thread, since it waits for the disk."""
         await asyncio.to_thread(self._egress.fleet, self._gateway, piece)
@@ -141,13 +152,22 @@ class Forwarder:
         try:
             async with asyncio.timeout(_CONNECT_S):
                 opened = await asyncio.open_connection(
-                    self._host, self._port, ssl=self._remote, server_hostname=self._host
+                    self._host, self._port, ssl=self._newest(), server_hostname=self._host
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             self.trouble = f"the gateway at {self._host}:{self._port} cannot be reached: {error or 'timeout'}"
             return None
         self.trouble = ""
         return opened
+
+
+def _remote_context(layout: ClientLayout) -> ssl.SSLContext:
+    """Return the side of us that the gateway sees: TLS 1.3 with the member's certificate, this federation or nobody."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(layout.authority)
+    context.load_cert_chain(layout.certificate, layout.key)
+    return context
 
 
 async def _join(

@@ -21,6 +21,7 @@ _STATES = {
     UpdateState.MERGED: hub_pb2.UPDATE_STATE_MERGED,
     UpdateState.REFUSED: hub_pb2.UPDATE_STATE_REFUSED,
     UpdateState.QUARANTINED: hub_pb2.UPDATE_STATE_QUARANTINED,
+    UpdateState.FORGOTTEN: hub_pb2.UPDATE_STATE_FORGOTTEN,
 }
 
 
@@ -72,6 +73,11 @@ def update_record(row: UpdateRow) -> hub_pb2.UpdateRecord:
         sequence=new.sequence,
         signature=new.signature,
         privacy=new.privacy,
+        lease_id=new.lease_id,
+        rows=new.rows,
+        create=new.create,
+        sharing=hub_pb2.TaskSharing(open=new.sharing.open, organisations=new.sharing.organisations),
+        schema_sha256=new.schema_sha256,
     )
 
 
@@ -115,7 +121,13 @@ def traffic(row: TrafficRow) -> hub_pb2.MemberTraffic:
 
 def node(row: NodeRow) -> fleet_pb2.Node:
     """Return one node as a message."""
-    return fleet_pb2.Node(member=row.member, public_key_pem=row.public_key, node_id=row.node_id, revoked=row.revoked)
+    return fleet_pb2.Node(
+        member=row.member,
+        public_key_pem=row.public_key,
+        node_id=row.node_id,
+        revoked=row.revoked,
+        key_sha256=row.key_sha256,
+    )
 
 
 def limit(value: int, most: int) -> int:
