@@ -124,6 +124,39 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 
 @app.command()
+def egress(
+    directory: Directory,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare with what the hub says that it received.")
+    ] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only what left since then, such as 2026-11-29T08:30.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show everything that left this building: what, how much, to whom. Exit code 1 if the log does not hold."""
+    import dataclasses
+    from contextlib import nullcontext
+
+    from share_client.egress_check import look, print_egress, read_since
+    from share_client.member import ClientLayout, load_member
+
+    with plain_errors("share-client"):
+        moment, layout = read_since(since), ClientLayout(directory)
+        load_member(layout)
+        with _connected(directory) if verify else nullcontext() as link:
+            found = look(layout, moment, link)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        print_egress(found, typer.echo)
+        if not found.problems:
+            compared = f", and {found.updates} updates are what the hub received" if verify else ""
+            typer.echo(f"the log holds{compared}")
+    raise typer.Exit(1 if found.problems else 0)
+
+
+@app.command()
 def snapshot(
     directory: Directory,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("space.safetensors"),

@@ -59,6 +59,7 @@ class HubLink:
         self.credentials = credentials
         """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
+        self._egress = credentials.egress
         self._old: list[tuple[threading.Timer, grpc.Channel]] = []
         self._open(credentials)
 
@@ -112,11 +113,17 @@ class HubLink:
                 may not be durable, and sending the same update id again is right in both cases.
         """
         header = submission.header(offset)
-        admitted = threading.Event()
+        admitted, ended = threading.Event(), threading.Event()
+        if self._egress is not None:
+            self._egress.call(self.address, "/share_proto.v1.Hub/Submit", header)
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
             yield hub_pb2.SubmitRequest(header=header)
             admitted.wait(_PATIENCE_S)
+            if ended.is_set():
+                return  # refused, or known already: the payload stays here
+            if self._egress is not None:
+                self._egress.upload(self.address, header, payload)
             for start in range(offset, len(payload), CHUNK_BYTES):
                 yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
 
@@ -127,10 +134,11 @@ class HubLink:
             # The hub answers the header before the payload: one that it refuses costs nobody a byte more.
             if any(key == GO_AHEAD_KEY for key, _ in call.initial_metadata()):
                 admitted.set()
-            return call.result()
+            return self._received(call.result())
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
         finally:
+            ended.set()
             admitted.set()  # a refusal must not leave a thread waiting that holds the payload
 
     def get_upload(self, update_id: str) -> hub_pb2.GetUploadResponse:
@@ -140,7 +148,10 @@ class HubLink:
         """
         request = hub_pb2.GetUploadRequest(update_id=update_id)
         try:
-            return self._hub.GetUpload(request, timeout=self._deadline)
+            answer = self._hub.GetUpload(request, timeout=self._deadline)
+            if answer.HasField("receipt"):
+                self._received(answer.receipt)
+            return answer
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return hub_pb2.GetUploadResponse()
@@ -163,6 +174,11 @@ class HubLink:
         """Return what became of an update."""
         request = hub_pb2.GetUpdateRequest(update_id=update_id)
         return self._call(f"asking for update {update_id}", self._hub.GetUpdate, request).update
+
+    def list_updates(self, after_seq: int, limit: int) -> hub_pb2.ListUpdatesResponse:
+        """Return updates of our organisation after an ingest number, in ingest order."""
+        request = hub_pb2.ListUpdatesRequest(after_seq=after_seq, limit=limit)
+        return self._call("listing updates", self._hub.ListUpdates, request)
 
     def report(self, evaluations: Sequence[hub_pb2.Evaluation]) -> hub_pb2.ReportEvaluationResponse:
         """Hand in evaluations; they are durable at the hub when this returns."""
@@ -208,6 +224,12 @@ class HubLink:
         finally:
             stream.cancel()
         return header.version, payload
+
+    def _received(self, receipt: hub_pb2.SubmitResponse) -> hub_pb2.SubmitResponse:
+        """Write down a receipt and return it."""
+        if self._egress is not None:
+            self._egress.receipt(self.address, receipt)
+        return receipt
 
     def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
         try:

@@ -13,6 +13,7 @@ import typer
 from share_core.command_line import plain_errors, run_command
 from share_core.errors import ConfigError
 from share_server.config import DEFAULT_PORT
+from share_server.decisions import register as register_decisions
 from share_server.layout import Layout
 from share_server.operations.cli import register as register_operations
 from share_server.relay.cli import relay
@@ -205,6 +206,7 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 app.command()(relay)
 register_operations(app)
+register_decisions(app)
 
 
 def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:

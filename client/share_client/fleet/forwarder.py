@@ -14,13 +14,15 @@ import asyncio
 import contextlib
 import ssl
 import threading
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
 
 from share_client.durable import make_private_directory
+from share_client.egress import EgressLog
 from share_client.member import ClientLayout
 from share_core.durable import write_atomic
-from share_core.errors import UnavailableError
+from share_core.errors import StorageError, UnavailableError
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 
 _CONNECT_S = 10.0
@@ -52,6 +54,7 @@ class Forwarder:
     def __init__(self, layout: ClientLayout, gateway_address: str, now: datetime) -> None:
         host, _, port = gateway_address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
+        self._gateway, self._egress = gateway_address, EgressLog(layout.egress)
         self.authority, certificate, key = make_loopback_identity(layout.fleet, now)
         self._local = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._local.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -124,8 +127,8 @@ class Forwarder:
             if upstream is None:
                 await _answer_unavailable(reader, writer)
             else:
-                await _join(reader, writer, *upstream)
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+                await _join(reader, writer, *upstream, self._write_down)
+        except (OSError, StorageError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             self.trouble = f"connection lost: {error}"
         finally:
             await _close(writer)
@@ -140,6 +143,10 @@ class Forwarder:
             if found != self._shown:
                 self._remote, self._shown = _remote_context(self._layout), found
         return self._remote
+
+    async def _write_down(self, piece: bytes) -> None:
+        """Write a piece into the egress log before it leaves; on a thread, since it waits for the disk."""
+        await asyncio.to_thread(self._egress.fleet, self._gateway, piece)
 
     async def _open_upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         try:
@@ -168,9 +175,10 @@ async def _join(
     writer: asyncio.StreamWriter,
     up_reader: asyncio.StreamReader,
     up_writer: asyncio.StreamWriter,
+    before: Callable[[bytes], Awaitable[None]],
 ) -> None:
     """Copy both ways until either side ends; then both end, for TLS has no half-open connections worth keeping."""
-    tasks = {asyncio.create_task(_copy(reader, up_writer)), asyncio.create_task(_copy(up_reader, writer))}
+    tasks = {asyncio.create_task(_copy(reader, up_writer, before)), asyncio.create_task(_copy(up_reader, writer))}
     try:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -184,8 +192,14 @@ async def _join(
         await _close(up_writer)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    before: Callable[[bytes], Awaitable[None]] | None = None,
+) -> None:
     while piece := await reader.read(_PIECE):
+        if before is not None:
+            await before(piece)
         writer.write(piece)
         await writer.drain()
 

@@ -115,6 +115,11 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.RevokeRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.RevokeResponse.FromString,
                 _registered_method=True)
+        self.DecideUpdate = channel.unary_unary(
+                '/share_proto.v1.Hub/DecideUpdate',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.FromString,
+                _registered_method=True)
 
 
 class HubServicer(object):
@@ -237,6 +242,13 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DecideUpdate(self, request, context):
+        """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HubServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -319,6 +331,11 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.Revoke,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.RevokeRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.RevokeResponse.SerializeToString,
+            ),
+            'DecideUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.DecideUpdate,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -754,6 +771,33 @@ class Hub(object):
             '/share_proto.v1.Hub/Revoke',
             share__proto_dot_v1_dot_hub__pb2.RevokeRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.RevokeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecideUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/DecideUpdate',
+            share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,8 @@ class HubStub:
     """
     Revoke: _grpc.UnaryUnaryMultiCallable[_hub_pb2.RevokeRequest, _hub_pb2.RevokeResponse]
     """Revoke shuts a member out at once, open calls included, or lets it in again."""
+    DecideUpdate: _grpc.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 @_typing.type_check_only
 class HubAsyncStub(HubStub):
@@ -124,6 +126,8 @@ class HubAsyncStub(HubStub):
     """
     Revoke: _aio.UnaryUnaryMultiCallable[_hub_pb2.RevokeRequest, _hub_pb2.RevokeResponse]  # type: ignore[assignment]
     """Revoke shuts a member out at once, open calls included, or lets it in again."""
+    DecideUpdate: _aio.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]  # type: ignore[assignment]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 class HubServicer(metaclass=_abc_1.ABCMeta):
     """Hub owns the state of one space. Every call needs a client certificate of this federation."""
@@ -262,5 +266,13 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_hub_pb2.RevokeResponse, _abc.Awaitable[_hub_pb2.RevokeResponse]]:
         """Revoke shuts a member out at once, open calls included, or lets it in again."""
+
+    @_abc_1.abstractmethod
+    def DecideUpdate(
+        self,
+        request: _hub_pb2.DecideUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.DecideUpdateResponse, _abc.Awaitable[_hub_pb2.DecideUpdateResponse]]:
+        """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 def add_HubServicer_to_server(servicer: HubServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

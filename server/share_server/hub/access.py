@@ -43,6 +43,7 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/Backup": frozenset({"operator"}),
     "/share_proto.v1.Hub/Renew": MEMBER_ROLES,
     "/share_proto.v1.Hub/Revoke": frozenset({"operator"}),
+    "/share_proto.v1.Hub/DecideUpdate": frozenset({"operator"}),
     "/share_proto.v1.Fleet/Dispatch": frozenset({"fleet"}),
     "/share_proto.v1.Fleet/CloseLease": frozenset({"trainer"}),
     "/share_proto.v1.Fleet/ListNodes": frozenset({"fleet", "operator"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from share_core.errors import RequestError
 from share_core.ledger import TaskLedger
+from share_core.privacy import PrivacyLedger
 from share_core.types import SpaceSpec
 from share_proto.v1 import fleet_pb2, hub_pb2
 from share_server.store.records import (
@@ -80,8 +81,10 @@ def update_record(row: UpdateRow) -> hub_pb2.UpdateRecord:
     )
 
 
-def task_record(row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int) -> hub_pb2.TaskRecord:
-    """Return one task as a message."""
+def task_record(
+    row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int, spent: PrivacyLedger | None = None
+) -> hub_pb2.TaskRecord:
+    """Return one task as a message; ``spent`` is what its published updates declared of noise on coefficients."""
     return hub_pb2.TaskRecord(
         task_id=row.task_id,
         owner=row.owner,
@@ -91,6 +94,8 @@ def task_record(row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int)
         error_bound=ledger.bound,
         over_budget=ledger.bound > tau,
         coefficients=coefficients,
+        epsilon=None if spent is None else spent.epsilon,
+        delta=None if spent is None else spent.delta,
     )
 
 

@@ -75,9 +75,10 @@ class Engine:
         """
         retention = config.retention
         store, state = await Store.open(root, spec, retention.upload_hours * 3600, verified)
-        policy = policy_of(spec, config.merge)
+        policy = policy_of(spec, config.merge, config.robust.policy)
+        before = policy_of(spec, config.merge)  # versions without a signature were made when nothing was judged
         try:
-            await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
+            await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, before))
             await sweep(store)
             feed = Feed(state, spec.space_id, await store.do(oldest_version))
         except BaseException:

@@ -24,6 +24,7 @@ from share_server.store.blobs import storage
 from share_server.store.journal import Journal, entry_hash
 from share_server.store.members import all_certificates, list_members
 from share_server.store.pages import PageSums
+from share_server.store.privacy import privacy_problems
 from share_server.store.records import UpdateRow, UpdateState, VersionRow
 from share_server.store.recovery import Entries, all_updates, needed_payloads, row_problems
 from share_server.store.schema import SCHEMA_VERSION
@@ -32,6 +33,10 @@ from share_server.store.versions import find_task, head_version, list_versions
 
 _MOST_NAMED = 20
 """Most unsigned updates that a note names."""
+
+
+_REASONED = {UpdateState.REFUSED: "refused", UpdateState.QUARANTINED: "quarantined"}
+"""States with a reason, and the entries that say it."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ def _read_rows(journal: ReadJournal, entries: Entries, report: Report) -> Rows:
         report.problems += list(row_problems(entries, updates, versions, head))
     with report.noting("other rows and chain"):
         report.problems += list(_other_row_problems(journal, entries, updates, versions))
+    with report.noting("privacy ledger"):
+        report.problems += list(privacy_problems(journal, [(kind, body) for kind, body, _ in entries.values()]))
     report.updates, report.versions = len(updates), len(versions)
     return Rows(entries, updates, versions, head)
 
@@ -152,11 +159,11 @@ def _other_row_problems(
         key = body.get("update_id") or body.get("task_id") or body.get("member") or ""
         said.setdefault(kind, {})[key] = body
         before = max(before, body["before"]) if kind == "collected" else before
-    refused, originals = said.get("refused", {}), said.get("original", {})
+    originals = said.get("original", {})
     for row in updates:
         name = row.new.update_id
-        if row.state is UpdateState.REFUSED and name in refused and refused[name]["reason"] != row.reason:
-            yield f"update {name} was refused for another reason than its row says"
+        if row.state in _REASONED and said.get(_REASONED[row.state], {}).get(name, {}).get("reason") != row.reason:
+            yield f"update {name} was {_REASONED[row.state]} for another reason than its row says"
         if row.state is UpdateState.FORGOTTEN:
             if row.original_sha256 is not None:
                 yield f"update {name} is forgotten and has its original still"

@@ -143,7 +143,7 @@ async def _forget(layout: Layout, name: str, told: Told) -> Forgotten:
             async with reading(folder) as copy:
                 plan = await _plan(copy, spec, name, False, told)
         if own:
-            policy = policy_of(spec, config.merge).to_text()
+            policy = policy_of(spec, config.merge, config.robust.policy).to_text()
             await _write(engine, plan, key, spec, policy)
             await sweep(store)
         return plan.said

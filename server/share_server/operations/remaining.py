@@ -76,7 +76,7 @@ async def _step(
     spec: SpaceSpec,
 ) -> HubState:
     policy = recorded_policy(row, rows, spec)
-    tried = await stepper.step(before, [updates[name] for name in row.updates], policy, _NEVER)
+    tried = await stepper.step(before, [updates[name] for name in row.updates], policy, _NEVER, again=True)
     for error in tried.refused.values():
         raise error
     if tried.step is None or tuple(one.update_id for one in tried.step.merged) != row.updates:

@@ -129,7 +129,7 @@ async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubSta
         return HubState(stored, made.ledger)
     own = [run.updates[name] for name in row.updates]
     every = 1 if row.snapshot_sha256 is not None else _NEVER
-    tried = await run.stepper.step(before, own, policy, every)
+    tried = await run.stepper.step(before, own, policy, every, again=True)
     step = tried.step
     if step is None or tuple(one.update_id for one in step.merged) != row.updates:
         reasons = "; ".join(f"{name}: {error}" for name, error in tried.refused.items()) or "too large together"

@@ -161,7 +161,8 @@ def row_problems(
     head: int,
 ) -> Iterator[str]:
     """Compare the rows with the entries that were chained when they were written; yield what does not agree."""
-    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "refused": {}, "version": {}}
+    kinds = ("update", "refused", "version", "quarantined", "released")
+    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {kind: {} for kind in kinds}
     for kind, body, digest in entries.values():
         if kind in chained:
             chained[kind][body["version" if kind == "version" else "update_id"]] = (body, digest)
@@ -174,12 +175,18 @@ def row_problems(
         body, digest = chained["update"].get(name, ({}, ""))
         if body != update_entry(update.new, update.ingest_seq, update.received_ms) or digest != update.entry_hash:
             yield f"update {name} does not say what was chained"
-        as_before = update.version == merged.get(name, 0) and (update.state is UpdateState.REFUSED) == (
-            name in chained["refused"]
+        refused, released = name in chained["refused"], name in chained["released"]
+        aside = name in chained["quarantined"] and not refused and not released
+        as_before = (
+            update.version == merged.get(name, 0)
+            and (update.state is UpdateState.REFUSED) == refused
+            and (update.state is UpdateState.QUARANTINED) == aside
         )
         gone = update.state is UpdateState.FORGOTTEN
         if gone != (name in forgotten) or not (gone or as_before):
             yield f"update {name} is {update.state.value}, which was not chained"
+        if update.released != released:
+            yield f"update {name} is {'' if update.released else 'not '}released, which was not chained"
     for version in versions:
         body, _ = chained["version"].get(version.version, ({}, ""))
         if _without(body, forgotten) != version_entry(version):

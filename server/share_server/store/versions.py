@@ -11,6 +11,7 @@ from share_core.errors import RebaseError, StorageError, VersionError
 from share_core.identity import SignedManifest
 from share_core.ledger import TaskLedger, ledger_from_json, ledger_to_json
 from share_server.store.journal import Journal
+from share_server.store.privacy import record_spend, restore_privacy
 from share_server.store.records import PRIVATE, Merging, Sharing, TaskRow, VersionCommit, VersionRow
 
 
@@ -98,7 +99,9 @@ def count_compactions(journal: Journal) -> int:
 
 
 def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None:
-    """Write a merge: head, version, updates, tasks and ledgers in one transaction.
+    """Write a merge: head, version, updates, tasks and ledgers, those of privacy too, in one transaction.
+
+    A version that merges nothing was rebuilt: then the ledgers of privacy are made anew from the hash chain.
 
     Raises:
         StorageError: the disk refused, or the journal does not stand where the merge began.
@@ -107,6 +110,10 @@ def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None
         insert_version(journal, commit.row, now_ms)
         for one in commit.merged:
             _record_merging(journal, commit.row.version, one)
+        if commit.merged:
+            record_spend(journal, [one.update_id for one in commit.merged])
+        else:
+            restore_privacy(journal)
         write_ledgers(journal, commit.ledgers)
 
 

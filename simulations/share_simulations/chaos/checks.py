@@ -42,6 +42,8 @@ KINDS = {
     "unnoticed": "the hub went on after its storage had failed",
     "late": "an acknowledgement was given after the storage had failed",
     "silent": "damaged bytes were opened as if nothing had happened",
+    "changed": "a call that was refused, or answered before, changed the state",
+    "admitted": "a submission that somebody had changed or stolen was taken",
     "unclear": "a damaged store was refused with an error that no operator understands",
 }
 """Every way in which a promise can be broken."""
