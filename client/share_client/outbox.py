@@ -39,6 +39,7 @@ from share_client.uploading import Submission
 from share_core.durable import TEMPORARY, flush_directory, write_atomic, write_flushed
 from share_core.errors import ConfigError, DigestError
 from share_core.names import check_update_id
+from share_core.privacy import CoefficientNoise, Declaration, declaration_to_text
 
 _REFUSED = "refused"
 _ADAPTER = "adapter.safetensors"
@@ -148,8 +149,12 @@ class Outbox:
         create: bool,
         lease_id: str = "",
         adapter: bytes = b"",
+        declared: Declaration | None = None,
     ) -> Entry:
-        """Make an update durable under a new update id and return it. Nothing has been sent yet."""
+        """Make an update durable under a new update id and return it. Nothing has been sent yet.
+
+        ``declared`` is the clipping and noise in it. Where that hides the whole data set, so is the number of its rows.
+        """
         submission = Submission(
             update_id=uuid.uuid4().hex,
             space_id=space_id,
@@ -158,7 +163,8 @@ class Outbox:
             payload_size=len(payload),
             payload_sha256=hashlib.sha256(payload).hexdigest(),
             lease_id=lease_id,
-            rows=training.rows,
+            rows=0 if isinstance(declared, CoefficientNoise) else training.rows,
+            privacy="" if declared is None else declaration_to_text(declared),
         )
         return self._put(submission, training, payload, head, adapter)
 

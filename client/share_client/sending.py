@@ -221,6 +221,7 @@ class Sender:
             "staleness": record.staleness,
             "relative_error": record.relative_error,
             "payload_bytes": entry.submission.payload_size,
+            "privacy": entry.submission.privacy,
             **asdict(training),
         }
         if not known:

@@ -23,6 +23,7 @@ _SENTENCES: Mapping[str, str] = {
     "training": "{task}: training on {rows} rows in version {version}",
     "progress": "{task}: epoch {epoch}, step {step} of {steps}, loss {loss:.4f}",
     "trained": "{task}: trained {steps} steps in {seconds:.1f} s, loss {loss:.4f}, {payload_bytes} bytes to send",
+    "spent": "{task}: epsilon {epsilon:.3f} at delta {delta:.1e} spent by all its trainings so far",
     "acknowledged": "{task}: the hub has the update as number {ingest_seq}",
     "merged": "{task}: merged in version {version}, staleness {staleness}",
     "refused": "{task}: refused: {reason}",
@@ -36,6 +37,7 @@ _SENTENCES: Mapping[str, str] = {
     "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",
+    "certificate": "{reason}",
     "tasks": "tasks file cannot be used: {reason}",
     "node": "{reason}",
 }

@@ -46,6 +46,8 @@ class Submission:
     """The signer's count of what it has signed; 0 until it is signed."""
     signature: str = ""
     """Hexadecimal signature; empty until it is signed."""
+    privacy: str = ""
+    """What is declared of clipping and noise (:mod:`share_core.privacy`); empty if nothing."""
 
     def header(self, offset: int = 0) -> hub_pb2.SubmitHeader:
         """Return the first message of a Submit call whose chunks begin at ``offset``."""
@@ -61,6 +63,7 @@ class Submission:
             offset=offset,
             sequence=self.sequence,
             signature=bytes.fromhex(self.signature),
+            privacy=self.privacy,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import TypeGuard
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -103,7 +104,34 @@ def sign_csr(
     Raises:
         CertificateError: the request cannot be read, its signature is wrong, or its key is not EC P-256.
     """
-    public = _requested_key(csr_pem)
+    return _issue(ca_cert, ca_key, _requested_key(csr_pem), identity, now, days, server_names)
+
+
+def reissue(
+    ca_cert: bytes, ca_key: bytes, certificate: bytes, now: datetime, days: float, server_names: Iterable[str] = ()
+) -> bytes:
+    """Return a certificate (PEM) for the key and the identity of ``certificate`` (PEM or DER), a caller's one.
+
+    Nothing else of it is taken over. Its holder must have proven that it holds the key, which a call with it does.
+
+    Raises:
+        CertificateError: it is no caller's certificate, or its key is not EC P-256.
+    """
+    public = _load(certificate).public_key()
+    if not _is_p256(public):
+        raise CertificateError(f"certificate holds a {type(public).__name__}, expected an EC P-256 key")
+    return _issue(ca_cert, ca_key, public, identity_of(certificate), now, days, server_names)
+
+
+def _issue(
+    ca_cert: bytes,
+    ca_key: bytes,
+    public: ec.EllipticCurvePublicKey,
+    identity: Identity,
+    now: datetime,
+    days: float,
+    server_names: Iterable[str],
+) -> bytes:
     authority, authority_key = _load(ca_cert), _load_key(ca_key)
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
     names += [_general_name(name) for name in server_names]
@@ -239,6 +267,16 @@ def not_after(certificate: bytes) -> datetime:
     return _load(certificate).not_valid_after_utc
 
 
+def renewal_moment(certificate: bytes) -> datetime:
+    """Return when ``certificate`` (PEM or DER) is due to be renewed, UTC: when half of its life is over.
+
+    Its life begins when it was issued, :data:`CLOCK_SLACK` after its first valid moment.
+    """
+    loaded = _load(certificate)
+    issued = loaded.not_valid_before_utc + CLOCK_SLACK
+    return issued + (loaded.not_valid_after_utc - issued) / 2
+
+
 def certificate_to_der(certificate: bytes) -> bytes:
     """Return ``certificate`` (PEM or DER) as DER."""
     return _load(certificate).public_bytes(serialization.Encoding.DER)
@@ -281,11 +319,15 @@ def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         proven = request.is_signature_valid
     except (ValueError, TypeError, InvalidSignature) as error:
         raise CertificateError(f"certificate request cannot be read: {error}") from error
-    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
+    if not _is_p256(public):
         raise CertificateError(f"certificate request holds a {type(public).__name__}, expected an EC P-256 key")
     if not proven:
         raise CertificateError("certificate request is not signed with its own key: no proof of possession")
     return public
+
+
+def _is_p256(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
 
 
 def _general_name(name: str) -> x509.GeneralName:

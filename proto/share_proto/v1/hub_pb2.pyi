@@ -309,7 +309,7 @@ class ListTasksRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients")
+    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients", "epsilon", "delta")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     CREATED_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,8 @@ class TaskRecord(_message.Message):
     ERROR_BOUND_FIELD_NUMBER: _ClassVar[int]
     OVER_BUDGET_FIELD_NUMBER: _ClassVar[int]
     COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     owner: str
     created_version: int
@@ -326,7 +328,9 @@ class TaskRecord(_message.Message):
     error_bound: float
     over_budget: bool
     coefficients: int
-    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ...) -> None: ...
+    epsilon: float
+    delta: float
+    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
 class ListTasksResponse(_message.Message):
     __slots__ = ("tasks", "version")
@@ -389,7 +393,7 @@ class MemberTraffic(_message.Message):
     def __init__(self, member: _Optional[str] = ..., up: _Optional[_Union[PayloadBytes, _Mapping]] = ..., down_deltas: _Optional[int] = ..., down_snapshots: _Optional[int] = ..., updates: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("space_id", "version", "tasks", "accepted", "merged", "refused", "k_left_max", "k_right_max", "subscribers", "traffic", "started_unix_ms", "subspace_bytes", "compactions")
+    __slots__ = ("space_id", "version", "tasks", "accepted", "merged", "refused", "k_left_max", "k_right_max", "subscribers", "traffic", "started_unix_ms", "subspace_bytes", "compactions", "quarantined")
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -403,6 +407,7 @@ class GetStatusResponse(_message.Message):
     STARTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     SUBSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPACTIONS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     space_id: str
     version: int
     tasks: int
@@ -416,7 +421,8 @@ class GetStatusResponse(_message.Message):
     started_unix_ms: int
     subspace_bytes: int
     compactions: int
-    def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ..., tasks: _Optional[int] = ..., accepted: _Optional[int] = ..., merged: _Optional[int] = ..., refused: _Optional[int] = ..., k_left_max: _Optional[int] = ..., k_right_max: _Optional[int] = ..., subscribers: _Optional[int] = ..., traffic: _Optional[_Iterable[_Union[MemberTraffic, _Mapping]]] = ..., started_unix_ms: _Optional[int] = ..., subspace_bytes: _Optional[int] = ..., compactions: _Optional[int] = ...) -> None: ...
+    quarantined: int
+    def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ..., tasks: _Optional[int] = ..., accepted: _Optional[int] = ..., merged: _Optional[int] = ..., refused: _Optional[int] = ..., k_left_max: _Optional[int] = ..., k_right_max: _Optional[int] = ..., subscribers: _Optional[int] = ..., traffic: _Optional[_Iterable[_Union[MemberTraffic, _Mapping]]] = ..., started_unix_ms: _Optional[int] = ..., subspace_bytes: _Optional[int] = ..., compactions: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class GetRosterRequest(_message.Message):
     __slots__ = ()
@@ -483,3 +489,43 @@ class BackupProgress(_message.Message):
     version: int
     finished: bool
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., version: _Optional[int] = ..., finished: bool = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("certificate_pem", "serving_certificate_pem")
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    SERVING_CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    certificate_pem: bytes
+    serving_certificate_pem: bytes
+    def __init__(self, certificate_pem: _Optional[bytes] = ..., serving_certificate_pem: _Optional[bytes] = ...) -> None: ...
+
+class RevokeRequest(_message.Message):
+    __slots__ = ("member", "undo")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    undo: bool
+    def __init__(self, member: _Optional[str] = ..., undo: bool = ...) -> None: ...
+
+class RevokeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DecideUpdateRequest(_message.Message):
+    __slots__ = ("update_id", "release", "reason")
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    release: bool
+    reason: str
+    def __init__(self, update_id: _Optional[str] = ..., release: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class DecideUpdateResponse(_message.Message):
+    __slots__ = ("update",)
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    update: UpdateRecord
+    def __init__(self, update: _Optional[_Union[UpdateRecord, _Mapping]] = ...) -> None: ...

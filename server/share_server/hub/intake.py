@@ -31,6 +31,7 @@ from share_core.errors import (
 )
 from share_core.identity import check_update_signature, statement_of
 from share_core.names import check_name, check_update_id, split_task_id
+from share_core.privacy import CoefficientNoise, declaration_from_text
 from share_core.types import SpaceSpec, Update
 from share_core.wire import PayloadSplit, check_update, max_payload_bytes, payload_bytes
 from share_proto.v1 import hub_pb2
@@ -239,6 +240,7 @@ class Intake:
             raise RequestError("schema_sha256 is neither empty nor 64 lower-case hexadecimal digits")
         if not 0 <= header.offset <= header.payload_size:
             raise RequestError(f"offset must be between 0 and payload_size {header.payload_size}, got {header.offset}")
+        declaration_from_text(header.privacy)
         if not 0 <= header.rows <= _MOST_ROWS:
             raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
 
@@ -297,7 +299,9 @@ class Intake:
         if staged.sha256 != header.payload_sha256:
             raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
         payload = staged.read() if whole is None else whole
-        return _Checked(check_update(payload, self._spec), payload_bytes(payload))
+        checked = _Checked(check_update(payload, self._spec), payload_bytes(payload))
+        _check_privacy(header, checked.split)
+        return checked
 
     async def _check_base(self, update: Update) -> None:
         """Refuse what could not be merged anyway: a version nobody has, cores of another size than its bases."""
@@ -346,6 +350,21 @@ def _check_task(header: hub_pb2.SubmitHeader, task: TaskRow | None) -> None:
         raise RequestError(
             f"task {header.task_id} has label schema {task.schema_sha256}, the update was trained for "
             f"{header.schema_sha256 or 'none'}: use the same labels in the same order"
+        )
+
+
+def _check_privacy(header: hub_pb2.SubmitHeader, split: PayloadSplit) -> None:
+    """Refuse an update that declares noise on its coefficients and carries something that has none.
+
+    Raises:
+        RequestError: free directions or a head beside noisy coefficients.
+    """
+    exposed = split.directions + split.heads
+    if exposed and isinstance(declaration_from_text(header.privacy), CoefficientNoise):
+        raise RequestError(
+            "privacy: an update that declares noise on its coefficients holds nothing else, got "
+            f"{split.directions} bytes of free directions and {split.heads} of heads without noise: leave them out, or "
+            "declare nothing"
         )
 
 

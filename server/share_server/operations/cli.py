@@ -1,4 +1,4 @@
-"""The commands ``verify``, ``audit``, ``rebuild``, ``backup`` and ``restore`` of share-server."""
+"""The commands ``verify``, ``audit``, ``rebuild``, ``forget``, ``backup`` and ``restore`` of share-server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from share_server.layout import Layout
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from share_server.operations.forget import Forgotten
     from share_server.operations.reading import Told
     from share_server.operations.rebuild import Rebuilt
     from share_server.operations.report import Report
@@ -96,6 +97,27 @@ def rebuild(
     typer.echo(f"version {made.version} with k_max {made.k_max} and tau {made.tau:g}; members fetch it whole")
 
 
+def forget(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a stopped server.")],
+    name: Annotated[
+        str, typer.Argument(metavar="ORGANISATION[/NAME]", help="A member, or an organisation for all of its members.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go and what it would cost the others; change nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the space anew without a contributor, as its next version, and remove what it has sent. Not to be undone."""
+    from share_server.operations.forget import forget as take_out
+
+    with plain_errors("share-server"), _progress() as told:
+        done = take_out(Layout(directory.resolve()), name, dry_run=dry_run, told=told)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+        return
+    _tell_forgotten(done)
+
+
 def backup(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The server directory; its hub may run.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Directory to make. Must not exist.")],
@@ -138,7 +160,7 @@ def restore(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of share-server."""
-    for command in (verify, audit, rebuild, backup, restore):
+    for command in (verify, audit, rebuild, forget, backup, restore):
         app.command()(command)
 
 
@@ -208,14 +230,40 @@ def _verify_table(report: Report) -> Table:
     return table
 
 
-def _rebuild_table(made: Rebuilt) -> Table:
+def _tell_forgotten(done: Forgotten) -> None:
+    from rich.filesize import decimal
+
+    if not done.updates:
+        typer.echo(f"{done.name} is forgotten already: the newest version is {done.version}")
+        return
+    table = _task_table("error before", "after", "change")
+    for task in done.tasks:
+        table.add_row(task.task_id, f"{task.before:.4f}", f"{task.after:.4f}", f"{task.change:.4f}")
+    _show(table)
+    for task_id in done.vanished:
+        typer.echo(f"task {task_id} {'would go' if done.dry_run else 'is gone'}: nobody else has contributed to it")
+    what = f"{done.updates} updates of {done.name} and {decimal(done.payload_bytes)} of payloads"
+    if done.dry_run:
+        typer.echo(f"{what} would go; version {done.version} would be the newest; nothing was changed")
+    else:
+        typer.echo(f"{what} are gone; version {done.version} is the newest; members fetch it whole")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+
+
+def _task_table(*numbers: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("task", overflow="fold")
-    table.add_column("error before", justify="right", no_wrap=True)
-    table.add_column("after", justify="right", no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
+
+
+def _rebuild_table(made: Rebuilt) -> Table:
+    table = _task_table("error before", "after")
     for task in made.tasks:
         table.add_row(task.task_id, f"{task.before:.4f}", f"{task.after:.4f}")
     return table

@@ -151,7 +151,7 @@ class VersionRow:
     version: int
     """Number, from 1."""
     updates: tuple[str, ...]
-    """Ids of the updates it merged, in ingest order; none for a version that was rebuilt."""
+    """Ids of the updates it merged, in ingest order, without forgotten ones; none for a version that was rebuilt."""
     delta_sha256: str
     """Payload of the step from the version before; empty for a version that is only published whole."""
     delta_size: int
@@ -222,6 +222,8 @@ class MemberRow:
     """Its newest certificate, PEM."""
     revoked: bool
     """Whether it is shut out."""
+    hosts: tuple[str, ...] = ()
+    """Names and addresses under which a relay may serve; empty for every other role."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ class NodeRow:
     """Flower's id; 0 until registered."""
     revoked: bool
     """Whether its member is shut out."""
+    key_sha256: str
+    """SHA-256 of the PEM of the public key in its member's certificate."""
 
 
 @dataclass(frozen=True)

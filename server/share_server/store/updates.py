@@ -1,4 +1,4 @@
-"""Updates in the journal: accepted, merged or refused, each exactly once."""
+"""Updates in the journal: accepted, set aside, merged or refused, each exactly once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import fields
 from typing import Any
 
-from share_core.errors import FedshareError, SignatureError, StorageError, UnknownTaskError, UpdateConflictError
+from share_core.errors import (
+    FedshareError,
+    RequestError,
+    SignatureError,
+    StorageError,
+    UnknownTaskError,
+    UnknownUpdateError,
+    UpdateConflictError,
+)
 from share_server.store.journal import Journal, canonical
 from share_server.store.records import NewUpdate, Sharing, UpdateRow, UpdateState
 from share_server.store.versions import head_version, no_longer_kept, oldest_version
@@ -59,6 +67,15 @@ def newest_merged(journal: Journal, task_id: str, upto: int) -> list[UpdateRow]:
     if not rows:
         raise StorageError(f"task {task_id} has no merged update: the journal is damaged")
     return [_update(row) for row in rows]
+
+
+def first_merged(journal: Journal, task_id: str, upto: int) -> UpdateRow | None:
+    """Return the update that a task began with, if some version up to ``upto`` holds it."""
+    row = journal.row(
+        f"{_SELECT} WHERE u.task_id = ? AND u.version BETWEEN 1 AND ? ORDER BY u.version, u.ingest_seq LIMIT 1",
+        (task_id, upto),
+    )
+    return None if row is None else _update(row)
 
 
 def count_states(journal: Journal) -> dict[UpdateState, int]:
@@ -201,14 +218,56 @@ def _marks(values: Sized) -> str:
 
 def refuse_update(journal: Journal, update_id: str, reason: str) -> None:
     """Record that an accepted update cannot be merged."""
+    _move(journal, "refused", update_id, UpdateState.ACCEPTED, UpdateState.REFUSED, reason)
+
+
+def quarantine_update(journal: Journal, update_id: str, reason: str) -> None:
+    """Set an accepted update aside until the operator decides."""
+    _move(journal, "quarantined", update_id, UpdateState.ACCEPTED, UpdateState.QUARANTINED, reason)
+
+
+def decide_update(journal: Journal, update_id: str, release: bool, reason: str) -> UpdateRow:
+    """Record what the operator decides on an update that is set aside, and return it.
+
+    Released, it waits again for its merge, and is not judged any more; else it is refused with the reason.
+
+    Raises:
+        UnknownUpdateError: there is none of that id. RequestError: it is not set aside.
+    """
+    row = find_update(journal, update_id)
+    if row is None:
+        raise UnknownUpdateError(f"there is no update {update_id}")
+    if row.state is not UpdateState.QUARANTINED:
+        raise RequestError(f"update {update_id} is {row.state.value}: only one that is set aside can be decided on")
+    if release:
+        _move(journal, "released", update_id, UpdateState.QUARANTINED, UpdateState.ACCEPTED, reason)
+    else:
+        _move(journal, "refused", update_id, UpdateState.QUARANTINED, UpdateState.REFUSED, reason)
+    decided = find_update(journal, update_id)
+    assert decided is not None
+    return decided
+
+
+def has_newer(journal: Journal, row: UpdateRow) -> bool:
+    """Return whether a later update of the same organisation for the same task is merged already."""
+    found = journal.row(
+        "SELECT 1 FROM updates WHERE task_id = ? AND organisation = ? AND version > 0 AND ingest_seq > ? LIMIT 1",
+        (row.new.task_id, row.new.organisation, row.ingest_seq),
+    )
+    return found is not None
+
+
+def _move(journal: Journal, kind: str, update_id: str, old: UpdateState, new: UpdateState, reason: str) -> None:
+    """Write one step in the life of an update, with its entry in the chain."""
+    released = kind == "released"
     with journal.transaction():
-        journal.append_entry("refused", {"update_id": update_id, "reason": reason})
+        journal.append_entry(kind, {"update_id": update_id, "reason": reason})
         changed = journal.change(
-            "UPDATE updates SET state = 'REFUSED', reason = ? WHERE update_id = ? AND state = 'ACCEPTED'",
-            (reason, update_id),
+            "UPDATE updates SET state = ?, reason = ?, released = max(released, ?) WHERE update_id = ? AND state = ?",
+            (new.value, "" if released else reason, int(released), update_id, old.value),
         )
         if changed != 1:
-            raise StorageError(f"update {update_id} was to be refused but does not wait: the journal is damaged")
+            raise StorageError(f"update {update_id} was to be {kind} but is not {old.value}: the journal is damaged")
 
 
 def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> None:
@@ -225,8 +284,8 @@ def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> N
 def list_bound_to(journal: Journal, before: int, most: int) -> list[UpdateRow]:
     """Return up to ``most`` updates that can only be read with the bases of a version in 1 to ``before`` - 1."""
     rows = journal.rows(
-        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL AND u.state <> 'REFUSED' "
-        "ORDER BY u.ingest_seq LIMIT ?",
+        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL "
+        "AND u.state NOT IN ('REFUSED', 'FORGOTTEN') ORDER BY u.ingest_seq LIMIT ?",
         (before - 1, most),
     )
     return [_update(row) for row in rows]
