@@ -62,6 +62,15 @@ def tensor_sizes(payload: bytes | memoryview) -> dict[str, int]:
     return {entry.name: entry.end - entry.begin for entry in entries}
 
 
+def describe_tensors(payload: bytes | memoryview) -> list[dict[str, Any]]:
+    """Return name, dtype, shape and data bytes of every tensor in the order of their data, reading only the header."""
+    _, entries, _ = _read_header(payload)
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return [
+        {"name": e.name, "dtype": names[e.dtype], "shape": list(e.shape), "bytes": e.end - e.begin} for e in entries
+    ]
+
+
 def read_tensors(payload: bytes | memoryview) -> TensorFile:
     """Read a whole file.
 
