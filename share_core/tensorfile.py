@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -194,7 +195,9 @@ def _largest(data: bytes | memoryview, dtype: torch.dtype) -> float | None:
     bits = int((np.frombuffer(data, np.dtype("<u2")) & _MAGNITUDE).max())
     if bits >= _INFINITY[dtype]:
         return None
-    return float(torch.tensor([bits], dtype=torch.int16).view(dtype))
+    if dtype is torch.float16:
+        return float(struct.unpack("<e", struct.pack("<H", bits))[0])
+    return float(struct.unpack("<f", struct.pack("<I", bits << 16))[0])
 
 
 def _tensor(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
