@@ -7,8 +7,10 @@ length that fits and often with offsets that fit as well.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ _TOKENS = (b"-0", b"1e1", b"1.5", b"NaN", b"Infinity", b"\\ud800", b"\\u0041", b
 _TOKENS += (b",", b"{}", b"[]", b"[[[[", b'"', b"null", b"true", b"00", b"9" * 40, b"9" * 5000, b"//", b'{"a":')
 _VALUES = (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f", b"\x01\x00\x00\x00")
 _VALUES += (b"\x00\x00\x00\x80", b"\x00\x00\x00\x5f", b"\x00\x00\x01\x5f", b"\x00\x7c\x00\xfc", b"\x80\x7f\x7f\x7f")
+_NUMBER = re.compile(rb"-?\d+")
+_SPELLINGS = (b"-0", b"0", b"0.0", b"1e0", b"01", b"+1", b"-1", b"0x1", b"1_0", b"18446744073709551616")
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _MOST_DATA = 2048
 _FILLING = struct.pack("<1088H", *(0x3F00 + n % 64 + 0x8000 * (n % 3 == 0) for n in range(1088)))
@@ -45,7 +49,8 @@ class _File:
     data: bytearray
 
 
-def seeds() -> list[bytes]:
+@functools.cache
+def seeds() -> tuple[bytes, ...]:
     """Return acceptable files to begin with: updates of every kind and a file without tensors."""
     draw = random.Random(0)
     files = [_pack(_File({}, bytearray()))]
@@ -56,7 +61,7 @@ def seeds() -> list[bytes]:
                 _add(file, name, dtype, draw)
             _fit(file, draw)
             files.append(_pack(file))
-    return files
+    return tuple(files)
 
 
 def mutate(data: bytes, draw: random.Random, raw: Mutate) -> bytes:
@@ -128,7 +133,11 @@ def _text(data: bytes, draw: random.Random, raw: Mutate) -> bytes:
     length = int.from_bytes(data[:8], "little")
     text, rest = data[8 : 8 + length], data[8 + length :]
     way = draw.random()
-    if way < 0.4:
+    numbers = list(_NUMBER.finditer(text)) if way < 0.2 else []
+    if numbers:
+        start, end = draw.choice(numbers).span()
+        text = text[:start] + draw.choice(_SPELLINGS) + text[end:]
+    elif way < 0.5:
         text = raw(text)
     else:
         at = draw.randrange(len(text) + 1)

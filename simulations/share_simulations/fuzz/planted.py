@@ -85,7 +85,9 @@ GUARDS: Mapping[str, Guard] = {
     "header limit of an update": _wire("header_bytes=min(MAX_HEADER_BYTES, entries + (64 << 10)), ", ""),
     "norm of an update": _wire(", norm=MAX_NORM)", ")"),
     "format": _wire("if got != expected:", "if False:"),
-    "whole base version": _wire("if type(value) is not int or not 0 <= value < 1 << 62:", "if not isinstance(value, int):"),
+    "whole base version": _wire(
+        "if type(value) is not int or not 0 <= value < 1 << 62:", "if not isinstance(value, int):"
+    ),
     "base version within bounds": _wire(" or not 0 <= value < 1 << 62:", ":"),
     "known parts": _wire("or part not in allowed:", "or False:"),
     "owner": _wire("if not slash or not owner or part", "if part"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from share_core import tensorfile, wire
 from share_core.errors import NonFiniteError, PayloadError
-from share_core.types import SiteSpec, SpaceSpec
+from share_core.types import SiteSpec, SpaceSpec, Update
 
 SPEC = SpaceSpec(
     "sha256:fuzz",
@@ -37,18 +36,15 @@ class Divergence(AssertionError):
     """Something that must hold did not."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What became of one file."""
-
-    read: bool
-    """Whether it is an acceptable file of tensors."""
-    update: bool
-    """Whether it is an acceptable update as well."""
+ACCEPTED = "accepted"
+"""What :func:`look` says of a file that is accepted as an update."""
 
 
-def look(data: bytes) -> Seen:
+def look(data: bytes) -> str:
     """Give one file to every reader of a hub and to the library and compare.
+
+    Returns:
+        :data:`ACCEPTED`, or the name of the error with which the file is refused.
 
     Raises:
         Divergence: two of them disagree in a way they must not. Anything else that leaves here is a crash.
@@ -58,18 +54,18 @@ def look(data: bytes) -> Seen:
     except PayloadError as error:
         if isinstance(error, NonFiniteError):
             _same_refusal(error, tensorfile.read_tensors, data)
-        return Seen(read=False, update=False)
+        return type(error).__name__
     file = tensorfile.read_tensors(data)
     _compare(data, file, shapes)
-    return Seen(read=True, update=_look_as_update(data, file))
+    return _look_as_update(data, file)
 
 
-def _look_as_update(data: bytes, file: tensorfile.TensorFile) -> bool:
+def _look_as_update(data: bytes, file: tensorfile.TensorFile) -> str:
     try:
         facts = wire.examine_update(data, SPEC)
     except PayloadError as error:
         _same_refusal(error, wire.decode_update, data, SPEC)
-        return False
+        return type(error).__name__
     update = wire.decode_update(data, SPEC)
     split = facts.split
     if split.coefficients + split.directions + split.heads + split.envelope != len(data):
@@ -79,11 +75,31 @@ def _look_as_update(data: bytes, file: tensorfile.TensorFile) -> bool:
         name: (core.out.shape[0], core.in_.shape[0]) for name, core in cores.items()
     }:
         raise Divergence(f"the facts {facts} are not those of the update")
+    _require_fit(update)
     for name, tensor in file.tensors.items():
         norm = float(np.linalg.norm(tensor.numpy().astype(np.float64)))
         if not norm <= wire.MAX_NORM:
             raise Divergence(f"tensor {name!r} of an acceptable update has norm {norm}")
-    return True
+    return ACCEPTED
+
+
+def _require_fit(update: Update) -> None:
+    """Require of an accepted update what a merge relies on."""
+    if type(update.base_version) is not int or not 0 <= update.base_version < 2**62:
+        raise Divergence(f"base version {update.base_version!r}")
+    for name, part in update.sites.items():
+        site, rank = SPEC.sites[name], 0
+        if part.core is not None:
+            rank += part.core.rank
+            if part.core.in_.shape[1] != part.core.rank:
+                raise Divergence(f"the two factors of the core at {name!r} differ in rank")
+        if part.residual is not None:
+            rank += part.residual.rank
+            own = part.residual.rank
+            if [*part.residual.out.shape, *part.residual.in_.shape] != [site.d_out, own, site.d_in, own]:
+                raise Divergence(f"the factors at {name!r} do not fit the site")
+        if rank > SPEC.rank_limit:
+            raise Divergence(f"rank {rank} at {name!r}")
 
 
 def _same_refusal(expected: PayloadError, reader: Callable[..., Any], *arguments: Any) -> None:
