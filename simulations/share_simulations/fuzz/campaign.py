@@ -35,12 +35,10 @@ from share_simulations.fuzz.planted import GUARDS
 from share_simulations.interrupts import reporting
 
 FINDABLE = (
-    "header fits the file",
     "minus zero",
     "nesting",
     "metadata strings",
     "metadata ascii",
-    "name ascii",
     "dtype allowed",
     "dtype a string",
     "shape of whole numbers",

@@ -30,12 +30,25 @@ _NUMBERS = (0, 1, 2, 3, 4, 7, 8, 255, 2**31, 2**32, 2**53, 2**61, 2**62, 2**63, 
 _NAMES = ("E_o/q", "E_i/q", "B/q", "A/q", "E_o/v", "E_i/v", "B/v", "A/v", "head/weight", "head/bias", "head/x/y")
 _ODD_NAMES = ("", "/", "E_o/", "/q", "Q_o/q", "E_o/nope", "E_o/q\0", "head/\ud800", "head/é", "__metadata__", "x" * 400)
 _TOKENS = (b"-0", b"1e1", b"1.5", b"NaN", b"Infinity", b"\\ud800", b"\\u0041", b" ", b"\t", b"\x00", b"\xef\xbb\xbf")
-_TOKENS += (b",", b"{}", b"[]", b"[[[[", b'"', b"null", b"true", b"00", b"9" * 40, b"9" * 5000, b"//", b'{"a":')
+_TOKENS += (
+    b",",
+    b"{}",
+    b"[]",
+    b"[" * 1200,
+    b'"',
+    b"null",
+    b"true",
+    b"00",
+    b"9" * 40,
+    b"9" * 5000,
+    b"//",
+    b'{"a":' * 600,
+)
 _VALUES = (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f", b"\x01\x00\x00\x00")
 _VALUES += (b"\x00\x00\x00\x80", b"\x00\x00\x00\x5f", b"\x00\x00\x01\x5f", b"\x00\x7c\x00\xfc", b"\x80\x7f\x7f\x7f")
 _NUMBER = re.compile(rb"-?\d+")
 _SPELLINGS = (b"-0", b"0", b"0.0", b"1e0", b"01", b"+1", b"-1", b"0x1", b"1_0", b"18446744073709551616")
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 _MOST_DATA = 2048
 _FILLING = struct.pack("<1088H", *(0x3F00 + n % 64 + 0x8000 * (n % 3 == 0) for n in range(1088)))
 """Values that are finite as any of the types."""
@@ -246,7 +259,7 @@ def _change_entry(file: _File, draw: random.Random) -> None:
 def _change_metadata(file: _File, draw: random.Random) -> None:
     inner = {"base_version": draw.choice(_NUMBERS), "format": draw.choice((UPDATE, UPDATE, "fedshare/delta/1", [], 1))}
     text = json.dumps(inner)
-    values = (text, text[:-1], "[]", "{}", "", "\ud800", text.replace("}", ', "format": 1}'), "[" * 900, 5, None, {})
+    values = (text, text[:-1], "[]", "{}", "", "\ud800", text.replace("}", ', "format": 1}'), "[" * 1200, 5, None, {})
     metadata = {"fedshare": draw.choice(values)}
     if draw.random() < 0.2:
         metadata[draw.choice(("é", "x" * 200, "a"))] = draw.choice(("", "é", 1))
