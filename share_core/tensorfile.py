@@ -139,10 +139,13 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
         HeaderError: it is something else; ``what`` names it.
     """
     try:
-        # "-0" is a whole number for Python and a fraction for others; looking costs less than a hook for every number.
-        hook = {"parse_int": _whole} if "-0" in text else {}
         found = json.loads(
-            text, object_pairs_hook=no_duplicates, parse_float=_no_number, parse_constant=_no_number, **hook
+            text,
+            object_pairs_hook=no_duplicates,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+            # "-0" is whole for Python and a fraction for others; looking costs less than a hook for every number.
+            parse_int=_whole if "-0" in text else None,
         )
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{what} is not JSON: {str(error)[:120]}") from None
@@ -248,7 +251,11 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = ""
+        for name, _ in pairs:
+            if name in seen:
+                twice = name
+            seen.add(name)
         raise HeaderError(f"key {twice[:80]!r} appears twice in the header")
     return found
 
@@ -258,7 +265,7 @@ def _no_number(text: str) -> Any:
 
 
 def _whole(text: str) -> int:
-    return _no_number(text) if text == "-0" else int(text)  # type: ignore[no-any-return]
+    return _no_number(text) if text == "-0" else int(text)
 
 
 def _metadata(raw: Any) -> dict[str, str]:

@@ -30,7 +30,7 @@ def fuzz(
     """Give the reader files that nobody wrote, guided by coverage, and compare it with safetensors.
 
     What the reader accepts safetensors must accept with the same names, shapes, dtypes and bytes; what it refuses must
-    be refused by a named error; nothing may crash or hang. Needs fedshare[fuzz]. A few thousand files per second and
+    be refused by a named error; nothing may crash or hang. Needs the extra "fuzz". A few thousand files per second and
     processor. Quick look: --runs 20000 --mutants.
     """
     from share_simulations.fuzz.campaign import FuzzOptions, run_fuzz

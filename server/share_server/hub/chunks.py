@@ -7,6 +7,9 @@ serves all calls. Every other message, and every unusual encoding of a chunk, go
 
 from __future__ import annotations
 
+from google.protobuf.internal import api_implementation
+
+from share_core.errors import ConfigError
 from share_proto.v1 import hub_pb2
 
 SubmitPart = hub_pb2.SubmitRequest | memoryview
@@ -31,6 +34,19 @@ def read_submit_request(data: bytes) -> SubmitPart:
 
 DECODERS = {"/share_proto.v1.Hub/Submit": read_submit_request}
 """Deserializers that replace the generated ones, by method."""
+
+
+def require_native_protobuf() -> None:
+    """Refuse to serve with protobuf's parser in Python, which is a hundred times slower and larger on hostile messages.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    if api_implementation.Type() == "python":
+        raise ConfigError(
+            "protobuf runs without its native parser: unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION, or install a "
+            "protobuf wheel for this machine"
+        )
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

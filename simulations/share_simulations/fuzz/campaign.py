@@ -70,7 +70,7 @@ class FuzzOptions:
     """Where corpus and count are kept; None: nowhere."""
     seeds: tuple[Path, ...] = ()
     """Folders of files to begin with, beside the ones that are made."""
-    slice: int = 200_000
+    slice: int = 50_000
     """Executions of one process."""
     seed: int = 0
     """Of the mutations."""

@@ -25,11 +25,23 @@ Mutate = Callable[[bytes], bytes]
 Header = dict[str, Any]
 
 _DTYPES = ("F32", "F16", "BF16")
-_ODD_DTYPES = ("F64", "I8", "U8", "BOOL", "f32", "F8_E4M3", "F4", "", "F32 ", 5, None, ["F32"], {})
+_ODD_DTYPES: tuple[Any, ...] = ("F64", "I8", "U8", "BOOL", "f32", "F8_E4M3", "F4", "", "F32 ", 5, None, ["F32"], {})
 _NUMBERS = (0, 1, 2, 3, 4, 7, 8, 255, 2**31, 2**32, 2**53, 2**61, 2**62, 2**63, 2**64, -1, -4, True, 1.0, 1e300, "4")
 _NAMES = ("E_o/q", "E_i/q", "B/q", "A/q", "E_o/v", "E_i/v", "B/v", "A/v", "head/weight", "head/bias", "head/x/y")
 _ODD_NAMES = ("", "/", "E_o/", "/q", "Q_o/q", "E_o/nope", "E_o/q\0", "head/\ud800", "head/é", "__metadata__", "x" * 400)
-_TOKENS = (b"-0", b"1e1", b"1.5", b"NaN", b"Infinity", b"\\ud800", b"\\u0041", b" ", b"\t", b"\x00", b"\xef\xbb\xbf")
+_TOKENS: tuple[bytes, ...] = (
+    b"-0",
+    b"1e1",
+    b"1.5",
+    b"NaN",
+    b"Infinity",
+    b"\\ud800",
+    b"\\u0041",
+    b" ",
+    b"\t",
+    b"\x00",
+    b"\xef\xbb\xbf",
+)
 _TOKENS += (
     b",",
     b"{}",
@@ -44,7 +56,13 @@ _TOKENS += (
     b"//",
     b'{"a":' * 600,
 )
-_VALUES = (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\x7f\x7f", b"\x01\x00\x00\x00")
+_VALUES: tuple[bytes, ...] = (
+    b"\x00\x00\xc0\x7f",
+    b"\x00\x00\x80\x7f",
+    b"\x00\x00\x80\xff",
+    b"\xff\xff\x7f\x7f",
+    b"\x01\x00\x00\x00",
+)
 _VALUES += (b"\x00\x00\x00\x80", b"\x00\x00\x00\x5f", b"\x00\x00\x01\x5f", b"\x00\x7c\x00\xfc", b"\x80\x7f\x7f\x7f")
 _NUMBER = re.compile(rb"-?\d+")
 _SPELLINGS = (b"-0", b"0", b"0.0", b"1e0", b"01", b"+1", b"-1", b"0x1", b"1_0", b"18446744073709551616")
@@ -257,9 +275,24 @@ def _change_entry(file: _File, draw: random.Random) -> None:
 
 
 def _change_metadata(file: _File, draw: random.Random) -> None:
-    inner = {"base_version": draw.choice(_NUMBERS), "format": draw.choice((UPDATE, UPDATE, "fedshare/delta/1", [], 1))}
+    inner: dict[str, Any] = {
+        "base_version": draw.choice(_NUMBERS),
+        "format": draw.choice((UPDATE, UPDATE, "fedshare/delta/1", [], 1)),
+    }
     text = json.dumps(inner)
-    values = (text, text[:-1], "[]", "{}", "", "\ud800", text.replace("}", ', "format": 1}'), "[" * 1200, 5, None, {})
+    values: tuple[Any, ...] = (
+        text,
+        text[:-1],
+        "[]",
+        "{}",
+        "",
+        "\ud800",
+        text.replace("}", ', "format": 1}'),
+        "[" * 1200,
+        5,
+        None,
+        {},
+    )
     metadata = {"fedshare": draw.choice(values)}
     if draw.random() < 0.2:
         metadata[draw.choice(("é", "x" * 200, "a"))] = draw.choice(("", "é", 1))
