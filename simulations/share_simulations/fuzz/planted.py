@@ -128,7 +128,7 @@ def without(guard: Guard | None, build: Compile = plain) -> Iterator[Mapping[str
     finally:
         for name, module in kept.items():
             if module is None:
-                del sys.modules[name]
+                sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
                 _hang(name, module)
