@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.abc import InspectLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -141,15 +142,39 @@ def _hang(name: str, module: ModuleType) -> None:
 
 
 def _made(name: str, guard: Guard | None, build: Compile) -> ModuleType:
-    spec = importlib.util.find_spec(name) if name not in sys.modules else sys.modules[name].__spec__
+    known = importlib.util.find_spec(name) if name not in sys.modules else sys.modules[name].__spec__
+    assert known is not None
+    assert known.origin is not None
+    loader = _Loader(known.origin, guard if guard is not None and guard.module == name else None, build)
+    spec = importlib.util.spec_from_loader(name, loader, origin=known.origin)
     assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text("utf-8")
-    if guard is not None and guard.module == name:
-        if source.count(guard.old) != 1:
-            raise ConfigError(f"{name} does not hold {guard.old!r} once: the planted bug does not fit it any more")
-        source = source.replace(guard.old, guard.new)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their own module up
-    exec(build(source, spec.origin), module.__dict__)
+    loader.exec_module(module)
     return module
+
+
+class _Loader(InspectLoader):
+    """Loads a module from its file, one piece of its text replaced."""
+
+    def __init__(self, path: str, guard: Guard | None, build: Compile) -> None:
+        self._path = path
+        self._guard = guard
+        self._build = build
+
+    def get_source(self, fullname: str) -> str:
+        """Return the text of the module.
+
+        Raises:
+            ConfigError: the guard's text is not found once.
+        """
+        source, guard = Path(self._path).read_text("utf-8"), self._guard
+        if guard is None:
+            return source
+        if source.count(guard.old) != 1:
+            raise ConfigError(f"{fullname} does not hold {guard.old!r} once: the planted bug does not fit it any more")
+        return source.replace(guard.old, guard.new)
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code of the module."""
+        return self._build(self.get_source(fullname), self._path)

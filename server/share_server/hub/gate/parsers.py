@@ -157,7 +157,9 @@ class Parsers:
                 return answers.read_answer(frame, self._spec, staged.size)
             except (_Lost, answers.BadAnswer) as error:
                 kept = None
-                raise self._buried(parser, error) from error
+                lost = self._buried(parser, error)
+                kept = self._fresh()
+                raise lost from error
             finally:
                 os.close(file)
         finally:
