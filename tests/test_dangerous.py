@@ -1,7 +1,7 @@
-"""Nothing in the source unpickles or evaluates, whatever name it is called by. Read from the source, not by running it.
+"""Nothing in the source unpickles or evaluates, whatever name it goes by. Read from the source, not by running it.
 
-``ruff`` (S301, S302) sees the plain spellings; this also follows ``import torch as t``, ``from torch import load as x``,
-``x = torch.load``, ``getattr(torch, "load")`` and ``import_module("pickle")``.
+``ruff`` (S301, S302) sees the plain spellings; this also follows ``import torch as t``, ``from torch import load as
+read``, ``read = torch.load``, ``getattr(torch, "load")`` and ``import_module("pickle")``.
 """
 
 from __future__ import annotations

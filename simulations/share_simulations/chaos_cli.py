@@ -207,6 +207,23 @@ def day(
     run_campaign(lambda: run_day(options, out), as_json)
 
 
+@chaos_app.command()
+def bombs(
+    throws: Annotated[int, typer.Option(min=1, help="How often each bomb is thrown; the worst counts.")] = 5,
+    mutants: Mutants = False,
+    folder: Disk = None,
+    as_json: Json = False,
+) -> None:
+    """Throw what wants to become large at a real hub: gzip, headers, shapes, ranks, a million submessages.
+
+    Each must be refused within 100 ms, while hub and parsers grow by at most 16 MiB, and the hub must serve after it.
+    Needs a machine that does nothing else. Quick look: --throws 1.
+    """
+    from share_simulations.chaos.bombs import BombOptions, run_bombs
+
+    run_campaign(lambda: run_bombs(BombOptions(throws, mutants=mutants, directory=folder)), as_json)
+
+
 def run_campaign(run: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Run a campaign and print its report; exit code 1 if a promise was broken or a planted bug survived.
 
