@@ -334,7 +334,7 @@ def _throw_all(server: LocalHub, options: BombOptions, thrown: dict[str, Throw],
                 growth_mib=max(one.growth_mib for one in counted),
                 serving=all(one.serving for one in throws),
             )
-            yield from _problems(name, thrown[name], options)
+            yield from problems_of(name, thrown[name], options)
             if not thrown[name].serving:
                 return
         try:
@@ -363,7 +363,8 @@ def throw(server: LocalHub, stand: Stand, bomb: Bomb) -> Throw:
     return done
 
 
-def _problems(name: str, worst: Throw, options: BombOptions) -> Iterator[str]:
+def problems_of(name: str, worst: Throw, options: BombOptions) -> Iterator[str]:
+    """Yield what a bomb holds against the hub."""
     if not set(worst.error.split(" or ")) <= set(BOMBS[name].errors):
         yield f"{name}: expected {' or '.join(BOMBS[name].errors)}, got {worst.error}"
     if not worst.serving:
