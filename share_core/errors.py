@@ -15,7 +15,8 @@
     │   └── PayloadTooLargeError       larger than the space allows                      RESOURCE_EXHAUSTED
     ├── RequestError                   a request that makes no sense by itself           INVALID_ARGUMENT
     │   ├── TaskNameError              a task id outside the allowed alphabet            INVALID_ARGUMENT
-    │   └── UpdateIdError              an update id that is no 128-bit hexadecimal       INVALID_ARGUMENT
+    │   ├── UpdateIdError              an update id that is no 128-bit hexadecimal       INVALID_ARGUMENT
+    │   └── SignatureError             an update that its sender has not signed so       INVALID_ARGUMENT
     ├── SpaceMismatchError             another backbone than the space's                 FAILED_PRECONDITION
     ├── VersionError                   a version this space does not have                OUT_OF_RANGE
     │   └── RebaseError                a version no longer kept: fetch and train anew    FAILED_PRECONDITION
@@ -116,6 +117,10 @@ class TaskNameError(RequestError):
 
 class UpdateIdError(RequestError):
     """An update id that is not 32 lower-case hexadecimal digits."""
+
+
+class SignatureError(RequestError):
+    """An update that is not signed by its sender, or under a number that the sender's key has used for another one."""
 
 
 class SpaceMismatchError(FedshareError):

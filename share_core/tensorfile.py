@@ -97,6 +97,15 @@ def tensor_sizes(payload: Source) -> dict[str, int]:
     return _sizes(_read_header(payload, NO_LIMITS)[1])
 
 
+def describe_tensors(payload: Source) -> list[dict[str, Any]]:
+    """Return name, dtype, shape and data bytes of every tensor in the order of their data, reading only the header."""
+    _, entries, _ = _read_header(payload, NO_LIMITS)
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return [
+        {"name": e.name, "dtype": names[e.dtype], "shape": list(e.shape), "bytes": e.end - e.begin} for e in entries
+    ]
+
+
 def read_tensors(payload: bytes | memoryview, limits: Limits = NO_LIMITS) -> TensorFile:
     """Read a whole file.
 

@@ -158,6 +158,9 @@ def test_a_reader_in_the_middle_of_a_step_holds_no_copy_of_the_rest() -> None:
 
         subscribers, space_id, version, closing = 0, "sha256:s", 1, False
 
+        async def newest(self) -> None:
+            return None
+
         async def wait_after(self, version: int, timeout_s: float) -> None:
             self.closing = True
 

@@ -24,6 +24,7 @@ from share_server.hub.policy import policy_of
 from share_server.hub.published import Published
 from share_server.hub.signing import sign_unsigned
 from share_server.hub.stepping import Stepper
+from share_server.store.forgetting import sweep
 from share_server.store.recovery import Verified, tell_nobody
 from share_server.store.store import Store
 from share_server.store.versions import oldest_version
@@ -80,9 +81,11 @@ class Engine:
         """
         retention = config.retention
         store, state = await Store.open(root, spec, retention.upload_hours * 3600, verified)
-        policy = policy_of(spec, config.merge)
+        policy = policy_of(spec, config.merge, config.robust.policy)
+        before = policy_of(spec, config.merge)  # versions without a signature were made when nothing was judged
         try:
-            await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, policy))
+            await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, before))
+            await sweep(store)
             feed = Feed(state, spec.space_id, await store.do(oldest_version))
             metrics = metrics or Metrics()
             gate = gate_of(store, spec, metrics)

@@ -1,9 +1,10 @@
 """Submit: from a stranger's bytes to a durable, checked update.
 
-In this order, each step refusing with its own error before the next one costs anything: header and its limits; whether
-the update is known already; who may contribute to the task; quotas; free space; then the payload into a staging file,
-counted and hashed on the way; size and digest; the strict parser, in a process of its own; the version it was trained
-in and the sizes its cores must have there; payload durable; row durable; and only then the receipt.
+In this order, each step refusing with its own error before the next one costs anything: header and its limits; its
+signature by the key of the caller's certificate; whether the update is known already; who may contribute to the task;
+whether the signer has used its number before; quotas; free space; then the payload into a staging file, counted and
+hashed on the way; size and digest; the strict parser, in a process of its own; the version it was trained in and the
+sizes its cores must have there; payload durable; row durable; and only then the receipt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from share_core.errors import (
     AccessError,
@@ -27,9 +28,11 @@ from share_core.errors import (
     UnknownTaskError,
     VersionError,
 )
+from share_core.identity import check_update_signature, statement_of
 from share_core.names import check_name, check_update_id, split_task_id
+from share_core.privacy import CoefficientNoise, declaration_from_text
 from share_core.types import SpaceSpec
-from share_core.wire import UpdateFacts, max_payload_bytes
+from share_core.wire import PayloadSplit, UpdateFacts, max_payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig
 from share_server.hub.access import Caller
@@ -46,7 +49,7 @@ from share_server.store.blobs import Staged
 from share_server.store.journal import Journal
 from share_server.store.records import NewUpdate, Sharing, TaskRow, UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import find_update, same_update
+from share_server.store.updates import find_update, require_fresh, same_update, signed_already
 from share_server.store.versions import find_task
 
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
@@ -160,11 +163,13 @@ class Intake:
         go_ahead: GoAhead,
     ) -> tuple[UpdateRow, bool]:
         self._check_header(header)
+        check_update_signature(caller.certificate, statement_of(header, caller.member), header.signature)
         await self.uploads.settled(caller, header.update_id)
-        known, task = await self._store.do(lambda journal: _look_up(journal, header))
+        known, task, signed = await self._store.do(lambda journal: _look_up(journal, caller, header))
         _check_access(caller, header, task)
         if known is not None and _same_header(known, caller, header):
-            return known, True
+            return known, True  # whatever its signature is now: a member that enrolled again has signed it anew
+        require_fresh(signed, caller.signer, header.sequence)
         _check_task(header, task)
         rest = header.payload_size - header.offset
         with self.quota.in_flight(rest):
@@ -187,6 +192,7 @@ class Intake:
             rest = await self._payload(messages, header, staged)
             await self._store.io(lambda: self._finish(staged, rest, header))
             facts = await self._gate.examine(staged)
+            _check_privacy(header, facts.split)
             await self._check_base(facts)
         except (asyncio.CancelledError, UnavailableError):
             keep = True
@@ -236,6 +242,7 @@ class Intake:
             raise RequestError("schema_sha256 is neither empty nor 64 lower-case hexadecimal digits")
         if not 0 <= header.offset <= header.payload_size:
             raise RequestError(f"offset must be between 0 and payload_size {header.payload_size}, got {header.offset}")
+        declaration_from_text(header.privacy)
         if not 0 <= header.rows <= _MOST_ROWS:
             raise RequestError(f"rows must be between 0 and {_MOST_ROWS}, got {header.rows}")
 
@@ -343,6 +350,21 @@ def _check_task(header: hub_pb2.SubmitHeader, task: TaskRow | None) -> None:
         )
 
 
+def _check_privacy(header: hub_pb2.SubmitHeader, split: PayloadSplit) -> None:
+    """Refuse an update that declares noise on its coefficients and carries something that has none.
+
+    Raises:
+        RequestError: free directions or a head beside noisy coefficients.
+    """
+    exposed = split.directions + split.heads
+    if exposed and isinstance(declaration_from_text(header.privacy), CoefficientNoise):
+        raise RequestError(
+            "privacy: an update that declares noise on its coefficients holds nothing else, got "
+            f"{split.directions} bytes of free directions and {split.heads} of heads without noise: leave them out, or "
+            "declare nothing"
+        )
+
+
 def _sharing(header: hub_pb2.SubmitHeader) -> Sharing:
     names = tuple(sorted(set(header.sharing.organisations)))
     for name in names:
@@ -350,8 +372,12 @@ def _sharing(header: hub_pb2.SubmitHeader) -> Sharing:
     return Sharing(header.sharing.open, names)
 
 
-def _look_up(journal: Journal, header: hub_pb2.SubmitHeader) -> tuple[UpdateRow | None, TaskRow | None]:
-    return find_update(journal, header.update_id), find_task(journal, header.task_id)
+def _look_up(
+    journal: Journal, caller: Caller, header: hub_pb2.SubmitHeader
+) -> tuple[UpdateRow | None, TaskRow | None, Mapping[tuple[str, int], str]]:
+    """Return what the journal knows of the update, of its task, and of its signer's number."""
+    signed = signed_already(journal, [(caller.signer, header.sequence)])
+    return find_update(journal, header.update_id), find_task(journal, header.task_id), signed
 
 
 def _same_header(known: UpdateRow, caller: Caller, header: hub_pb2.SubmitHeader) -> bool:
@@ -383,4 +409,8 @@ def _new_update(caller: Caller, header: hub_pb2.SubmitHeader, facts: UpdateFacts
         rows=header.rows,
         sharing=_sharing(header),
         schema_sha256=header.schema_sha256,
+        signer=caller.signer,
+        sequence=header.sequence,
+        signature=header.signature,
+        privacy=header.privacy,
     )

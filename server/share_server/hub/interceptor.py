@@ -1,5 +1,8 @@
 """The door in front of every RPC: room first, then access, then the handler, then errors in the words of the contract.
 
+A call that stays open is looked at again and again while it runs, whatever it does: who may not call any more is cut
+off in the middle of it.
+
 Calls are counted here and not by gRPC, whose own limit answers without a word on when to try again. That one is set a
 little higher and only stands behind this one.
 """
@@ -9,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -42,8 +46,22 @@ _NEWCOMERS_S = 2.0
 
 Context = aio.ServicerContext[Any, Any]
 
-Admit = Callable[[str, Context], None]
-"""Checks one call and raises a FedshareError to refuse it."""
+Recheck = Callable[[], None]
+"""Checks an open call again and raises a FedshareError to end it."""
+
+Admit = Callable[[str, Context], Recheck | None]
+"""Checks one call and raises a FedshareError to refuse it; returns what to ask again while it is open, if anything."""
+
+
+@dataclass(eq=False)
+class _Open:
+    """A call in progress."""
+
+    recheck: Recheck
+    scope: asyncio.Timeout
+    """Ends the handler when it is over."""
+    ended: FedshareError | None = None
+    """Why the call was ended from outside."""
 
 
 def backstop(most_calls: int) -> int:
@@ -69,6 +87,23 @@ class Door(aio.ServerInterceptor):
         self.newcomers = 0
         """Calls that have come since :meth:`shut`."""
         self._opened: asyncio.Event | None = None
+        self._open: set[_Open] = set()
+
+    def look(self) -> None:
+        """End every open call whose caller may not call any more."""
+        for call in list(self._open):
+            if call.ended is None:
+                try:
+                    call.recheck()
+                except FedshareError as error:
+                    call.ended = error
+                    call.scope.reschedule(asyncio.get_running_loop().time())
+
+    async def keep_looking(self, every_s: float) -> None:
+        """Look every ``every_s`` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            self.look()
 
     def shut(self) -> None:
         """Let no call in any more; those that come wait until :meth:`turn_away`. Only the health is still answered."""
@@ -114,9 +149,9 @@ class Door(aio.ServerInterceptor):
             try:
                 await self._pass(method)
                 with self._room(method):
-                    self._admit(method, context)
-                    _require_readable(request)
-                    return await behaviour(request, context)
+                    async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
+                        return await behaviour(request, context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
 
@@ -127,19 +162,40 @@ class Door(aio.ServerInterceptor):
             try:
                 await self._pass(method)
                 with self._room(method):
-                    self._admit(method, context)
-                    _require_readable(request)
-                    answer = behaviour(request, context)
-                    if isinstance(answer, AsyncGenerator):
-                        async with aclosing(answer):
-                            async for message in answer:
-                                await self._write(context, message)
-                    else:
-                        await answer
+                    async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
+                        await self._answer(behaviour(request, context), context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
 
         return guarded
+
+    async def _answer(self, answer: Any, context: Context) -> None:
+        """Send what a handler of many messages yields, or wait until it has sent them itself."""
+        if not isinstance(answer, AsyncGenerator):
+            await answer
+            return
+        async with aclosing(answer):
+            async for message in answer:
+                await self._write(context, message)
+
+    @asynccontextmanager
+    async def _watched(self, recheck: Recheck | None) -> AsyncIterator[None]:
+        """Let :meth:`look` end what the block does; raises what it found."""
+        if recheck is None:
+            yield
+            return
+        call = _Open(recheck, asyncio.timeout(None))
+        self._open.add(call)
+        try:
+            async with call.scope:
+                yield
+        except TimeoutError:
+            if call.ended is None:
+                raise
+            raise call.ended from None
+        finally:
+            self._open.discard(call)
 
     @contextmanager
     def _room(self, method: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import grpc
@@ -29,11 +30,12 @@ from share_server.config import ServerConfig, join_address, read_config
 from share_server.hub import log
 from share_server.hub.access import CALLER, Gate, Roster, require_tls13
 from share_server.hub.engine import Engine
-from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit
+from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit, peer_network
 from share_server.hub.fleet_service import FleetService
 from share_server.hub.gate.nursery import Nursery
 from share_server.hub.gate.parsers import ParseGate, Parsers
-from share_server.hub.interceptor import Door, backstop, stop_in_order
+from share_server.hub.interceptor import Door, Recheck, backstop, stop_in_order
+from share_server.hub.membership import Membership
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import ENROLMENT_OPTIONS, HUB_OPTIONS
 from share_server.hub.streams import Streams
@@ -156,19 +158,22 @@ async def _build(layout: Layout, config: ServerConfig, spec: SpaceSpec, engine: 
     streams = Streams(engine.published, limits, gate.recheck, sent)
     health = HealthServicer()
 
-    def admit(method: str, context: Context) -> None:
-        CALLER.set(gate.admit(method, context.auth_context()))
+    def admit(method: str, context: Context) -> Recheck:
+        caller = gate.admit(method, context.auth_context())
+        CALLER.set(caller)
+        return partial(gate.recheck, caller)
 
     door = Door(admit, limits.write_timeout_s, limits.concurrent_calls, metrics)
     main = aio.server(
         interceptors=[door], options=HUB_OPTIONS, maximum_concurrent_rpcs=backstop(limits.concurrent_calls)
     )
     signer = layout.signing_certificate.read_bytes()
-    service = HubService(spec, engine, streams, traffic, signer)
+    authority = Authority(layout.ca_cert.read_bytes(), layout.ca_key.read_bytes(), layout.enrol_key.read_bytes())
+    membership = Membership(store, config, authority, roster, door.look)
+    service = HubService(spec, engine, streams, traffic, membership, signer)
     hub_pb2_grpc.add_HubServicer_to_server(service, main)
     fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(store, config, spec.space_id, feed), main)
     health_pb2_grpc.add_HealthServicer_to_server(health, main)
-    authority = Authority(layout.ca_cert.read_bytes(), layout.ca_key.read_bytes(), layout.enrol_key.read_bytes())
     pair = PairFile(
         layout.key("server"), layout.certificate("server"), authority.certificate, metrics.certificate_alarm
     )
@@ -182,8 +187,7 @@ def _enrolment_server(config: ServerConfig, service: EnrolmentService, metrics: 
     rate = RateLimit(config.limits.enrolments_per_minute)
 
     def admit(method: str, context: Context) -> None:
-        address = context.peer().rsplit(":", 1)[0]
-        rate.take(address, asyncio.get_running_loop().time())
+        rate.take(peer_network(context.peer()), asyncio.get_running_loop().time())
         require_tls13(context.auth_context())
 
     door = Door(admit, config.limits.write_timeout_s, ENROLMENT_CALLS, metrics)
@@ -249,7 +253,8 @@ async def _run(
     store, feed, loop = hub.engine.store, hub.engine.feed, hub.engine.loop
     merging = asyncio.create_task(loop.run(), name="merge loop")
     counting = asyncio.create_task(hub.traffic.run(), name="traffic")
-    others = [asyncio.create_task(work) for work in (renewing, stop.wait(), orphaned, store.failed.wait())]
+    looking = hub.door.keep_looking(config.limits.recheck_s)
+    others = [asyncio.create_task(work) for work in (renewing, looking, stop.wait(), orphaned, store.failed.wait())]
     parsers_gone, failed = others[-2:]
     loop.wake()
     await asyncio.wait({merging, counting, *others}, return_when=asyncio.FIRST_COMPLETED)

@@ -255,6 +255,16 @@ class BlobStore:
                 if path.name not in referenced and time.time() - path.stat().st_mtime > older_than_s
             ]
 
+    def erase(self, digests: Iterable[str], keys: Iterable[str]) -> int:
+        """Remove payloads and unfinished uploads so that no power cut brings them back; return the freed bytes."""
+        gone = sorted(digests)
+        freed = self.remove(gone)
+        self.forget_uploads(float("inf"), keys)
+        with storage("flushing removals"):
+            for folder in sorted({self.path(digest).parent for digest in gone} | {self._staging}):
+                flush_directory(folder)
+        return freed
+
     def put(self, payload: bytes) -> str:
         """Make ``payload`` durable and return its hexadecimal SHA-256."""
         staged = self.stage()

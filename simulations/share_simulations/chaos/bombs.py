@@ -25,7 +25,7 @@ from share_core.lifeline import children
 from share_core.types import Space, SpaceSpec, Update
 from share_core.wire import UPDATE, encode_update, update_limits
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
-from share_server.local import Holder, LocalHub, submit_header, submit_messages
+from share_server.local import Holder, LocalHub, sign_header, submit_header, submit_messages
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.stats import rss_mib
 from share_simulations.chaos.bombs_planted import BUGS, write_hub
@@ -84,6 +84,8 @@ class Stand:
     """With mutual TLS."""
     spec: SpaceSpec
     """The space of the hub."""
+    holder: Holder
+    """The member."""
     since: float = 0.0
     """When the last byte of the newest call was on its way, or when the call began."""
 
@@ -97,7 +99,7 @@ class Stand:
 
     def payload(self, payload: bytes) -> None:
         """Send an upload with an honest header."""
-        header = submit_header(self.spec, "acme/bomb", payload)
+        header = sign_header(submit_header(self.spec, "acme/bomb", payload), self.holder)
         self._send(_SUBMIT, [message.SerializeToString() for message in submit_messages(header, payload)])
 
     def _send(self, method: str, messages: Sequence[bytes], compression: grpc.Compression | None = None) -> None:
@@ -322,7 +324,7 @@ def campaign(options: BombOptions, thrown: dict[str, Throw], meter: Meter, bug: 
 def _throw_all(server: LocalHub, options: BombOptions, thrown: dict[str, Throw], meter: Meter) -> Iterator[str]:
     holder = server.enrol("acme/bomber")
     with ExitStack() as stack:
-        stand = Stand(stack.enter_context(_channel(server, holder)), server.spec)
+        stand = Stand(stack.enter_context(_channel(server, holder)), server.spec, holder)
         _honest(stand, 1)
         for name in options.only or BOMBS:
             meter.show(name)
@@ -378,7 +380,7 @@ def problems_of(name: str, worst: Throw, options: BombOptions) -> Iterator[str]:
 def _honest(stand: Stand, seed: int) -> None:
     update = toy_update(stand.spec, _empty(stand.spec), seed)
     payload = encode_update(Update(0, update.sites))
-    header = submit_header(stand.spec, f"acme/honest{seed}", payload)
+    header = sign_header(submit_header(stand.spec, f"acme/honest{seed}", payload), stand.holder)
     stub = hub_pb2_grpc.HubStub(stand.channel)
     stub.Submit(submit_messages(header, payload), timeout=_CALL_S)
     end = time.monotonic() + _CALL_S

@@ -38,7 +38,7 @@ def test_late_readers_begin_with_a_whole_version(
     request = hub_pb2.FollowVersionsRequest(space_id=wide_spec.space_id)
     with stand.relay.stub(stand.alice) as stub:
         answers = list(stub.FollowVersions(request, timeout=60))
-        assert [answer.WhichOneof("part") for answer in answers] == ["snapshot_required"]
+        assert [answer.WhichOneof("part") for answer in answers] == ["heartbeat", "snapshot_required"]
         header, payload = _whole(stub, wide_spec)
         assert hashlib.sha256(payload).hexdigest() == header.payload_sha256
         assert decode_snapshot(payload, wide_spec).version == header.version
