@@ -8,13 +8,15 @@
     │   ├── TensorNameError            a tensor that does not belong here, or is missing INVALID_ARGUMENT
     │   ├── TensorShapeError           a shape or rank that does not fit the space       INVALID_ARGUMENT
     │   ├── TensorTypeError            a dtype that is not allowed                       INVALID_ARGUMENT
-    │   ├── NonFiniteError             NaN or infinity                                   INVALID_ARGUMENT
+    │   ├── NonFiniteError             NaN, infinity, or values whose products are        INVALID_ARGUMENT
+    │   ├── ParserError                reading it ends the reader, or takes too much     INVALID_ARGUMENT
     │   ├── DigestError                bytes do not match their announced SHA-256        DATA_LOSS
     │   ├── ManifestError              a statement of the hub that is not signed or does not follow  DATA_LOSS
     │   └── PayloadTooLargeError       larger than the space allows                      RESOURCE_EXHAUSTED
     ├── RequestError                   a request that makes no sense by itself           INVALID_ARGUMENT
     │   ├── TaskNameError              a task id outside the allowed alphabet            INVALID_ARGUMENT
-    │   └── UpdateIdError              an update id that is no 128-bit hexadecimal       INVALID_ARGUMENT
+    │   ├── UpdateIdError              an update id that is no 128-bit hexadecimal       INVALID_ARGUMENT
+    │   └── SignatureError             an update that its sender has not signed so       INVALID_ARGUMENT
     ├── SpaceMismatchError             another backbone than the space's                 FAILED_PRECONDITION
     ├── VersionError                   a version this space does not have                OUT_OF_RANGE
     │   └── RebaseError                a version no longer kept: fetch and train anew    FAILED_PRECONDITION
@@ -78,7 +80,11 @@ class TensorTypeError(PayloadError):
 
 
 class NonFiniteError(PayloadError):
-    """NaN or infinity in a tensor."""
+    """NaN or infinity in a tensor, or values so large that their products are infinite."""
+
+
+class ParserError(PayloadError):
+    """A payload that ended every process that tried to read it, or took more memory or time than a payload may."""
 
 
 class DigestError(PayloadError):
@@ -111,6 +117,10 @@ class TaskNameError(RequestError):
 
 class UpdateIdError(RequestError):
     """An update id that is not 32 lower-case hexadecimal digits."""
+
+
+class SignatureError(RequestError):
+    """An update that is not signed by its sender, or under a number that the sender's key has used for another one."""
 
 
 class SpaceMismatchError(FedshareError):

@@ -12,6 +12,7 @@ from share_core.compaction import compact, compaction_losses, task_weight
 from share_core.errors import ConfigError, TensorShapeError
 from share_core.ledger import TaskLedger, charge, measure
 from share_core.linalg import float64, require_finite
+from share_core.robust.influence import influence_factors, owner_of
 from share_core.space import advance, carry_basis, carry_core, compress_core, empty_space, task_adapter
 from share_core.types import Adapter, Core, Cores, Delta, SiteBasis, SiteTransition, Space, SpaceSpec
 
@@ -28,6 +29,8 @@ class MergePolicy:
     """HOOI sweeps per compaction."""
     refits: int = 8
     """Most tasks that one merge projects anew from their originals, those with the highest bounds first."""
+    influence: float = 1.0
+    """Largest share of one organisation's tasks in a compaction, see :mod:`share_core.robust.influence`."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -35,6 +38,8 @@ class MergePolicy:
             raise ConfigError(f"k_max must be at least 1, got {self.k_max}")
         if not 0 <= self.tau < 1:
             raise ConfigError(f"tau must be at least 0 and below 1, got {self.tau}")
+        if not 0 < self.influence <= 1:
+            raise ConfigError(f"influence must be above 0 and at most 1, got {self.influence}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ def merge_all(
     before.update(fresh)
     weights = {task: task_weight(state.ledger[task].norm) for task in others}
     weights.update({task: task_weight(measure(adapter, {}).norm) for task, adapter in adapters.items()})
+    shares = influence_factors(weights, policy.influence)
+    weights = {task: weight * shares[owner_of(task)] for task, weight in weights.items()}
     transition = compact(state.space.bases, appended, before, weights, policy.k_max, policy.sweeps)
     stored = {
         task: {site: carry_core(core, _rotation_only(transition.get(site))) for site, core in own.items()}

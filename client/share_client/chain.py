@@ -21,7 +21,7 @@ from share_client.member import Credentials
 from share_core.durable import write_atomic
 from share_core.errors import ConfigError, ManifestError, VersionError
 from share_core.identity import Manifest, ManifestVerifier, SignedManifest
-from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION
+from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION, check_newest
 from share_proto.v1 import hub_pb2
 
 _SAVE_EVERY = 100
@@ -57,6 +57,11 @@ class ManifestChain:
             )
 
     @property
+    def verifies(self) -> bool:
+        """Whether the hub signs what it publishes."""
+        return self._verifier is not None
+
+    @property
     def highest(self) -> int:
         """The highest version ever verified; 0 for none."""
         return self._highest
@@ -72,6 +77,27 @@ class ManifestChain:
                 f"the hub is at version {version} and this client has verified {self._highest}: the hub went back, "
                 f"perhaps it was restored from a backup; {_ASK}"
             )
+
+    def check_heartbeat(self, sent: hub_pb2.Manifest, now: datetime) -> int:
+        """Check what the hub says of its newest version; return that version, 0 if the hub signs nothing.
+
+        Raises:
+            ManifestError: it is forged, about something else, or of another history.
+            VersionError: it is too old, or older than what was verified here: versions are held back, or the hub went
+                back. A relay that lags behind is no liar.
+        """
+        if self._verifier is None:
+            return 0
+        what = "the hub's statement of its newest version"
+        try:
+            manifest = self._verifier.read(SignedManifest(sent.body, sent.signature))
+            check_newest(manifest, self._space_id, int(now.timestamp() * 1000))
+        except (ManifestError, VersionError) as error:
+            raise type(error)(f"{what}: {error}; {_ASK}") from error
+        with self._lock:
+            self.check_newest(manifest.version)
+            self._same(manifest.version, manifest.previous)
+        return manifest.version
 
     def check_delta(self, header: hub_pb2.DeltaHeader) -> str:
         """Check the manifest of a step before its payload is read; return the SHA-256 of its body, "" if unsigned.

@@ -6,10 +6,12 @@ Compression is off: factors are noise to a compressor, and inflating is where bo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
 
+from share_client.egress import EgressLog
 from share_client.member import Credentials
 from share_core.errors import (
     ERROR_KEY,
@@ -70,7 +72,11 @@ is too large is tried again with growing waits."""
 
 
 def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
-    """Return a channel to ``address`` (host:port) that trusts only the federation and shows our certificate."""
+    """Return a channel to ``address`` (host:port) that trusts only the federation and shows our certificate.
+
+    What is sent over it is written into the egress log of the credentials first, but for the payloads of Submit, which
+    :meth:`share_client.link.HubLink.submit` writes down itself.
+    """
     return _secure(
         address,
         grpc.ssl_channel_credentials(
@@ -78,19 +84,38 @@ def open_channel(address: str, credentials: Credentials) -> grpc.Channel:
             private_key=credentials.key,
             certificate_chain=credentials.certificate,
         ),
+        credentials.egress,
     )
 
 
-def open_pinned_channel(address: str, root_pem: bytes) -> grpc.Channel:
+def open_pinned_channel(address: str, root_pem: bytes, egress: EgressLog | None = None) -> grpc.Channel:
     """Return a channel that trusts only ``root_pem`` (an authority or one leaf) and shows no certificate."""
-    return _secure(address, grpc.ssl_channel_credentials(root_certificates=root_pem))
+    return _secure(address, grpc.ssl_channel_credentials(root_certificates=root_pem), egress)
 
 
-def _secure(address: str, credentials: grpc.ChannelCredentials) -> grpc.Channel:
+class _Recorder(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc,type-arg,unused-ignore]
+    """Writes every request into the egress log before it leaves; a request that cannot be written is not sent."""
+
+    def __init__(self, address: str, egress: EgressLog) -> None:
+        self._address = address
+        self._egress = egress
+
+    def intercept_unary_unary(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
+        """Record one request, then make the call."""
+        self._egress.call(self._address, client_call_details.method, request)
+        return continuation(client_call_details, request)
+
+    def intercept_unary_stream(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
+        """Record one request, then make the call."""
+        return self.intercept_unary_unary(continuation, client_call_details, request)
+
+
+def _secure(address: str, credentials: grpc.ChannelCredentials, egress: EgressLog | None) -> grpc.Channel:
     options = list(_OPTIONS)
     if address.rsplit(":", 1)[0].strip("[]") in ("localhost", "127.0.0.1", "::1"):
         options.append(("grpc.enable_http_proxy", 0))
-    return grpc.secure_channel(address, credentials, options=options, compression=grpc.Compression.NoCompression)
+    channel = grpc.secure_channel(address, credentials, options=options, compression=grpc.Compression.NoCompression)
+    return channel if egress is None else grpc.intercept_channel(channel, _Recorder(address, egress))
 
 
 def error_from_rpc(error: grpc.RpcError, action: str) -> FedshareError:

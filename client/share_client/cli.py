@@ -96,6 +96,7 @@ def watch(directory: Directory, as_json: Json = False, follow: Follow = None) ->
     """Follow the versions of the space until stopped."""
     from share_client.join import follow_address
     from share_client.member import ClientLayout, load_credentials, load_member
+    from share_client.renewal import kept_renewed
     from share_client.sources import Sources, open_relay
     from share_client.status import watch_versions
 
@@ -103,8 +104,8 @@ def watch(directory: Directory, as_json: Json = False, follow: Follow = None) ->
         layout = ClientLayout(directory)
         address = load_member(layout).follow_address if follow is None else follow_address(follow)
         credentials = load_credentials(layout, datetime.now(UTC))
-        with open_relay(address, credentials) as relay:
-            sources = Sources(link, relay, lambda text: typer.echo(text, err=True))
+        with open_relay(address, credentials) as relay, kept_renewed(layout, [link, relay], _tell):
+            sources = Sources(link, relay, _tell)
             for line in watch_versions(sources, credentials):
                 typer.echo(json.dumps(line) if as_json else line["text"])
 
@@ -120,6 +121,39 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
             typer.echo(json.dumps(found))
         else:
             print_tasks(found)
+
+
+@app.command()
+def egress(
+    directory: Directory,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare with what the hub says that it received.")
+    ] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only what left since then, such as 2026-11-29T08:30.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show everything that left this building: what, how much, to whom. Exit code 1 if the log does not hold."""
+    import dataclasses
+    from contextlib import nullcontext
+
+    from share_client.egress_check import look, print_egress, read_since
+    from share_client.member import ClientLayout, load_member
+
+    with plain_errors("share-client"):
+        moment, layout = read_since(since), ClientLayout(directory)
+        load_member(layout)
+        with _connected(directory) if verify else nullcontext() as link:
+            found = look(layout, moment, link)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        print_egress(found, typer.echo)
+        if not found.problems:
+            compared = f", and {found.updates} updates are what the hub received" if verify else ""
+            typer.echo(f"the log holds{compared}")
+    raise typer.Exit(1 if found.problems else 0)
 
 
 @app.command()
@@ -183,15 +217,23 @@ def _default_directory(token: str | None) -> Path:
     return Path(f"fedshare-{token_decode(token).name}")
 
 
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
 @contextmanager
 def _connected(directory: Path) -> Iterator[Any]:
-    """Open a link to the hub with the identity of a client directory."""
+    """Open a link to the hub with the identity of a client directory, which is renewed if it is due."""
     from share_client.link import HubLink
     from share_client.member import ClientLayout, load_credentials, load_member
+    from share_client.renewal import kept_renewed
 
     layout = ClientLayout(directory)
     member = load_member(layout)
-    with HubLink(member.hub_address, load_credentials(layout, datetime.now(UTC))) as link:
+    with (
+        HubLink(member.hub_address, load_credentials(layout, datetime.now(UTC))) as link,
+        kept_renewed(layout, [link], _tell),
+    ):
         yield link
 
 

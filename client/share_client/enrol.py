@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from share_client.channel import error_from_rpc, open_pinned_channel
 from share_client.durable import make_private_directory
+from share_client.egress import EgressLog
 from share_client.member import ClientLayout, Member, check_node_key, load_member, save_member
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError, TokenError, UnavailableError
@@ -62,7 +63,7 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
         raise ConfigError(
             f"{layout.root} belongs to {before.member}, the token is for {token.identity.member}: use another --dir"
         )
-    authority = fetch_authority(token)
+    authority = fetch_authority(token, EgressLog(layout.egress))
     _make_keys(layout)
     answer = _ask_certificate(token_text.strip(), token, authority, layout)
     _check_answer(answer, token, authority, layout)
@@ -80,15 +81,17 @@ def enrol(token_text: str, layout: ClientLayout, now: datetime) -> Member:
     return member
 
 
-def fetch_authority(token: JoinToken) -> bytes:
+def fetch_authority(token: JoinToken, egress: EgressLog | None = None) -> bytes:
     """Return the authority (PEM) of the server behind ``token`` after comparing it with the token's fingerprint.
+
+    What is sent is written into ``egress`` first.
 
     Raises:
         CertificateError: it is another authority; the message names both fingerprints.
         UnavailableError: nobody answers.
     """
     leaf = _fetch_leaf(token.address)
-    with open_pinned_channel(token.address, leaf) as channel:
+    with open_pinned_channel(token.address, leaf, egress) as channel:
         try:
             answer = enrolment_pb2_grpc.EnrolmentStub(channel).GetAuthority(
                 enrolment_pb2.GetAuthorityRequest(), timeout=_DEADLINE
@@ -170,7 +173,7 @@ def _ask_certificate(
         csr_pem=make_csr(layout.key.read_bytes()),
         node_public_key_pem=layout.node_public_key.read_bytes() if token.role == "trainer" else b"",
     )
-    with open_pinned_channel(token.address, authority) as channel:
+    with open_pinned_channel(token.address, authority, EgressLog(layout.egress)) as channel:
         try:
             return enrolment_pb2_grpc.EnrolmentStub(channel).Enrol(request, timeout=_DEADLINE)
         except grpc.RpcError as error:

@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from datetime import UTC, datetime
 
 import grpc
 
@@ -22,12 +23,16 @@ from share_client.channel import refusal_from_rpc
 from share_client.link import HubLink, collect
 from share_client.sources import Sources
 from share_core.errors import DigestError, FedshareError, ManifestError, UnavailableError, VersionError
+from share_core.identity.manifest import FRESH_MS
 from share_core.types import Delta, Space, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot
 from share_proto.v1 import hub_pb2
 
 BEHIND_S = 30.0
 """Seconds that a relay may bring nothing although the hub has published more."""
+
+SILENT_S = FRESH_MS / 1000
+"""Seconds that a source may say nothing at all, not even that there is nothing new."""
 
 
 class VersionFeed:
@@ -50,8 +55,9 @@ class VersionFeed:
         self._lock = threading.Lock()
         self._stream: grpc.Call | None = None
         self._link = self._sources.hub
-        self._moved = time.monotonic()
-        self._behind = False
+        self._opened = self._moved = self._heard = time.monotonic()
+        self._behind = self._silent = False
+        self._newest = 0
 
     def close(self) -> None:
         """End the iteration; a read under way is cancelled."""
@@ -60,15 +66,19 @@ class VersionFeed:
             if self._stream is not None:
                 self._stream.cancel()
 
-    def expect(self, version: int, behind_s: float = BEHIND_S) -> None:
+    def expect(self, version: int, behind_s: float = BEHIND_S, silent_s: float = SILENT_S) -> None:
         """Say that the hub has published ``version``: a relay that brings nothing for ``behind_s`` is left.
 
-        May be called from any thread. Without it a relay that lost its own hub could hold a client back for ever.
+        So is a relay that does not tell for ``silent_s`` which version is the newest; of a hub it is a refusal: it, or
+        who stands between, holds versions back. May be called from any thread. Without it a client could be held at an
+        old version for ever.
         """
         with self._lock:
-            stuck = version > self._version and time.monotonic() - self._moved > behind_s
-            if stuck and self._stream is not None and self._sources.is_relay(self._link):
-                self._behind = True
+            now, relay = time.monotonic(), self._sources.is_relay(self._link)
+            stuck = max(version, self._newest) > self._version and now - self._moved > behind_s
+            silent = self._chain.verifies and now - self._heard > silent_s and now - self._opened > behind_s
+            if self._stream is not None and (silent or (stuck and relay)):
+                self._behind, self._silent = relay, silent
                 self._stream.cancel()
 
     def events(self) -> Iterator[Delta | Space]:
@@ -88,6 +98,7 @@ class VersionFeed:
                         self._sources.worked(link)
                         with self._lock:
                             self._version, self._moved, self._behind = event.version, time.monotonic(), False
+                            self._heard = self._moved
                         yield event
                         if self._sources.relay_is_due:
                             break
@@ -100,10 +111,16 @@ class VersionFeed:
                 reason = error
             if self._closed.is_set():
                 return
+            if self._silent and not self._sources.is_relay(link):
+                raise VersionError(
+                    f"{link.address} answers and has not told for {SILENT_S:.0f} s which version is the newest: "
+                    "versions may be held back; ask the operator"
+                ) from reason
             if not self._sources.is_relay(link) and self._sources.relay_is_due:
                 continue
             if self._behind:
-                reason = UnavailableError(f"it is still at version {self._version}, and the hub has published more")
+                missed = "it has not told which version is the newest" if self._silent else "the hub has published more"
+                reason = UnavailableError(f"it is still at version {self._version}, and {missed}")
             self._sources.failed(link, reason, at_once=self._behind)
             if self._on_wait is not None:
                 self._on_wait(reason)
@@ -116,13 +133,17 @@ class VersionFeed:
             if self._closed.is_set():
                 return
             stream = link.hub.FollowVersions(request)
-            self._stream, self._link, self._moved, self._behind = stream, link, time.monotonic(), False
+            self._stream, self._link, self._behind, self._silent = stream, link, False, False
+            self._opened = self._moved = time.monotonic()
         try:
             for message in stream:
                 part = message.WhichOneof("part")
                 if part == "snapshot_required":
                     yield self._snapshot(link, message.snapshot_required.newest_version)
                     return
+                if part == "heartbeat":
+                    self._hear(message.heartbeat)
+                    continue
                 if part != "delta":
                     raise DigestError("versions: expected the header of a delta, got a chunk")
                 yield self._delta(message.delta, iter(stream))
@@ -130,6 +151,11 @@ class VersionFeed:
             raise refusal_from_rpc(error, f"following versions at {link.address}") from error
         finally:
             stream.cancel()
+
+    def _hear(self, statement: hub_pb2.Manifest) -> None:
+        newest = self._chain.check_heartbeat(statement, datetime.now(UTC))
+        with self._lock:
+            self._newest, self._heard = max(self._newest, newest), time.monotonic()
 
     def _delta(self, header: hub_pb2.DeltaHeader, stream: Iterator[hub_pb2.FollowVersionsResponse]) -> Delta:
         if header.from_version != self._version or header.version != self._version + 1:
@@ -140,12 +166,19 @@ class VersionFeed:
         # Before the payload: from here on its size and digest are the hub's word, and nobody else's.
         link = self._chain.check_delta(header)
         what = f"delta of version {header.version}"
-        payload = collect(header.payload_size, header.payload_sha256, _chunks(stream, what), what, header.data)
+        chunks = self._counted(_chunks(stream, what))
+        payload = collect(header.payload_size, header.payload_sha256, chunks, what, header.data)
         delta = decode_delta(payload, self._spec)
         if delta.version != header.version:
             raise DigestError(f"{what}: the payload says version {delta.version}")
         self._chain.take(header.version, link, header.newest_version)
         return delta
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """Pass on the pieces of a payload: who sends one is not silent, and there is an end to them."""
+        for chunk in chunks:
+            self._heard = time.monotonic()
+            yield chunk
 
     def _snapshot(self, link: HubLink, newest: int) -> Space:
         if newest <= self._version:

@@ -17,8 +17,9 @@ from share_client.durable import make_private_directory
 from share_client.enrol import enrol
 from share_client.link import HubLink
 from share_client.member import ClientLayout, Member, check_node_key, load_credentials, load_member, save_member
+from share_client.renewal import kept_renewed
 from share_client.session_log import sentence
-from share_core.errors import CertificateError, ConfigError, SpaceMismatchError
+from share_core.errors import CertificateError, ConfigError, FedshareError, SpaceMismatchError
 from share_core.identity import identity_of
 
 
@@ -84,6 +85,7 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
 
     Raises:
         AccessError, IdentityError: the federation does not accept this member any more.
+        CertificateError: the certificate expired before the hub could be asked for a new one.
         SpaceMismatchError: the backbone in the tasks file is not the one of the space.
     """
     from share_client.fleet.supernode import SuperNode, wait_for_node
@@ -95,6 +97,7 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
         return
     stop = threading.Event()
     mismatches: list[str] = []
+    expired: list[FedshareError] = []
 
     def look(line: dict[str, Any]) -> None:
         tell(sentence(line))
@@ -102,7 +105,16 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
             mismatches.append(str(line.get("reason")))  # no later lease can end otherwise: trying on would hide it
             stop.set()
 
-    with _stopping_on_signals(stop), HubLink(member.hub_address, credentials) as link, _following(layout, look):
+    def give_up(error: FedshareError) -> None:
+        expired.append(error)
+        stop.set()
+
+    with (
+        _stopping_on_signals(stop),
+        HubLink(member.hub_address, credentials) as link,
+        kept_renewed(layout, [link], tell, give_up),
+        _following(layout, look),
+    ):
         node_id = wait_for_node(layout, link, stop, tell)
         if stop.is_set():
             return
@@ -112,6 +124,8 @@ def join(layout: ClientLayout, member: Member, tasks_path: Path, tell: Callable[
         tell(f"node {node_id} of {member.member}: waiting for leases")
         SuperNode(layout, member, tasks_path, link, stop, tell).run()
         tell("stopped")
+    if expired:
+        raise expired[0]
     if mismatches:
         raise SpaceMismatchError(mismatches[0])
 

@@ -25,6 +25,9 @@ from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
 
 _T = TypeVar("_T")
 
+OLD_CALLS_S = 60.0
+"""Seconds that calls under way have when the identity was renewed."""
+
 _UPLOAD_FLOOR = 100_000
 """Bytes per second below which an upload is given up and begun again."""
 
@@ -53,10 +56,29 @@ class HubLink:
 
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
+        self.credentials = credentials
+        """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
-        self._channel = open_channel(address, credentials)
+        self._egress = credentials.egress
+        self._old: list[tuple[threading.Timer, grpc.Channel]] = []
+        self._open(credentials)
+
+    def _open(self, credentials: Credentials) -> None:
+        self._channel = open_channel(self.address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+
+    def use(self, credentials: Credentials, grace_s: float = OLD_CALLS_S) -> None:
+        """Make every call from now on over a new connection with ``credentials``, our renewed identity.
+
+        Calls under way go on over the old one, which is closed after ``grace_s`` seconds: a stream that is still open
+        ends then as if the connection was lost, and those who need it open it again.
+        """
+        timer = threading.Timer(grace_s, self._channel.close)
+        timer.daemon = True
+        self._old.append((timer, self._channel))
+        self._open(credentials)
+        timer.start()
 
     def __enter__(self) -> Self:
         return self
@@ -68,6 +90,9 @@ class HubLink:
 
     def close(self) -> None:
         """Close the channel; calls under way end as cancelled."""
+        for timer, channel in self._old:
+            timer.cancel()
+            channel.close()
         self._channel.close()
 
     @property
@@ -87,23 +112,18 @@ class HubLink:
             FedshareError: the hub's refusal, or UnavailableError when no answer came; then the update may or
                 may not be durable, and sending the same update id again is right in both cases.
         """
-        header = hub_pb2.SubmitHeader(
-            update_id=submission.update_id,
-            space_id=submission.space_id,
-            task_id=submission.task_id,
-            create=submission.create,
-            payload_size=submission.payload_size,
-            payload_sha256=submission.payload_sha256,
-            lease_id=submission.lease_id,
-            rows=submission.rows,
-            offset=offset,
-        )
-
-        admitted = threading.Event()
+        header = submission.header(offset)
+        admitted, ended = threading.Event(), threading.Event()
+        if self._egress is not None:
+            self._egress.call(self.address, "/share_proto.v1.Hub/Submit", header)
 
         def messages() -> Iterator[hub_pb2.SubmitRequest]:
             yield hub_pb2.SubmitRequest(header=header)
             admitted.wait(_PATIENCE_S)
+            if ended.is_set():
+                return  # refused, or known already: the payload stays here
+            if self._egress is not None:
+                self._egress.upload(self.address, header, payload)
             for start in range(offset, len(payload), CHUNK_BYTES):
                 yield hub_pb2.SubmitRequest(chunk=payload[start : start + CHUNK_BYTES])
 
@@ -118,6 +138,7 @@ class HubLink:
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
         finally:
+            ended.set()
             admitted.set()  # a refusal must not leave a thread waiting that holds the payload
 
     def get_upload(self, update_id: str) -> hub_pb2.GetUploadResponse:
@@ -144,12 +165,20 @@ class HubLink:
         on_wait: Callable[[FedshareError], None] | None = None,
     ) -> hub_pb2.SubmitResponse | None:
         """Send one update until the hub has answered; see :func:`share_client.uploading.upload`."""
-        return upload(self, submission, payload, stop, on_wait)
+        receipt = upload(self, submission, payload, stop, on_wait)
+        if receipt is not None and self._egress is not None:
+            self._egress.receipt(self.address, receipt)
+        return receipt
 
     def get_update(self, update_id: str) -> hub_pb2.UpdateRecord:
         """Return what became of an update."""
         request = hub_pb2.GetUpdateRequest(update_id=update_id)
         return self._call(f"asking for update {update_id}", self._hub.GetUpdate, request).update
+
+    def list_updates(self, after_seq: int, limit: int) -> hub_pb2.ListUpdatesResponse:
+        """Return updates of our organisation after an ingest number, in ingest order."""
+        request = hub_pb2.ListUpdatesRequest(after_seq=after_seq, limit=limit)
+        return self._call("listing updates", self._hub.ListUpdates, request)
 
     def report(self, evaluations: Sequence[hub_pb2.Evaluation]) -> hub_pb2.ReportEvaluationResponse:
         """Hand in evaluations; they are durable at the hub when this returns."""
@@ -163,6 +192,10 @@ class HubLink:
     def get_node(self) -> fleet_pb2.Node:
         """Return what the hub knows of our own Flower node."""
         return self._call("asking for our node", self._fleet.GetNode, fleet_pb2.GetNodeRequest()).node
+
+    def renew(self) -> bytes:
+        """Return a new certificate (PEM) over our key: the hub's newest one of us."""
+        return self._call("renewing our certificate", self._hub.Renew, hub_pb2.RenewRequest()).certificate_pem
 
     def close_lease(self, lease_id: str, idle: bool, submitted: int) -> None:
         """Tell the hub that a lease is over."""

@@ -3,9 +3,10 @@
 ::
 
     CDIR/member.json            member, addresses, space id, node id
-    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode)
+    CDIR/identity/              key.pem cert.pem ca.pem (mTLS), node.key node.pub (Flower SuperNode), sequence.json
     CDIR/outbox/<update id>/    trained and not yet merged; outbox/refused/ holds what the hub will not take
     CDIR/tasks/<task>/          private heads, history.jsonl, record.json
+    CDIR/egress/                everything that left, line by line
     CDIR/cache/                 a version of the space, to rejoin without downloading all again
     CDIR/fleet/                 private Flower home and the loopback authority
     CDIR/logs/                  session.jsonl, supernode.log
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from share_client.durable import to_json
+from share_client.egress import EgressLog
 from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import CertificateError, ConfigError
 from share_core.identity import not_after, public_key_pem, public_key_pem_of_certificate
@@ -80,6 +82,11 @@ class ClientLayout:
         return self.identity / "node.pub"
 
     @property
+    def sequence(self) -> Path:
+        """The number of what was signed last."""
+        return self.identity / "sequence.json"
+
+    @property
     def outbox(self) -> Path:
         """Trained and not yet merged updates."""
         return self.root / "outbox"
@@ -88,6 +95,11 @@ class ClientLayout:
     def tasks(self) -> Path:
         """What is known of each own task."""
         return self.root / "tasks"
+
+    @property
+    def egress(self) -> Path:
+        """What left this building."""
+        return self.root / "egress"
 
     @property
     def cache(self) -> Path:
@@ -143,6 +155,8 @@ class Credentials:
     """The member's certificate."""
     authority: bytes
     """The only root that is trusted."""
+    egress: EgressLog | None = None
+    """Where all that is sent under this identity is written down first; None writes nothing down."""
 
 
 def save_member(layout: ClientLayout, member: Member) -> None:
@@ -192,11 +206,22 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
             key=layout.key.read_bytes(),
             certificate=layout.certificate.read_bytes(),
             authority=layout.authority.read_bytes(),
+            egress=EgressLog(layout.egress),
         )
     except OSError as error:
         raise ConfigError(
             f"{layout.identity}: identity is incomplete: {error}; enrol again with a new token"
         ) from error
+    check_credentials(layout, credentials, now)
+    return credentials
+
+
+def check_credentials(layout: ClientLayout, credentials: Credentials, now: datetime) -> None:
+    """Check that the parts of an identity can be used, belong together, and have not run out at ``now``.
+
+    Raises:
+        CertificateError: otherwise. The message names the file of ``layout`` in which the part lies, or is to lie.
+    """
     own = _usable(layout.key, lambda: public_key_pem(credentials.key))
     certified = _usable(layout.certificate, lambda: public_key_pem_of_certificate(credentials.certificate))
     _usable(layout.authority, lambda: _check_issued(credentials.authority, credentials.authority))
@@ -211,7 +236,6 @@ def load_credentials(layout: ClientLayout, now: datetime) -> Credentials:
         raise CertificateError(
             f"{layout.certificate} expired at {end:%Y-%m-%d %H:%M} UTC: ask the operator for a new join token"
         )
-    return credentials
 
 
 def check_node_key(layout: ClientLayout) -> None:

@@ -6,6 +6,7 @@
                        payload.safetensors   the bytes that leave
                        head.safetensors      the private head; never leaves
                        adapter.safetensors   what the payload means without any bases; only if it refers to some
+                       signature.json        signer, number and signature, from the first sending on
                        receipt.json          the hub's receipt, once it has acknowledged
     outbox/refused/<update id>/...           the same, with reason.json
 
@@ -17,6 +18,10 @@ recorded elsewhere first) or that it will never be; then it moves to ``refused``
 If the hub no longer keeps the version an update is expressed in, the same content is expressed in a newer one and put
 in as a new entry, whose id is computed from the old one's; then the old one goes. A crash in between leaves both, and
 the old one is known to be replaced: it is never sent again.
+
+An entry is signed before it is sent for the first time, and keeps its number and signature however often it is sent;
+only after its member has enrolled with another key is it signed anew. The new entry of a replaced one is another update
+and gets a number of its own.
 """
 
 from __future__ import annotations
@@ -34,9 +39,12 @@ from share_client.uploading import Submission
 from share_core.durable import TEMPORARY, flush_directory, write_atomic, write_flushed
 from share_core.errors import ConfigError, DigestError
 from share_core.names import check_update_id
+from share_core.privacy import CoefficientNoise, Declaration, declaration_to_text
 
 _REFUSED = "refused"
 _ADAPTER = "adapter.safetensors"
+_SIGNATURE = "signature.json"
+_SIGNED = ("signer", "sequence", "signature")
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,12 @@ class Outbox:
         create: bool,
         lease_id: str = "",
         adapter: bytes = b"",
+        declared: Declaration | None = None,
     ) -> Entry:
-        """Make an update durable under a new update id and return it. Nothing has been sent yet."""
+        """Make an update durable under a new update id and return it. Nothing has been sent yet.
+
+        ``declared`` is the clipping and noise in it. Where that hides the whole data set, so is the number of its rows.
+        """
         submission = Submission(
             update_id=uuid.uuid4().hex,
             space_id=space_id,
@@ -151,7 +163,8 @@ class Outbox:
             payload_size=len(payload),
             payload_sha256=hashlib.sha256(payload).hexdigest(),
             lease_id=lease_id,
-            rows=training.rows,
+            rows=0 if isinstance(declared, CoefficientNoise) else training.rows,
+            privacy="" if declared is None else declaration_to_text(declared),
         )
         return self._put(submission, training, payload, head, adapter)
 
@@ -164,7 +177,7 @@ class Outbox:
         made = self.replacement(entry)
         if made is None:
             submission = replace(
-                entry.submission,
+                _unsigned(entry.submission),
                 update_id=_next_id(entry.update_id),
                 create=create,
                 payload_size=len(payload),
@@ -206,6 +219,13 @@ class Outbox:
         """Return what is in the outbox, oldest first."""
         found = [_read(path) for path in _entry_directories(self._directory)]
         return sorted(found, key=lambda entry: (entry.directory / "header.json").stat().st_mtime_ns)
+
+    def sign(self, entry: Entry, signed: Submission) -> Entry:
+        """Keep the signature of an entry, in place of an earlier one; call it before the entry is sent."""
+        self._step("write signature")
+        write_atomic(entry.directory / _SIGNATURE, to_json({name: getattr(signed, name) for name in _SIGNED}))
+        self._step("sign done")
+        return replace(entry, submission=signed)
 
     def acknowledge(self, entry: Entry, receipt: Mapping[str, Any]) -> Entry:
         """Record the hub's receipt."""
@@ -276,7 +296,9 @@ def _read(directory: Path) -> Entry:
     """
     try:
         header = json.loads((directory / "header.json").read_bytes())
-        submission = Submission(**header["submission"])
+        signature = directory / _SIGNATURE
+        signed = json.loads(signature.read_bytes()) if signature.exists() else {}
+        submission = Submission(**{**header["submission"], **signed})
         training = Training(**header["training"])
         adapter_sha256 = str(header.get("adapter_sha256", ""))
         if check_update_id(submission.update_id) != directory.name:
@@ -284,6 +306,10 @@ def _read(directory: Path) -> Entry:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory} is no outbox entry ({error}): move it out of the outbox") from error
     return Entry(directory, submission, training, (directory / "receipt.json").exists(), adapter_sha256)
+
+
+def _unsigned(submission: Submission) -> Submission:
+    return replace(submission, signer="", sequence=0, signature="")
 
 
 def _next_id(update_id: str) -> str:

@@ -17,6 +17,7 @@ from share_client.outbox import Entry
 from share_core.errors import PayloadError, UnavailableError
 from share_core.linalg import balanced, canonical, float64, numerical_rank
 from share_core.merge import project
+from share_core.privacy import CoefficientNoise, declaration_from_text
 from share_core.space import empty_space, update_adapter
 from share_core.types import Adapter, Factors, SiteBasis, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import decode_adapter, decode_update, encode_adapter, encode_update
@@ -83,7 +84,14 @@ class Rebaser:
                 f"update {entry.update_id} is to be expressed in version {newest}, and {space.version} is held here: "
                 "waiting for the newer one"
             )
-        fresh = Update(space.version, express(adapter, space, self._spec.rank_limit), update.head)
+        if isinstance(declaration_from_text(entry.submission.privacy), CoefficientNoise):
+            # Nothing but coefficients may leave: what the newer bases do not hold is left out. Noise stays noise.
+            sites = {site: SiteUpdate(core=core) for site, core in project(space.bases, adapter).items()}
+            if not sites:
+                return None
+        else:
+            sites = express(adapter, space, self._spec.rank_limit)
+        fresh = Update(space.version, sites, update.head)
         # Exactly what was trained: an adapter computed from the new payload would gather rounding from time to time.
         return Expressed(encode_update(fresh), encode_adapter(adapter) if _has_cores(fresh) else b"", space)
 

@@ -7,6 +7,7 @@ What each answer of the hub leads to:
 * a version no longer kept: what was learned is expressed in the newest one and sent as a new update;
 * a task that is gone, or a version that cannot be replaced: the entry moves to ``refused``, the task is trained again;
 * set aside until the operator decides: it stays, is asked for now and then, and holds nothing else up;
+* a signature that the hub does not take: it is signed anew and sent again, a limited number of times;
 * a refusal that another try cannot change: the entry moves to ``refused`` and the task waits for other data;
 * anything else (hub away, disk full, a fault of the hub): the entry stays and is sent again later.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -24,6 +26,7 @@ from share_client.outbox import Entry, Outbox
 from share_client.rebase import Rebaser
 from share_client.records import MOST_RETRAININGS, Records
 from share_client.session_log import SessionLog
+from share_client.signing import SubmissionSigner
 from share_core.errors import (
     AccessError,
     DigestError,
@@ -32,6 +35,7 @@ from share_core.errors import (
     PayloadError,
     RebaseError,
     RequestError,
+    SignatureError,
     SpaceMismatchError,
     UnavailableError,
     UnknownTaskError,
@@ -52,6 +56,9 @@ FOR_GOOD: tuple[type[FedshareError], ...] = (
     AccessError,
 )
 """Refusals that sending the same update again cannot change."""
+
+_MOST_SIGNATURES = 40
+"""How often one update is signed anew before it is given up: the count of the client doubles its steps each time."""
 
 _SET_ASIDE_S = 30.0
 """Seconds between two questions after an update that waits for the operator, while no new version arrives."""
@@ -77,11 +84,14 @@ class Sender:
         link: HubLink,
         outbox: Outbox,
         records: Records,
+        signer: SubmissionSigner,
         log: SessionLog,
         stop: threading.Event,
         rebaser: Rebaser | None = None,
     ) -> None:
         self._link = link
+        self._signer = signer
+        self._resigned: Counter[str] = Counter()  # by update id
         self._outbox = outbox
         self._records = records
         self._log = log
@@ -136,6 +146,8 @@ class Sender:
                 return False
         except IdentityError:
             raise
+        except SignatureError as error:
+            self._sign_again(entry, error)
         except TRAIN_AGAIN as error:
             self._train_again(entry, error)
         except FOR_GOOD as error:
@@ -160,6 +172,8 @@ class Sender:
 
     def _send(self, entry: Entry) -> Entry | None:
         payload = entry.read_payload()
+        if not self._signer.has_signed(entry.submission):
+            entry = self._outbox.sign(entry, self._signer.sign(entry.submission))
         receipt = self._link.submit_until_answered(entry.submission, payload, self._stop, self._waiting(entry))
         if receipt is None:
             return None
@@ -207,6 +221,7 @@ class Sender:
             "staleness": record.staleness,
             "relative_error": record.relative_error,
             "payload_bytes": entry.submission.payload_size,
+            "privacy": entry.submission.privacy,
             **asdict(training),
         }
         if not known:
@@ -237,6 +252,17 @@ class Sender:
             payload_bytes=len(made.payload),
             reason=str(error),
         )
+
+    def _sign_again(self, entry: Entry, error: SignatureError) -> None:
+        """Sign under a number further ahead: the hub may know those of this directory before it was restored."""
+        tries = self._resigned[entry.update_id]
+        if tries >= _MOST_SIGNATURES:
+            self._refuse(entry, type(error).__name__, f"{error} (signed {tries} times)")
+            return
+        self._resigned[entry.update_id] += 1
+        self._signer.move(2**tries)
+        self._outbox.sign(entry, self._signer.sign(entry.submission))
+        self._log.write("signed_again", task=entry.training.task, update_id=entry.update_id, reason=str(error))
 
     def _train_again(self, entry: Entry, error: FedshareError) -> None:
         training = entry.training

@@ -27,9 +27,12 @@ from share_client.member import ClientLayout, Member, load_credentials, load_mem
 from share_client.outbox import Outbox, Training
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
+from share_client.renewal import kept_renewed
 from share_client.sending import Sender
 from share_client.session_log import SessionLog
+from share_client.signing import SubmissionSigner
 from share_client.sources import Sources, open_relay
+from share_client.spending import Spending
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trainer
 from share_client.view import View
 from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
@@ -106,6 +109,7 @@ def run_session(
         _only_session(layout, options.lock_s),
         HubLink(address, credentials) as link,
         open_relay(member.follow_address, credentials) as relay,
+        kept_renewed(layout, [link, relay], lambda text: log.write("certificate", reason=text)),
     ):
         try:
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
@@ -152,10 +156,12 @@ class _Session:
         self._stop = stop
         self._outbox = Outbox(layout.outbox)
         self._records = Records(layout.tasks)
+        self._spending = Spending(layout.tasks)
         self._cache = SpaceCache(layout.cache, self._spec, chain)
         self._view = View(self._first_space(description))
         rebaser = Rebaser(self._spec, lambda: self._view.newest, self._hub_versions)
-        self._sender = Sender(self._link, self._outbox, self._records, log, stop, rebaser)
+        signer = SubmissionSigner(layout.sequence, lambda: self._link.credentials)
+        self._sender = Sender(self._link, self._outbox, self._records, signer, log, stop, rebaser)
         self._set_aside: frozenset[str] = frozenset()
         self._evaluated = 0
         self._taken = 0
@@ -259,6 +265,8 @@ class _Session:
     def _next_task(self) -> LocalTask | None:
         """Return the first task whose data has not been trained; a broken tasks file counts as nothing to do."""
         for task in self._tasks():
+            if task.only_coefficients and not any(basis.k_out for basis in self._view.newest.bases.values()):
+                continue  # as long as the space has no bases there are no coefficients
             if task.name not in self._set_aside and self._records.get(task.name).wants(task.content_hash):
                 return task
         return None
@@ -302,11 +310,15 @@ class _Session:
         task_id = f"{self._member.organisation}/{task.name}"
         self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
         try:
+            if task.config is not None:
+                self._spending.check(task.config, self._trainer.rows(task))
             trained = self._trainer.train(task, space, task_id, self._progress(task, space.version))
         except ConfigError as error:
             self._records.refused(task.name, task.content_hash, str(error))
             self._log.write("refused", task=task.name, reason=str(error))
             return
+        if trained.declared is not None:  # before anything of it can leave
+            self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
         payload = encode_update(trained.update)
         training = Training(
             task=task.name,
@@ -327,6 +339,7 @@ class _Session:
             create=task_id not in space.cores,
             lease_id=self._lease.lease_id if self._lease else "",
             adapter=kept_adapter(trained.update, space),
+            declared=trained.declared,
         )
         self._taken += 1
         self._log.write("trained", **{**vars(training), "payload_bytes": len(payload)})
@@ -379,7 +392,7 @@ class _Session:
             adapter = task_adapter(space, task_id)
             measured = self._trainer.evaluate(task, adapter, self._records.read_head(task.name, head))
             line = {"task": task.name, "version": space.version, **vars(measured)}
-            reports.append((task_id, line))
+            reports.append((task_id if task.reports else "", line))
         if not reports:
             return
         evaluations = [
@@ -391,13 +404,14 @@ class _Session:
                 rows=line["rows"],
             )
             for task_id, line in reports
+            if task_id
         ]
         # Reported first, remembered after: a crash in between repeats the same value, which the hub replaces.
-        if patiently(lambda: self._link.report(evaluations), self._stop, self._waiting) is not None:
+        if not evaluations or patiently(lambda: self._link.report(evaluations), self._stop, self._waiting) is not None:
             for _, line in reports:
                 self._records.add_history(line["task"], {"event": "evaluation", **line})
                 self._log.write("evaluation", **line)
-            self._evaluated += len(reports)
+            self._evaluated += len(evaluations)
 
     def _waiting(self, error: FedshareError) -> None:
         self._log.write("waiting", reason=str(error))

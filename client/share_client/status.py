@@ -18,6 +18,7 @@ from share_client.member import ClientLayout, Credentials, load_member
 from share_client.outbox import list_outbox
 from share_client.records import Records
 from share_client.sources import Sources
+from share_client.spending import Spending
 from share_core.space import empty_space
 from share_core.types import Delta, Space
 from share_core.wire import encode_snapshot
@@ -28,7 +29,7 @@ def client_status(layout: ClientLayout) -> dict[str, Any]:
     """Return member, outbox, tasks and their newest evaluations of a client directory; nothing is changed."""
     member = load_member(layout)
     waiting, refused = list_outbox(layout.outbox)
-    records = Records(layout.tasks)
+    records, spending = Records(layout.tasks), Spending(layout.tasks)
     return {
         "member": asdict(member),
         "outbox": [
@@ -43,6 +44,7 @@ def client_status(layout: ClientLayout) -> dict[str, Any]:
                 "task": record.task,
                 "merged_version": record.heads[-1].version if record.heads else 0,
                 "refused_reason": record.refused_reason,
+                "spent": spending.total(record.task),
                 "history": records.history(record.task),
             }
             for record in records.all()
@@ -67,7 +69,10 @@ def print_status(found: dict[str, Any]) -> None:
     for task in found["tasks"]:
         seen = [line for line in task["history"] if line["event"] == "evaluation"]
         last = f"{seen[-1]['metric']} {seen[-1]['value']:.4f} at version {seen[-1]['version']}" if seen else "-"
-        table.add_row(task["task"], str(task["merged_version"] or "-"), last, task["refused_reason"])
+        spent = task["spent"]
+        remarks = [f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:.1e} spent"] if spent else []
+        remarks += [task["refused_reason"]] if task["refused_reason"] else []
+        table.add_row(task["task"], str(task["merged_version"] or "-"), last, "; ".join(remarks))
     console.print(table)
     for entry in found["outbox"]:
         state = "at the hub, waiting for its merge" if entry["acknowledged"] else "not yet sent"
@@ -128,7 +133,11 @@ def task_list(link: HubLink) -> dict[str, Any]:
     names = [field.name for field in hub_pb2.TaskRecord.DESCRIPTOR.fields]
     return {
         "version": answer.version,
-        "tasks": [{name: getattr(task, name) for name in names} for task in answer.tasks],
+        "tasks": [
+            # What was not said is null, not zero: no epsilon and an epsilon of 0 are opposites.
+            {n: getattr(task, n) if n not in ("epsilon", "delta") or task.HasField(n) else None for n in names}
+            for task in answer.tasks
+        ],
     }
 
 

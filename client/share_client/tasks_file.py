@@ -14,6 +14,10 @@
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
     test = "rot90/test.npz"
 
+    [privacy]                      # for every task; [task.privacy] after a [[task]] replaces it for that task
+    mechanism = "dp-sgd"           # or "coefficients"; see docs/privacy.md
+    epsilon = 4.0                  # or noise_multiplier
+
 Every mistake is a :class:`share_core.errors.ConfigError` that names the file, the task, the key, what was expected
 and what is there.
 """
@@ -28,10 +32,38 @@ from pathlib import Path
 
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
+from share_core.privacy import COEFFICIENTS, SAMPLES
 
 KINDS = ("image-classification", "text-classification")
 DEVICES = ("auto", "cpu", "cuda")
-_NOT_IN_DEFAULTS = ("name", "train", "test")
+_NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """A ``[privacy]`` table: what an update may tell of the data it was trained on."""
+
+    mechanism: str = SAMPLES
+    """``dp-sgd`` hides single rows, ``coefficients`` the whole data set of this client."""
+    epsilon: float | None = None
+    """What one training may spend; the noise is computed from it. Either this or :attr:`noise_multiplier`."""
+    noise_multiplier: float | None = None
+    """Noise in units of the norm that is clipped to."""
+    max_grad_norm: float = 1.0
+    """Norm to which the gradient of every row is clipped. For ``dp-sgd``."""
+    clip: float = 1.0
+    """Norm to which all coefficients together are clipped. For ``coefficients``."""
+    delta: float | None = None
+    """Probability with which epsilon may not hold. None: 1 / (10 rows) for ``dp-sgd``, 1e-6 for ``coefficients``."""
+    budget: float | None = None
+    """What all trainings of the task together may spend. None: :attr:`epsilon`, or no limit where that is not set."""
+    report_metrics: bool = False
+    """Whether evaluations on the test rows are reported to the hub. No noise is added to them."""
+
+    @property
+    def limit(self) -> float | None:
+        """The budget in force, or None."""
+        return self.epsilon if self.budget is None else self.budget
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,8 @@ class TaskConfig:
     """Whether the head's tensors leave with the update."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
+    privacy: PrivacyConfig | None = None
+    """Clipping and noise. None: updates carry none."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +144,13 @@ def tasks_from_toml(text: str, path: Path) -> TasksFile:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     where = str(path)
-    _refuse_unknown(document, ("backbone", "device", "defaults", "task"), where)
+    _refuse_unknown(document, ("backbone", "device", "defaults", "privacy", "task"), where)
     backbone = _need(document, "backbone", where, _text)
     device = _one_of(document.get("device", "auto"), DEVICES, f"{where}: device")
     defaults = _table(document.get("defaults", {}), f"{where}: [defaults]")
     _refuse_unknown(defaults, [key for key in _READERS if key not in _NOT_IN_DEFAULTS], f"{where}: [defaults]")
+    if "privacy" in document:
+        defaults = {**defaults, "privacy": document["privacy"]}
     entries = document.get("task", [])
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{where}: expected at least one [[task]] table, got {_show(entries)}")
@@ -139,7 +175,43 @@ def _task(entry: object, defaults: Mapping[str, object], path: Path, number: int
         if not file.is_file():
             raise ConfigError(f"{where}: {key}: expected a data file, got {file}, which does not exist")
         values[key] = file.resolve()
-    return TaskConfig(**values)  # type: ignore[arg-type]
+    task = TaskConfig(**values)  # type: ignore[arg-type]
+    _refuse_exposed(task, where)
+    return task
+
+
+def _refuse_exposed(task: TaskConfig, where: str) -> None:
+    """Refuse what would leave beside noisy coefficients without any noise.
+
+    Raises:
+        ConfigError: free directions or a shared head together with noise on coefficients.
+    """
+    if task.privacy is None or task.privacy.mechanism != COEFFICIENTS:
+        return
+    if task.directions:
+        raise ConfigError(
+            f"{where}: directions: expected 0 with privacy mechanism {COEFFICIENTS!r}, got {task.directions}: free "
+            'directions leave without noise; leave the key out, or use mechanism = "dp-sgd"'
+        )
+    if task.share_head:
+        raise ConfigError(
+            f"{where}: share_head: expected false with privacy mechanism {COEFFICIENTS!r}, got true: a head leaves "
+            'without noise; keep it private, or use mechanism = "dp-sgd"'
+        )
+
+
+def _privacy(value: object, where: str) -> PrivacyConfig:
+    table = _table(value, where)
+    _refuse_unknown(table, list(_PRIVACY_READERS), where)
+    values = {key: _PRIVACY_READERS[key](given, f"{where}: {key}") for key, given in table.items()}
+    privacy = PrivacyConfig(**values)  # type: ignore[arg-type]
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        got = "neither" if privacy.epsilon is None else "both"
+        raise ConfigError(f"{where}: expected either epsilon or noise_multiplier, got {got}")
+    other = {SAMPLES: "clip", COEFFICIENTS: "max_grad_norm"}[privacy.mechanism]
+    if other in table:
+        raise ConfigError(f"{where}: {other}: has no meaning for mechanism {privacy.mechanism!r}: take it out")
+    return privacy
 
 
 def _backbone(name: str, path: Path) -> str:
@@ -239,6 +311,16 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[object, s
     return read
 
 
+_PRIVACY_READERS: Mapping[str, Callable[[object, str], object]] = {
+    "mechanism": lambda value, where: _one_of(value, (SAMPLES, COEFFICIENTS), where),
+    "epsilon": _number(0, 1e6, above=True),
+    "noise_multiplier": _number(1e-3, 1e6),
+    "max_grad_norm": _number(0, 1e6, above=True),
+    "clip": _number(0, 1e6, above=True),
+    "delta": _number(1e-30, 0.1),
+    "budget": _number(0, 1e9, above=True),
+    "report_metrics": _bool,
+}
 _READERS: Mapping[str, Callable[[object, str], object]] = {
     "name": _name,
     "kind": _kind,
@@ -255,4 +337,5 @@ _READERS: Mapping[str, Callable[[object, str], object]] = {
     "max_length": _integer(4, 8192),
     "share_head": _bool,
     "pace": _number(0, 60),
+    "privacy": _privacy,
 }

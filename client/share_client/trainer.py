@@ -5,6 +5,8 @@ The real one, :class:`BackboneTrainer`, wraps :mod:`share_client.training`; test
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from share_client.data.content import content_hash
-from share_client.tasks_file import TaskConfig, TasksFile, read_tasks
+from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
+from share_core.errors import ConfigError
+from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.types import Adapter, Space, Update
 
 if TYPE_CHECKING:
@@ -27,9 +31,24 @@ class LocalTask:
     name: str
     """Name inside the organisation."""
     content_hash: str
-    """Hash of its data."""
+    """Hash of its data and of its ``[privacy]`` table: who changes either asks for another training."""
     config: TaskConfig | None = None
     """Its entry in tasks.toml; None for trainers that read no file."""
+
+    @property
+    def privacy(self) -> PrivacyConfig | None:
+        """Its ``[privacy]`` table, or None."""
+        return None if self.config is None else self.config.privacy
+
+    @property
+    def only_coefficients(self) -> bool:
+        """Whether nothing but coefficients may leave, so that there must be bases before it can be trained."""
+        return self.privacy is not None and self.privacy.mechanism == COEFFICIENTS
+
+    @property
+    def reports(self) -> bool:
+        """Whether its evaluations are reported to the hub."""
+        return self.privacy is None or self.privacy.report_metrics
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,8 @@ class Trained:
     """Training rows."""
     trained_numbers: int = 0
     """Trained parameters."""
+    declared: Declaration | None = None
+    """Clipping and noise in the update."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +152,8 @@ class BackboneTrainer:
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
+        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in file.tasks):
+            _require_packages(str(self._path))
         return [LocalTask(task.name, self._hash(task), task) for task in file.tasks]
 
     def rows(self, task: LocalTask) -> int:
@@ -139,14 +162,15 @@ class BackboneTrainer:
 
     def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
         """Train one task in the coordinates of ``space``."""
-        from share_client.training import Progress, TrainingOptions, train_in_space
+        from share_client.training import Progress, TrainingOptions, declare, train_in_space
 
         def forward(seen: Progress) -> None:
             progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
 
         prepared = self._prepare(task)
         options = TrainingOptions.of(prepared.config)
-        result = train_in_space(self._backbone(), prepared, space, task_id, options, forward)
+        declared = declare(prepared.config, prepared.train_rows)
+        result = train_in_space(self._backbone(), prepared, space, task_id, options, forward, declared=declared)
         return Trained(
             update=result.update,
             head=result.head,
@@ -155,6 +179,7 @@ class BackboneTrainer:
             seconds=result.seconds,
             rows=prepared.train_rows,
             trained_numbers=result.trained_numbers,
+            declared=result.declared,
         )
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
@@ -169,7 +194,9 @@ class BackboneTrainer:
         key = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (task.train, task.test))
         if key not in self._hashes:
             self._hashes[key] = content_hash(task.train, task.test)
-        return self._hashes[key]
+        if task.privacy is None:
+            return self._hashes[key]
+        return hashlib.sha256(f"{self._hashes[key]} {task.privacy}".encode()).hexdigest()
 
     def _prepare(self, task: LocalTask) -> PreparedTask:
         """Read and tokenise a task's files, once for each content and configuration."""
@@ -181,3 +208,14 @@ class BackboneTrainer:
             known = (task.config, task.content_hash, prepare_task(task.config, self._backbone()))
             self._prepared[task.name] = known
         return known[2]
+
+
+def _require_packages(where: str) -> None:
+    """Refuse a tasks file that asks for DP-SGD where it cannot be done: it must not count as a refusal of the task.
+
+    Raises:
+        ConfigError: naming the packages and how to install them.
+    """
+    missing = [name for name in ("opacus", "dp_accounting") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{where}: [privacy] needs {' and '.join(missing)}: pip install 'fedshare[privacy]'")

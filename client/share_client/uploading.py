@@ -40,6 +40,31 @@ class Submission:
     """Lease under which it was trained; empty outside a lease."""
     rows: int = 0
     """Training rows the client declares; 0 says nothing."""
+    signer: str = ""
+    """Hexadecimal SHA-256 of the PEM of the public key it is signed with; empty until it is signed."""
+    sequence: int = 0
+    """The signer's count of what it has signed; 0 until it is signed."""
+    signature: str = ""
+    """Hexadecimal signature; empty until it is signed."""
+    privacy: str = ""
+    """What is declared of clipping and noise (:mod:`share_core.privacy`); empty if nothing."""
+
+    def header(self, offset: int = 0) -> hub_pb2.SubmitHeader:
+        """Return the first message of a Submit call whose chunks begin at ``offset``."""
+        return hub_pb2.SubmitHeader(
+            update_id=self.update_id,
+            space_id=self.space_id,
+            task_id=self.task_id,
+            create=self.create,
+            payload_size=self.payload_size,
+            payload_sha256=self.payload_sha256,
+            lease_id=self.lease_id,
+            rows=self.rows,
+            offset=offset,
+            sequence=self.sequence,
+            signature=bytes.fromhex(self.signature),
+            privacy=self.privacy,
+        )
 
 
 class Uploader(Protocol):

@@ -13,6 +13,7 @@ import typer
 from share_core.command_line import plain_errors, run_command
 from share_core.errors import ConfigError
 from share_server.config import DEFAULT_PORT
+from share_server.decisions import register as register_decisions
 from share_server.layout import Layout
 from share_server.operations.cli import register as register_operations
 from share_server.relay.cli import relay
@@ -124,6 +125,25 @@ def invite(
 
 
 @app.command()
+def revoke(
+    directory: Directory,
+    name: Annotated[
+        str, typer.Argument(metavar="ORGANISATION/NAME", help="Whom to shut out. Without a slash both are the same.")
+    ],
+    undo: Annotated[bool, typer.Option("--undo", help="Let it in again; its certificate works as before.")] = False,
+) -> None:
+    """Shut a member out: its open calls end at once, and hub, gateway and relays refuse it within a minute."""
+    from share_server.operations.revoke import revoke as shut_out
+
+    member = name if "/" in name else f"{name}/{name}"
+    with plain_errors("share-server"):
+        shut_out(Layout(directory), member, undo)
+    typer.echo(f"{member} is {'let in again' if undo else 'shut out'}")
+    if not undo:
+        typer.echo("what it has submitted stays; to take that out as well: share-server forget", err=True)
+
+
+@app.command()
 def run(
     directory: Directory,
     no_fleet: Annotated[
@@ -186,6 +206,7 @@ def tasks(directory: Directory, as_json: Json = False) -> None:
 
 app.command()(relay)
 register_operations(app)
+register_decisions(app)
 
 
 def _load_space(space: str, k_max: int | None, tau: float | None) -> SpaceSpec:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from share_core.errors import ConfigError
+from share_core.robust.policy import FILTERS, RobustPolicy
 
 T = TypeVar("T")
 
@@ -70,11 +71,19 @@ class LimitConfig:
     write_timeout_s: float = 30.0
     """A subscriber that does not take a message within this time is cut."""
     recheck_s: float = 30.0
-    """How often the certificate behind an open stream is checked again."""
+    """How often the caller of every open call is checked again."""
     enrolments_per_minute: int = 300
     """Enrolment calls per minute and peer address."""
     free_space_bytes: int = 256 * 2**20
     """Uploads are refused below this much free disk, so that merges can always commit."""
+    parsers: int = 2
+    """Processes that look at payloads; what a payload does to one of them does not touch the hub."""
+    parser_memory_bytes: int = 256 * 2**20
+    """Memory that one of them may take for a payload, beside what it begins with."""
+    parser_cpu_s: float = 10.0
+    """Processor time that one payload may take."""
+    parser_wall_s: float = 30.0
+    """Longest wait for one of them; after it the sender is told to come again."""
     drain_s: float = 20.0
     """Longest wait for calls in progress when the hub is asked to stop."""
 
@@ -120,6 +129,35 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class RobustConfig:
+    """Protection against organisations that would spoil what is shared; see :mod:`share_core.robust`."""
+
+    filter: str = field(default="cosine", metadata={"choices": FILTERS})
+    """How updates of shared tasks are judged; ``off``: not at all."""
+    organisations: int = 4
+    """Fewest contributing organisations that can outvote one, at least 3. Below it lengths are limited and no more."""
+    cosine: float = field(default=0.5, metadata={"most": 1.0})
+    """Set aside: a cosine to the others' centre below this share of the usual one, above 0 and below 1."""
+    clip: float = 1.5
+    """Cut: a length of more than this many times the median."""
+    norm: float = 10.0
+    """Set aside: a length of more than this many times the median."""
+    influence: float = field(default=0.25, metadata={"most": 1.0})
+    """Largest share of one organisation's tasks when a space that is full chooses its directions; 1: no limit."""
+    past: float = field(default=0.5, metadata={"most": 1.0})
+    """Set aside: what would add more than this to the relative error of another organisation's task; 1: nothing."""
+
+    @property
+    def policy(self) -> RobustPolicy:
+        """The same for the mathematics.
+
+        Raises:
+            ConfigError: the values do not go together.
+        """
+        return RobustPolicy(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """One server."""
 
@@ -135,8 +173,8 @@ class ServerConfig:
     """Port of the Flower gateway. Client certificate required."""
     metrics_port: int = 0
     """Port on 127.0.0.1 of the Prometheus metrics, without TLS and for this machine only; 0 turns them off."""
-    certificate_days: float = 90.0
-    """Life of a member's certificate in days."""
+    certificate_days: float = 7.0
+    """Life of a member's certificate in days. Members renew it by themselves when half of it is over."""
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     """How work is handed out."""
     limits: LimitConfig = field(default_factory=LimitConfig)
@@ -145,6 +183,8 @@ class ServerConfig:
     """What is kept for how long."""
     merge: MergeConfig = field(default_factory=MergeConfig)
     """How waiting updates become versions."""
+    robust: RobustConfig = field(default_factory=RobustConfig)
+    """Who is judged, capped and held."""
 
     @property
     def hub_address(self) -> str:
@@ -173,6 +213,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
     "limits": LimitConfig,
     "retention": RetentionConfig,
     "merge": MergeConfig,
+    "robust": RobustConfig,
 }
 """Tables of ``server.toml`` and what they hold."""
 
@@ -216,6 +257,10 @@ def read_config(path: Path) -> ServerConfig:
     config = _section(ServerConfig, values, str(path), **parts)
     check_hosts(config.hosts, str(path))
     _check_ports(config, path)
+    try:
+        config.robust.policy  # noqa: B018 - asked for its refusal
+    except ConfigError as error:
+        raise ConfigError(f"{path}: [robust]: {error}") from error
     return config
 
 

@@ -10,22 +10,35 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from share_core.errors import UnavailableError
-from share_core.identity import Identity, make_csr, new_private_key_pem
+from share_core.identity import (
+    Identity,
+    identity_of,
+    make_authority,
+    make_csr,
+    new_private_key_pem,
+    sign_csr,
+    sign_update,
+    statement_of,
+)
+from share_core.identity.statement import MOST_SEQUENCE
 from share_core.lifeline import arm
 from share_core.types import SpaceSpec
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc, hub_pb2, hub_pb2_grpc
 from share_server.config import LeaseConfig, LimitConfig, ServerConfig
+from share_server.hub.access import Caller
 from share_server.layout import Layout
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.provision import create_server, free_ports, invite_member
@@ -45,6 +58,11 @@ class Holder:
     """Private key."""
     certificate: bytes
     """Certificate."""
+
+    @property
+    def caller(self) -> Caller:
+        """Who calls with this certificate, as the interceptor makes it: for an engine without listeners."""
+        return Caller(_identity_of(self.certificate), self.certificate)
 
 
 class LocalHub:
@@ -186,9 +204,59 @@ class LocalHub:
 
     @contextmanager
     def hub(self, holder: Holder) -> Iterator[hub_pb2_grpc.HubStub]:
-        """Open the Hub service as ``holder``."""
+        """Open the Hub service as ``holder``; a header that it submits unsigned is signed with its key on the way."""
         with self.channel(holder) as channel:
-            yield hub_pb2_grpc.HubStub(channel)
+            yield hub_pb2_grpc.HubStub(grpc.intercept_channel(channel, _SignSubmit(holder)))
+
+
+class _SignSubmit(grpc.StreamUnaryClientInterceptor):
+    """Signs the headers of Submit calls as a client does, unless they are signed."""
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = holder
+
+    def intercept_stream_unary(
+        self,
+        continuation: Callable[..., Any],
+        client_call_details: grpc.ClientCallDetails,
+        request_iterator: Iterator[Any],
+    ) -> Any:
+        """Pass the messages on, the first one signed."""
+        return continuation(client_call_details, self._signed(request_iterator))
+
+    def _signed(self, messages: Iterator[Any]) -> Iterator[Any]:
+        for message in messages:
+            if isinstance(message, hub_pb2.SubmitRequest) and message.WhichOneof("part") == "header":
+                copy = hub_pb2.SubmitRequest()
+                copy.CopyFrom(message)
+                yield (
+                    copy
+                    if copy.header.signature
+                    else hub_pb2.SubmitRequest(header=sign_header(copy.header, self._holder))
+                )
+            else:
+                yield message
+
+
+@lru_cache(maxsize=4096)
+def _identity_of(certificate: bytes) -> Identity:
+    return identity_of(certificate)
+
+
+@lru_cache(maxsize=1)
+def _no_hub() -> tuple[bytes, bytes]:
+    return make_authority("no hub", datetime.now(UTC))
+
+
+@lru_cache(maxsize=4096)
+def member_of_no_hub(member: str, role: str = "trainer") -> Holder:
+    """Return somebody who can sign and call an engine without listeners: always the same for the same name.
+
+    Its certificate is one of an authority of this process, so no hub lets it in and ``verify`` does not know it.
+    """
+    organisation, _, name = member.partition("/")
+    now, key = datetime.now(UTC), new_private_key_pem()
+    return Holder(key, sign_csr(*_no_hub(), make_csr(key), Identity(role, organisation, name), now, 30))
 
 
 def _run_hub(script: Path | None, root: Path, log_file: Path) -> None:
@@ -219,6 +287,20 @@ def submit_header(
     )
 
 
+def sign_header(header: hub_pb2.SubmitHeader, holder: Holder, sequence: int = 0) -> hub_pb2.SubmitHeader:
+    """Sign a header, in place, with the key of who will send it; return it.
+
+    Args:
+        header: complete but for ``sequence`` and ``signature``.
+        holder: who sends it.
+        sequence: a number under which this key has signed nothing; 0 draws one. A client counts instead, which takes
+            a place on the disk.
+    """
+    header.sequence = sequence or secrets.randbelow(MOST_SEQUENCE) + 1
+    header.signature = sign_update(holder.key, statement_of(header, holder.caller.member))
+    return header
+
+
 def submit_messages(
     header: hub_pb2.SubmitHeader, payload: bytes, chunk_bytes: int = 2**20
 ) -> Iterator[hub_pb2.SubmitRequest]:
@@ -235,6 +317,8 @@ def read_deltas(stream: Iterable[hub_pb2.FollowVersionsResponse]) -> Iterator[tu
         part = message.WhichOneof("part")
         if part == "snapshot_required":
             return
+        if part == "heartbeat":
+            continue
         if part == "delta":
             header, payload = message.delta, bytearray(message.delta.data)
         else:

@@ -10,6 +10,7 @@ from share_core.identity.authority import (
     certificate_to_pem,
     check_validity,
     identity_of,
+    issued_identity,
     make_authority,
     make_csr,
     make_signer,
@@ -17,12 +18,16 @@ from share_core.identity.authority import (
     not_after,
     public_key_pem,
     public_key_pem_of_certificate,
+    reissue,
+    renewal_moment,
+    serial_of,
     sign_csr,
     verified_signer_key,
 )
 from share_core.identity.manifest import Manifest, ManifestVerifier, SignedManifest, parse_manifest, sign_manifest
 from share_core.identity.names import ROLES, Identity, parse_identity_uri
-from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, token_decode, token_encode
+from share_core.identity.statement import UpdateStatement, check_update_signature, sign_update, statement_of
+from share_core.identity.token import TOKEN_PREFIX, JoinToken, check_token, check_token_key, token_decode, token_encode
 
 __all__ = [
     "ROLES",
@@ -32,12 +37,16 @@ __all__ = [
     "Manifest",
     "ManifestVerifier",
     "SignedManifest",
+    "UpdateStatement",
     "certificate_fingerprint",
     "certificate_to_der",
     "certificate_to_pem",
     "check_token",
+    "check_token_key",
+    "check_update_signature",
     "check_validity",
     "identity_of",
+    "issued_identity",
     "make_authority",
     "make_csr",
     "make_signer",
@@ -47,8 +56,13 @@ __all__ = [
     "parse_manifest",
     "public_key_pem",
     "public_key_pem_of_certificate",
+    "reissue",
+    "renewal_moment",
+    "serial_of",
     "sign_csr",
     "sign_manifest",
+    "sign_update",
+    "statement_of",
     "token_decode",
     "token_encode",
     "verified_signer_key",

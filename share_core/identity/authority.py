@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import TypeGuard
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -46,6 +47,11 @@ def public_key_pem_of_certificate(certificate: bytes) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise CertificateError(f"certificate holds a {type(key).__name__}, expected an EC P-256 key")
     return _public_pem(key)
+
+
+def sign_bytes(key_pem: bytes, message: bytes) -> bytes:
+    """Return the ECDSA signature (SHA-256, DER) of ``message`` by an EC private key (PEM)."""
+    return _load_key(key_pem).sign(message, ec.ECDSA(hashes.SHA256()))
 
 
 def make_authority(common_name: str, now: datetime) -> tuple[bytes, bytes]:
@@ -98,7 +104,34 @@ def sign_csr(
     Raises:
         CertificateError: the request cannot be read, its signature is wrong, or its key is not EC P-256.
     """
-    public = _requested_key(csr_pem)
+    return _issue(ca_cert, ca_key, _requested_key(csr_pem), identity, now, days, server_names)
+
+
+def reissue(
+    ca_cert: bytes, ca_key: bytes, certificate: bytes, now: datetime, days: float, server_names: Iterable[str] = ()
+) -> bytes:
+    """Return a certificate (PEM) for the key and the identity of ``certificate`` (PEM or DER), a caller's one.
+
+    Nothing else of it is taken over. Its holder must have proven that it holds the key, which a call with it does.
+
+    Raises:
+        CertificateError: it is no caller's certificate, or its key is not EC P-256.
+    """
+    public = _load(certificate).public_key()
+    if not _is_p256(public):
+        raise CertificateError(f"certificate holds a {type(public).__name__}, expected an EC P-256 key")
+    return _issue(ca_cert, ca_key, public, identity_of(certificate), now, days, server_names)
+
+
+def _issue(
+    ca_cert: bytes,
+    ca_key: bytes,
+    public: ec.EllipticCurvePublicKey,
+    identity: Identity,
+    now: datetime,
+    days: float,
+    server_names: Iterable[str],
+) -> bytes:
     authority, authority_key = _load(ca_cert), _load_key(ca_key)
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
     names += [_general_name(name) for name in server_names]
@@ -197,6 +230,26 @@ def identity_of(certificate: bytes) -> Identity:
     return parse_identity_uri(uris[0])
 
 
+def issued_identity(ca_cert: bytes, certificate: bytes) -> Identity:
+    """Return who a member's certificate (PEM or DER) names, after checking that the authority (PEM) has issued it.
+
+    Whether it is valid now is not asked: what its holder signed stays signed.
+
+    Raises:
+        CertificateError: another issuer, or it is no member's certificate.
+    """
+    try:
+        _load(certificate).verify_directly_issued_by(_load(ca_cert))
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise CertificateError("the certificate is not one of this federation's authority") from error
+    return identity_of(certificate)
+
+
+def serial_of(certificate: bytes) -> str:
+    """Return the serial number of ``certificate`` (PEM or DER), hexadecimal."""
+    return f"{_load(certificate).serial_number:x}"
+
+
 def check_validity(certificate: bytes, now: datetime) -> None:
     """Raise CertificateError if ``now`` lies outside the life of ``certificate`` (PEM or DER)."""
     loaded = _load(certificate)
@@ -212,6 +265,16 @@ def check_validity(certificate: bytes, now: datetime) -> None:
 def not_after(certificate: bytes) -> datetime:
     """Return the last moment at which ``certificate`` (PEM or DER) is valid, UTC."""
     return _load(certificate).not_valid_after_utc
+
+
+def renewal_moment(certificate: bytes) -> datetime:
+    """Return when ``certificate`` (PEM or DER) is due to be renewed, UTC: when half of its life is over.
+
+    Its life begins when it was issued, :data:`CLOCK_SLACK` after its first valid moment.
+    """
+    loaded = _load(certificate)
+    issued = loaded.not_valid_before_utc + CLOCK_SLACK
+    return issued + (loaded.not_valid_after_utc - issued) / 2
 
 
 def certificate_to_der(certificate: bytes) -> bytes:
@@ -256,11 +319,15 @@ def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         proven = request.is_signature_valid
     except (ValueError, TypeError, InvalidSignature) as error:
         raise CertificateError(f"certificate request cannot be read: {error}") from error
-    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP256R1):
+    if not _is_p256(public):
         raise CertificateError(f"certificate request holds a {type(public).__name__}, expected an EC P-256 key")
     if not proven:
         raise CertificateError("certificate request is not signed with its own key: no proof of possession")
     return public
+
+
+def _is_p256(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -1,6 +1,8 @@
 """Signed manifests: what the hub says about the bytes it publishes.
 
-A manifest is about one payload: the step to a version (``kind`` ``version``), or a whole version (``snapshot``).
+A manifest is about one payload: the step to a version (``kind`` ``version``), or a whole version (``snapshot``). A
+statement of kind ``newest`` is about none: it says which version was the newest when it was issued, and it is worth
+something only for :data:`FRESH_MS`. Without it, who stands between could show an old version for ever.
 Version manifests form a chain: each names the SHA-256 of the body before it, so a follower that holds one knows whether
 the next continues it. The body is canonical JSON (sorted keys, no spaces, ASCII). Signed are the bytes
 ``"fedshare manifest 1" || len(body) as eight big-endian bytes || body``, by Ed25519, with a key whose certificate the
@@ -19,11 +21,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from share_core.errors import CertificateError, ManifestError
+from share_core.errors import CertificateError, ManifestError, VersionError
 from share_core.identity.authority import check_validity, verified_signer_key
 
-VERSION, SNAPSHOT = "version", "snapshot"
+VERSION, SNAPSHOT, NEWEST = "version", "snapshot", "newest"
 """Kinds of manifests."""
+
+FRESH_MS = 600_000
+"""Milliseconds, ten minutes: how old a ``newest`` statement may be, and how far two clocks may be apart."""
 
 GENESIS = ""
 """``previous`` of the manifest of version 1."""
@@ -36,14 +41,15 @@ class Manifest:
     """One statement."""
 
     kind: str
-    """``version``: the payload is the step from the version before. ``snapshot``: it is the whole version."""
+    """``version``: the payload is the step from the version before. ``snapshot``: it is the whole version. ``newest``:
+    there is no payload."""
     space_id: str
     """The space."""
     version: int
     """The version that the payload leads to or is."""
     previous: str
     """Hexadecimal SHA-256 of a body: for ``version`` that of the version before, ``""`` before version 1; for
-    ``snapshot`` that of this version's own ``version`` manifest."""
+    ``snapshot`` and ``newest`` that of this version's own ``version`` manifest, ``""`` for version 0."""
     payload_sha256: str
     """Digest of the payload; empty for a version without a step, which is only published whole."""
     payload_size: int
@@ -108,6 +114,26 @@ class ManifestVerifier:
         return parse_manifest(signed.body)
 
 
+def check_newest(manifest: Manifest, space_id: str, now_ms: int) -> None:
+    """Check what a verified ``newest`` statement is about and how old it is at ``now_ms``.
+
+    Raises:
+        ManifestError: it is of another kind or space.
+        VersionError: it is too old, or of a time to come.
+    """
+    if (manifest.kind, manifest.space_id) != (NEWEST, space_id):
+        raise ManifestError(
+            f"expected a statement of the newest version of {space_id}, got {manifest.kind!r} of {manifest.space_id}"
+        )
+    age_ms = now_ms - manifest.issued_ms
+    if abs(age_ms) > FRESH_MS:
+        raise VersionError(
+            f"the statement that version {manifest.version} is the newest is {abs(age_ms) / 1000:.0f} s "
+            f"{'old' if age_ms > 0 else 'ahead of this clock'}, at most {FRESH_MS / 1000:.0f} are allowed: newer "
+            "versions are held back, or one of the clocks is wrong"
+        )
+
+
 def parse_manifest(body: bytes) -> Manifest:
     """Read a body whose signature was checked, or that comes from our own disk.
 
@@ -123,7 +149,8 @@ def parse_manifest(body: bytes) -> Manifest:
         expected = int if kind == "int" else str
         if type(getattr(manifest, name)) is not expected:
             raise ManifestError(f"manifest: {name} is {values[name]!r}, expected {expected.__name__}")
-    if manifest.kind not in (VERSION, SNAPSHOT) or manifest.version < 1:
+    lowest = {VERSION: 1, SNAPSHOT: 1, NEWEST: 0}
+    if manifest.version < lowest.get(manifest.kind, manifest.version + 1):
         raise ManifestError(f"manifest: {manifest.kind!r} of version {manifest.version} is nothing that is published")
     return manifest
 

@@ -2,8 +2,8 @@
 
 Form: ``fs1.`` followed by base64url (without padding) of a compact ASCII JSON object with exactly the keys
 ``address``, ``ca`` (hexadecimal SHA-256 of the authority's DER), ``organisation``, ``name``, ``role``,
-``expires`` (seconds since 1970), ``nonce`` (32 hexadecimal digits) and ``mac``. The token of a relay may also have
-``hosts``: the names and addresses, at least one, under which it may serve.
+``expires`` (seconds since 1970), ``nonce`` (32 hexadecimal digits) and ``mac`` (64 of them). The token of a relay may
+also have ``hosts``: the names and addresses, at least one, under which it may serve.
 
 ``mac`` is HMAC-SHA256 under the server's enrolment key over ``fedshare join token 1`` and the other fields in that
 order, each of ``hosts`` as a field of its own at the end, each preceded by its length as eight big-endian bytes: no two
@@ -22,13 +22,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from share_core.errors import CertificateError, TokenError
+from share_core.errors import CertificateError, ConfigError, TokenError
 from share_core.identity.names import Identity
 
 TOKEN_PREFIX = "fs1."
 """Every token of this form begins with it."""
 
+KEY_BYTES = 32
+"""Length of the server's enrolment key: nobody guesses a token without it."""
+
 _DOMAIN = "fedshare join token 1"
+_LAST_SECOND = 253_402_300_799  # of the year 9999, the last that a date can name
 _LONGEST = 2048
 _HEX_64 = re.compile(r"[0-9a-f]{64}")
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
@@ -87,7 +91,7 @@ def token_encode(
         hosts: names and addresses under which a relay may serve; only for role ``relay``.
 
     Raises:
-        TokenError: one of these cannot stand in a token.
+        TokenError: one of these cannot stand in a token. ConfigError: the key is none.
     """
     seconds = int(expires.timestamp())
     unsigned = JoinToken(
@@ -157,6 +161,8 @@ def token_decode(text: str) -> JoinToken:
         hosts=_hosts(fields),
     )
     _check_fields(token)
+    if not _HEX_64.fullmatch(token.mac):
+        raise TokenError("join token is damaged: its mac is not 64 hexadecimal digits")
     return token
 
 
@@ -166,7 +172,7 @@ def check_token(text: str, key: bytes, now: datetime) -> JoinToken:
     Whether it was used before is for the caller to check, in the same transaction that marks it used.
 
     Raises:
-        TokenError: if it is damaged, forged or expired.
+        TokenError: if it is damaged, forged or expired. ConfigError: the key is none.
     """
     token = token_decode(text)
     if not hmac.compare_digest(_mac(key, token), token.mac):
@@ -174,6 +180,16 @@ def check_token(text: str, key: bytes, now: datetime) -> JoinToken:
     if now.timestamp() > token.expires:
         raise TokenError(f"join token for {token.organisation}/{token.name} is expired: ask the operator for a new one")
     return token
+
+
+def check_token_key(key: bytes) -> None:
+    """Refuse what is no enrolment key, such as the beginning of one: tokens under a short key can be guessed.
+
+    Raises:
+        ConfigError: it does not have :data:`KEY_BYTES` bytes.
+    """
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"the enrolment key has {len(key)} bytes, expected {KEY_BYTES}: restore it from a backup")
 
 
 def _hosts(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -189,6 +205,8 @@ def _check_fields(token: JoinToken) -> None:
         raise TokenError(f"join token names no usable address: {token.address[:80]!r} is not host:port")
     if not _HEX_64.fullmatch(token.ca_sha256):
         raise TokenError("join token is damaged: its fingerprint is not 64 hexadecimal digits")
+    if not 0 <= token.expires <= _LAST_SECOND:
+        raise TokenError("join token is damaged: it expires at no date")
     if not _HEX_32.fullmatch(token.nonce):
         raise TokenError("join token is damaged: its nonce is not 32 hexadecimal digits")
     if token.hosts and token.role != "relay":
@@ -204,6 +222,7 @@ def _check_fields(token: JoinToken) -> None:
 
 
 def _mac(key: bytes, token: JoinToken) -> str:
+    check_token_key(key)
     parts = (
         _DOMAIN,
         token.address,

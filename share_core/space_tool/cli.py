@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,6 +188,10 @@ def export(
         bool, typer.Option(help="Keep each site's rank (rank_pattern) instead of padding to one.")
     ] = False,
     heads: Annotated[bool, typer.Option(help="Copy heads and biases from the adapter it was merged from.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", metavar="vllm", help="Refuse what this engine would not serve.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a task as a PEFT adapter directory."""
     from share_core.peft.reader import PeftExport
@@ -195,6 +200,8 @@ def export(
     from share_core.space_tool.build import original_of
     from share_core.space_tool.spacefile import read_space
 
+    if engine not in (None, "vllm"):
+        raise typer.BadParameter(f"--for {engine!r}: only vllm has rules that are known here")
     file = read_space(space)
     factors = task_adapter(file.space, task)
     source = file.sources[task]
@@ -211,11 +218,23 @@ def export(
         raise StorageError(
             f"cannot write {out}: {error.strerror}: make room or choose another place with -o; nothing was changed"
         ) from None
+    needs = "" if engine is None else f"; start vLLM with --max-lora-rank {_rank_for_vllm(out)} or more"
     ledger = file.ledger[task]
     typer.echo(
         f"{out}: task {task}, relative error {ledger.bound:.4g} ({'measured' if ledger.measured else 'upper bound'}), "
-        f"{'with' if extra else 'without'} heads"
+        f"{'with' if extra else 'without'} heads{needs}"
     )
+
+
+def _rank_for_vllm(out: Path) -> int:
+    """Return what vLLM needs for an adapter just written, or remove it."""
+    from share_core.peft.vllm import check_vllm
+
+    try:
+        return check_vllm(out)
+    except AdapterError:
+        shutil.rmtree(out)
+        raise
 
 
 @app.command()

@@ -167,6 +167,131 @@ def bench_broadcast(
     _finish(_interruptible(lambda: run_broadcast(options, _note)), as_json, _flat_table)
 
 
+@bench_app.command("privacy")
+def bench_privacy(
+    data: Annotated[Path, typer.Option(help="Folder of text tasks: <task>/{train,test}.jsonl[.gz].")],
+    out: Annotated[Path, typer.Option(help="Folder for privacy.json and privacy.png.")],
+    tasks: Annotated[str, typer.Option(help="Tasks to train privately, comma-separated.")] = "sst2,trec",
+    others: Annotated[str, typer.Option(help="Tasks that the space is learned from.")] = "snips,subj",
+    rows: Annotated[int, typer.Option(min=1, help="Training rows of a task.")] = 2000,
+    test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task.")] = 1000,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 100,
+    max_length: Annotated[int, typer.Option(min=4, help="Longest text in tokens.")] = 32,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    accountant_schedules: Annotated[
+        int, typer.Option(min=0, help="Random schedules on which our accountant is compared with dp-accounting.")
+    ] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """What privacy costs: accuracy against epsilon on real text, for DP-SGD and for noise on coefficients.
+
+    MiniLM on the CPU takes about an hour with the defaults. Also compares the accountant of the hub's ledger with
+    dp-accounting on random schedules: the largest difference, and by how much it is ever below (optimistic).
+    """
+    from share_simulations.bench.accountants import compare_accountants
+    from share_simulations.bench.privacy import PrivacyOptions, run_privacy
+
+    options = PrivacyOptions(
+        data=data,
+        out=out,
+        tasks=_names(tasks, "--tasks"),
+        others=_names(others, "--others"),
+        rows=rows,
+        test_rows=test_rows,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_length=max_length,
+        seeds=seeds,
+    )
+    compared = compare_accountants(accountant_schedules)
+    _finish(run_privacy(options, _note, {"accountant": compared}), as_json, _privacy_table)
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise ConfigError(f"{option} {text!r}: expected names, comma-separated")
+    return names
+
+
+@bench_app.command("attacks")
+def bench_attacks(
+    data: Annotated[Path, typer.Option(help="Folder with <task>/{train,test}.jsonl.gz.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapters with head.safetensors, by task.")],
+    rows: Annotated[int, typer.Option(min=8, help="Training rows of each client and task.")] = 100,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for what was trained: a run with the same options finds it again.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What hostile organisations can do to shared tasks and to what is stored, with the defence and without it.
+
+    20 organisations train three real text tasks on MiniLM (training takes minutes to an hour; --keep does it once);
+    0, 10, 20 or 30 % of them are hostile, in nine ways. Every setting goes through the hub's own merge. Losses are
+    fractions of accuracy, against the same 20 all honest without a defence. wins_at_20 names what the defence does not
+    stop.
+    """
+    from share_simulations.bench.attacks.campaign import run_attacks
+    from share_simulations.bench.attacks.options import AttackOptions
+    from share_simulations.bench.attacks.report import table, write_plot
+
+    report = run_attacks(AttackOptions(data, adapters, rows=rows), keep, _note)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_plot(report, out)
+    _finish(report, as_json, table)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    models: Annotated[str, typer.Option(help="minilm, decoder (random weights), or both.")] = "minilm,decoder",
+    tasks: Annotated[str, typer.Option(help="Tasks held, comma-separated.")] = "1,4,16,64",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch; they take the tasks in turn.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 32,
+    directions: Annotated[int, typer.Option(min=1, help="Basis vectors per site and side.")] = 32,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every task, with us and with PEFT.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timings of each way, in turns; medians are reported.")] = 7,
+    width: Annotated[int, typer.Option(min=64, help="Of the decoder, a multiple of 64.")] = 1024,
+    layers: Annotated[int, typer.Option(min=1, help="Of the decoder.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for serve.json and serve.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How fast a batch of mixed tasks is, against the backbone alone and PEFT's two ways, at equal outputs.
+
+    The scalars are of the first model at the most tasks. throughput_ratio_vs_backbone: 1 would be free. PEFT mixed is
+    adapter_names=[...], switching is set_adapter and a pass for each task of the batch. bytes_per_task counts the bases
+    too, divided among the tasks; bytes_added_per_task is what one more task costs. A quick look: --models minilm
+    --tasks 1,8 --rows 8 --repetitions 3.
+    """
+    from share_simulations.bench.serve import ServeOptions, run_serve
+
+    options = ServeOptions(
+        models=tuple(name.strip() for name in models.split(",")),
+        tasks=_numbers(tasks, "--tasks"),
+        rows=rows,
+        tokens=tokens,
+        directions=directions,
+        rank=rank,
+        repetitions=repetitions,
+        width=width,
+        layers=layers,
+        dtype=dtype,
+        device=device,
+    )
+    report = run_serve(options, _note)
+    if out is not None:
+        from share_simulations.bench.serve_plot import write_serve_plot
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "serve.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_serve_plot(report, out / "serve.png")
+    _finish(report, as_json, _serve_table)
+
+
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
     # The children are forked while gRPC's threads run; they exec at once and use none of its state.
@@ -218,12 +343,43 @@ def _flat_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def _privacy_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("task", "training", "accuracy", "least", "most")
+    for task, own in report["tasks"].items():
+        for key, figures in own["accuracy"].items():
+            table.add_row(task, key, *(f"{figures[name]:.3f}" for name in ("mean", "min", "max")))
+        table.add_section()
+    return table
+
+
 def _merge_table(report: dict[str, Any]) -> Table:
     table = _plain_table(report)
     for tasks, row in report["by_tasks"].items():
         table.add_row(f"seconds at {tasks} tasks", f"{row['seconds_per_update']:.4g}")
     for name, peer in report.get("peers", {}).items():
         table.add_row(name, f"{peer['speedup']:.1f} x slower, error {peer['error']:.3f}; {peer['note']}")
+    return table
+
+
+def _serve_table(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("model", "tasks", "way", "rows/s", "vs backbone", "bytes per task", "added by one task")
+    for model, own in report["models"].items():
+        for tasks, row in own["by_tasks"].items():
+            for way, figures in row["ways"].items():
+                table.add_row(
+                    model,
+                    tasks,
+                    way,
+                    f"{figures['rows_per_second']:.1f}",
+                    f"{figures['ratio_to_backbone']:.3f}",
+                    f"{figures.get('bytes_per_task', 0):,.0f}",
+                    f"{figures.get('bytes_added_per_task', 0):,.0f}",
+                )
+            table.add_section()
     return table
 
 

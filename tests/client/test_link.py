@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from share_client.feed import VersionFeed
 from share_client.link import HubLink, collect, patiently
+from share_client.signing import sign_submission
 from share_client.uploading import Submission
 from share_client.view import View
 from share_core.errors import (
@@ -34,9 +36,10 @@ from share_core.wire import decode_snapshot, encode_update
 from share_proto.v1 import hub_pb2
 
 NEVER = threading.Event()
+NUMBERS = itertools.count(1)
 
 
-def submission_of(payload: bytes, spec: Any, task_id: str, **changes: Any) -> Submission:
+def submission_of(link: HubLink, payload: bytes, spec: Any, task_id: str, **changes: Any) -> Submission:
     made = Submission(
         update_id=uuid.uuid4().hex,
         space_id=spec.space_id,
@@ -45,7 +48,7 @@ def submission_of(payload: bytes, spec: Any, task_id: str, **changes: Any) -> Su
         payload_size=len(payload),
         payload_sha256=hashlib.sha256(payload).hexdigest(),
     )
-    return replace(made, **changes)
+    return sign_submission(replace(made, **changes), link.credentials, next(NUMBERS))
 
 
 def newest(link: HubLink, spec: Any) -> Space:
@@ -98,7 +101,7 @@ def test_submitted_merged_and_followed(
         for number, name in enumerate(("a", "b"), start=1):
             base = view.newest
             payload = encode_update(fake.make_update(base, number))
-            sent = submission_of(payload, spec, f"linkorg/{name}")
+            sent = submission_of(link, payload, spec, f"linkorg/{name}")
             receipt = link.submit(sent, payload)
             assert (receipt.update_id, receipt.duplicate) == (sent.update_id, False)
             spaces = walk_to(view, base.version + 1)
@@ -126,16 +129,16 @@ def test_refusals_keep_their_class(
     ]
     for expected, body, changes in cases:
         with pytest.raises(expected):
-            link.submit(submission_of(body, spec, "linkorg/refused", **changes), body)
+            link.submit(submission_of(link, body, spec, "linkorg/refused", **changes), body)
     with pytest.raises(AccessError):
-        link.submit(submission_of(payload, spec, "somebodyelse/task"), payload)
+        link.submit(submission_of(link, payload, spec, "somebodyelse/task"), payload)
     with pytest.raises(UnknownUpdateError):
         link.get_update(uuid.uuid4().hex)
-    sent = submission_of(payload, spec, "linkorg/conflict")
+    sent = submission_of(link, payload, spec, "linkorg/conflict")
     link.submit(sent, payload)
     other = encode_update(fake.make_update(newest(link, spec), 4))
     with pytest.raises(UpdateConflictError):
-        link.submit(submission_of(other, spec, "linkorg/conflict", update_id=sent.update_id), other)
+        link.submit(submission_of(link, other, spec, "linkorg/conflict", update_id=sent.update_id), other)
 
 
 class DropsFirstAnswer(HubLink):
@@ -155,7 +158,8 @@ class NewIdEachTime(DropsFirstAnswer):
     """The planted bug: every attempt has an id of its own."""
 
     def submit(self, submission: Submission, payload: bytes, offset: int = 0) -> hub_pb2.SubmitResponse:
-        return super().submit(replace(submission, update_id=uuid.uuid4().hex), payload)
+        fresh = replace(submission, update_id=uuid.uuid4().hex)
+        return super().submit(sign_submission(fresh, self.credentials, next(NUMBERS)), payload)
 
 
 @pytest.mark.parametrize(("kind", "times"), [(DropsFirstAnswer, 1), (NewIdEachTime, 2)])
@@ -168,7 +172,7 @@ def test_a_lost_answer(hub: Any, spec: Any, fake: Any, tmp_path: Path, kind: typ
     layout = hub.client(tmp_path / "c", f"lost-{times}/one")
     with kind(load_member(layout).hub_address, load_credentials(layout, datetime.now(UTC))) as link:
         payload = encode_update(fake.make_update(newest(link, spec), 5))
-        sent = submission_of(payload, spec, f"lost-{times}/task")
+        sent = submission_of(link, payload, spec, f"lost-{times}/task")
         waits: list[FedshareError] = []
         receipt = link.submit_until_answered(sent, payload, NEVER, waits.append)
         assert receipt is not None
@@ -189,7 +193,9 @@ def test_the_feed_outlives_the_hub(
             if version > 1:
                 own_hub.kill()
                 own_hub.start()
-            assert link.submit_until_answered(submission_of(payload, spec, "org/task"), payload, NEVER) is not None
+            assert (
+                link.submit_until_answered(submission_of(link, payload, spec, "org/task"), payload, NEVER) is not None
+            )
             assert [space.version for space in walk_to(view, version)] == [version]
     ahead = VersionFeed(link, spec, since_version=9)
     with pytest.raises(VersionError):

@@ -17,13 +17,14 @@ import torch
 
 from share_client import rebase as module
 from share_client.link import HubLink
-from share_client.member import ClientLayout
+from share_client.member import ClientLayout, Credentials
 from share_client.outbox import Entry, Outbox, Training, list_outbox
 from share_client.rebase import MOST_REBASES, Rebaser, express, kept_adapter
 from share_client.records import Records
 from share_client.sending import Sender
 from share_client.session import SessionOptions, run_session
 from share_client.session_log import SessionLog
+from share_client.signing import SubmissionSigner, sign_submission
 from share_core.errors import RebaseError
 from share_core.linalg import difference_norm, product_norm
 from share_core.merge import MergePolicy, empty_state, merge
@@ -32,6 +33,7 @@ from share_core.types import Adapter, Core, Factors, SiteUpdate, Space, SpaceSpe
 from share_core.wire import decode_adapter, decode_snapshot, decode_update, encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import RetentionConfig, config_to_toml
+from share_server.local import member_of_no_hub
 
 SITES = {"one": (12, 8), "two": (10, 10)}
 OPTIONS = SessionOptions(linger_s=0.5, poll_s=0.02, lock_s=5.0)
@@ -164,6 +166,9 @@ class Bench:
         self.log = SessionLog(root / "session.jsonl")
         self.log_path = root / "session.jsonl"
         self.update = with_cores(self.old, 5)
+        sender = member_of_no_hub("org/one")
+        credentials = Credentials(sender.key, sender.certificate, b"")
+        self.signer = SubmissionSigner(root / "sequence.json", lambda: credentials)
 
     def put(self, adapter: bytes | None = None, **changes: Any) -> Entry:
         training = replace(Training("task", "hash", 3, loss=0.1, steps=1, seconds=1.0, rows=5), **changes)
@@ -175,7 +180,7 @@ class Bench:
     def sender(self) -> Sender:
         rebaser = Rebaser(self.spec, lambda: self.newest, lambda: self.hub)
         link = cast(HubLink, self.link)
-        return Sender(link, self.outbox, self.records, self.log, threading.Event(), rebaser)
+        return Sender(link, self.outbox, self.records, self.signer, self.log, threading.Event(), rebaser)
 
     def events(self) -> list[str]:
         return [json.loads(line)["event"] for line in self.log_path.read_text().splitlines()]
@@ -319,7 +324,8 @@ def test_a_real_hub_that_no_longer_keeps_the_base(
             box = Outbox(tmp_path / f"box-{version}")
             training = Training("t", "h", version - 1, loss=0.0, steps=1, seconds=0.0, rows=1)
             entry = box.put(payload, b"", training, space_id=spec.space_id, task_id=f"others/t{version}", create=True)
-            assert others.submit_until_answered(entry.submission, payload, threading.Event()) is not None
+            sent = sign_submission(entry.submission, others.credentials, version)
+            assert others.submit_until_answered(sent, payload, threading.Event()) is not None
             wait_for_version(others, version)
 
     publish(1, 3)

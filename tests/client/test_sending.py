@@ -14,19 +14,25 @@ import pytest
 
 from share_client import session_log
 from share_client.link import HubLink
+from share_client.member import Credentials
 from share_client.outbox import Outbox, Training, list_outbox
 from share_client.records import MOST_RETRAININGS, Records
 from share_client.sending import Sender
 from share_client.session_log import SessionLog, sentence
+from share_client.signing import SubmissionSigner
 from share_client.uploading import Submission
 from share_core.errors import FedshareError, IdentityError, OverloadError, RebaseError, error_classes
 from share_proto.v1 import hub_pb2
+from share_server.local import member_of_no_hub
 
+SENDER = member_of_no_hub("org/one")
+CREDENTIALS = Credentials(SENDER.key, SENDER.certificate, b"")
 TRAINING = Training("task", "hash", base_version=0, loss=0.1, steps=1, seconds=1.0, rows=5)
 
 STAYS = {
     "FedshareError",
     "UnknownUpdateError",
+    "SignatureError",
     "UnavailableError",
     "OverloadError",
     "StorageError",
@@ -75,7 +81,12 @@ class Bench:
         self.outbox = Outbox(root / "outbox")
         self.records = Records(root / "tasks")
         self.log = SessionLog(root / "session.jsonl")
-        self.sender = Sender(cast(HubLink, link), self.outbox, self.records, self.log, threading.Event())
+        self.signer = SubmissionSigner(root / "sequence.json", lambda: CREDENTIALS)
+        self.sender = self.make_sender()
+
+    def make_sender(self) -> Sender:
+        link = cast(HubLink, self.link)
+        return Sender(link, self.outbox, self.records, self.signer, self.log, threading.Event())
 
     def put(self) -> str:
         return self.outbox.put(b"payload", b"head", TRAINING, space_id="s", task_id="org/task", create=True).update_id
@@ -184,7 +195,7 @@ def test_a_hub_that_forgot_gets_it_again_under_the_same_id(bench: Any) -> None:
     state = tried.sender.pass_once()
     assert (state.unsettled, state.certain) == (1, False)
     link.known, link.state = True, hub_pb2.UPDATE_STATE_MERGED
-    again = Sender(cast(HubLink, link), tried.outbox, tried.records, tried.log, threading.Event())
+    again = tried.make_sender()
     assert again.pass_once().unsettled == 0
     assert link.sent == [update_id, update_id]
 

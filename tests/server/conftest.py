@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
@@ -182,6 +185,46 @@ def accept() -> Callable[[Store, bytes], Awaitable[None]]:
         await store.do(lambda journal: accept_update(journal, new, 1))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def certificates() -> ModuleType:
+    """The module with every kind of certificate: test modules cannot import each other."""
+    path = Path(__file__).with_name("certificate_kinds.py")
+    loaded = importlib.util.spec_from_file_location("tests_server_certificate_kinds", path)
+    assert loaded is not None
+    assert loaded.loader is not None
+    module = importlib.util.module_from_spec(loaded)
+    sys.modules[loaded.name] = module
+    loaded.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def stranger_kinds(certificates: Any) -> Callable[[LocalHub], dict[str, Any]]:
+    """Return a function (running hub) -> kind -> what strangers show who want to be taken for its ``acme/alice``."""
+
+    def make(hub: LocalHub) -> dict[str, Any]:
+        def pair(holder: Holder) -> Any:
+            return certificates.Pair(holder.key, holder.certificate)
+
+        layout = hub.layout
+        gone = hub.enrol("acme/gone")
+        with hub.hub(hub.own("operator")) as stub:
+            stub.Revoke(hub_pb2.RevokeRequest(member="acme/gone"), timeout=20)
+        replaced, enrolled = hub.enrol("acme/alice"), hub.enrol("acme/alice")
+        federation = certificates.Federation(
+            authority=certificates.Pair(layout.ca_key.read_bytes(), layout.ca_cert.read_bytes()),
+            member=Identity("trainer", "acme", "alice"),
+            enrolled=pair(enrolled),
+            replaced=pair(replaced),
+            revoked=pair(gone),
+            listener=pair(hub.own("server")),
+            signer=certificates.Pair(layout.signing_key.read_bytes(), layout.signing_certificate.read_bytes()),
+        )
+        return {"good": pair(enrolled), **certificates.stranger_kinds(federation)}
+
+    return make
 
 
 @pytest.fixture

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import importlib
+import pkgutil
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
 
+import share_proto.v1
 from share_core import identity as ids
 from share_core.errors import AccessError, CertificateError, FedshareError, IdentityError
-from share_proto.v1 import enrolment_pb2, fleet_pb2, hub_pb2
+from share_proto.v1 import enrolment_pb2
+from share_server.hub import access
 from share_server.hub.access import RULES, Gate, Roster
 from share_server.local import Holder, LocalHub
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.store.members import key_digest
 from share_server.store.records import MemberRow
 
-FILES = (hub_pb2.DESCRIPTOR, fleet_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR)
-METHODS: dict[str, MethodDescriptor] = {
-    f"/{service.full_name}/{method.name}": method
-    for file in FILES
-    for service in file.services_by_name.values()
-    for method in service.methods
-}
+STRANGERS_ONLY = "Enrolment"
+"""The one service that asks for no certificate."""
+
+
+def _methods(package: ModuleType = share_proto.v1) -> dict[str, MethodDescriptor]:
+    """Return every method of every file of the contract, and of gRPC's health: a new file counts by being there."""
+    names = [info.name for info in pkgutil.iter_modules(package.__path__) if info.name.endswith("_pb2")]
+    files = [importlib.import_module(f"{package.__name__}.{name}").DESCRIPTOR for name in names]
+    return {
+        f"/{service.full_name}/{method.name}": method
+        for file in (*files, health_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        if service.name != STRANGERS_ONLY
+        for method in service.methods
+    }
+
+
+METHODS = _methods()
 NOW = datetime.now(UTC)
+LISTENS = "/grpc.health.v1.Health/Check"
 
 
 def _without_rule(rules: Iterable[str]) -> set[str]:
@@ -53,7 +74,7 @@ def _call(channel: grpc.Channel, path: str) -> grpc.RpcError | None:
 
 
 def test_every_method_has_a_rule_and_every_rule_a_method() -> None:
-    assert len(METHODS) == 20
+    assert len(METHODS) >= 24
     assert not _without_rule(RULES)
     assert set(RULES) == set(METHODS)
 
@@ -62,68 +83,72 @@ def test_a_method_without_a_rule_would_be_noticed() -> None:
     assert _without_rule(set(RULES) - {"/share_proto.v1.Hub/Submit"}) == {"/share_proto.v1.Hub/Submit"}
 
 
-@pytest.fixture(scope="module")
-def strangers(shared_hub: LocalHub) -> dict[str, grpc.ChannelCredentials | None]:
-    authority = shared_hub.layout.ca_cert.read_bytes()
-    authority_key = shared_hub.layout.ca_key.read_bytes()
-    alice = ids.Identity("trainer", "acme", "alice")
-    key = ids.new_private_key_pem()
-    csr = ids.make_csr(key)
-    other_ca, other_key = ids.make_authority("fedshare authority", NOW)
-    foreign = ids.sign_csr(other_ca, other_key, csr, alice, NOW, 30)
-    long_ago = NOW - timedelta(days=60)
-    expired = ids.sign_csr(authority, authority_key, csr, alice, long_ago, 30)
-    never_enrolled = ids.sign_csr(authority, authority_key, csr, ids.Identity("trainer", "ghost", "ghost"), NOW, 30)
-    replaced = ids.sign_csr(authority, authority_key, csr, alice, NOW, 30)
-    shared_hub.enrol("acme/alice")
-    own_server = shared_hub.own("server")
-    self_signed, self_key = ids.make_authority("operator", NOW)
-
-    def shows(certificate: bytes, with_key: bytes = key) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(authority, with_key, certificate)
-
-    return {
-        "plaintext": None,
-        "no certificate": grpc.ssl_channel_credentials(authority),
-        "self-signed": shows(self_signed, self_key),
-        "other authority": shows(foreign),
-        "expired": shows(expired),
-        "never enrolled": shows(never_enrolled),
-        "other key": shows(replaced),
-        "the listener's own": shows(own_server.certificate, own_server.key),
-    }
+REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "plaintext",
-        "no certificate",
-        "self-signed",
-        "other authority",
-        "expired",
-        "never enrolled",
-        "other key",
-        "the listener's own",
-    ],
-)
-def test_a_stranger_is_refused_by_every_method(
-    shared_hub: LocalHub, strangers: dict[str, grpc.ChannelCredentials | None], kind: str
+def _matrix(
+    address: str, authority: bytes, kinds: Mapping[str, Any], certificates: Any, folder: Path
+) -> dict[str, set[Any]]:
+    """Return the status codes with which each kind is refused by all methods; None among them if one admits it."""
+    found: dict[str, set[Any]] = {}
+    for name, pair in kinds.items():
+        with contextlib.ExitStack() as stack:
+            if name in certificates.NOT_SHOWN_BY_GRPC or name == "TLS 1.2":
+                highest = ssl.TLSVersion.TLSv1_2 if name == "TLS 1.2" else ssl.TLSVersion.TLSv1_3
+                line = stack.enter_context(certificates.tls_line(address, folder, pair, highest))
+                channel = grpc.insecure_channel(line, CHANNEL_OPTIONS)
+            elif name == "plaintext":
+                channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+            else:
+                shown = (pair.key, pair.certificate) if pair is not None else ()
+                channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority, *shown), CHANNEL_OPTIONS)
+            stack.enter_context(channel)
+            errors = [_call(channel, path) for path in METHODS]
+            found[name] = {error.code() if isinstance(error, grpc.Call) else None for error in errors}
+    return found
+
+
+def test_every_method_refuses_every_stranger(
+    shared_hub: LocalHub, stranger_kinds: Callable[[LocalHub], dict[str, Any]], certificates: Any, tmp_path: Path
 ) -> None:
-    credentials = strangers[kind]
-    address = shared_hub.config.local_hub_address
-    channel = (
-        grpc.insecure_channel(address, CHANNEL_OPTIONS)
-        if credentials is None
-        else grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
-    )
-    expected = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED}
-    with channel:
-        for path in METHODS:
-            error = _call(channel, path)
-            assert isinstance(error, grpc.Call), f"{kind} was served by {path}"
-            assert error.code() in expected, path
-    assert shared_hub.running
+    kinds = stranger_kinds(shared_hub)
+    kinds |= {"plaintext": None, "TLS 1.2": kinds["good"]}
+    good = kinds.pop("good")
+    assert len(kinds) >= 30
+    authority, address = shared_hub.layout.ca_cert.read_bytes(), shared_hub.config.local_hub_address
+    found = _matrix(address, authority, kinds, certificates, tmp_path)
+    for name, codes in found.items():
+        without_connection = name == "plaintext" or name in certificates.REFUSED_BY_TLS
+        assert codes <= ({grpc.StatusCode.UNAVAILABLE} if without_connection else REFUSED), name
+    # The lines that strangers were called over let the right ones through, so it is not the line that refused them.
+    line = certificates.tls_line(address, tmp_path, good)
+    with line as near, grpc.insecure_channel(near, CHANNEL_OPTIONS) as channel:
+        assert _call(channel, LISTENS) is None
+    assert None in _matrix(address, authority, {"good": good}, certificates, tmp_path)["good"]
+
+
+ASKS_NOBODY = """
+import sys
+from share_server.hub import __main__, access
+access.Roster.check = lambda self, identity, key_sha256: None
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_hub_that_does_not_ask_who_has_enrolled_is_noticed(
+    new_hub: Callable[..., LocalHub],
+    stranger_kinds: Callable[[LocalHub], dict[str, Any]],
+    certificates: Any,
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "planted.py"
+    script.write_text(ASKS_NOBODY)
+    hub = new_hub(script=script)
+    hub.start()
+    authority, address = hub.layout.ca_cert.read_bytes(), hub.config.local_hub_address
+    kinds = {name: pair for name, pair in stranger_kinds(hub).items() if name in {"replaced", "revoked", "no purpose"}}
+    found = _matrix(address, authority, kinds, certificates, tmp_path)
+    assert {name for name, codes in found.items() if not codes <= REFUSED} == {"replaced", "revoked"}
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +157,13 @@ def holders(shared_hub: LocalHub) -> dict[str, Holder]:
         "trainer": shared_hub.enrol("roles/trainer", "trainer"),
         "contributor": shared_hub.enrol("roles/contributor", "contributor"),
         "reader": shared_hub.enrol("roles/reader", "reader"),
+        "relay": shared_hub.enrol("roles/relay", "relay"),
         "operator": shared_hub.own("operator"),
         "fleet": shared_hub.own("fleet"),
     }
 
 
-@pytest.mark.parametrize("role", ["trainer", "contributor", "reader", "operator", "fleet"])
+@pytest.mark.parametrize("role", ["trainer", "contributor", "reader", "relay", "operator", "fleet"])
 def test_a_role_reaches_exactly_its_methods(shared_hub: LocalHub, holders: dict[str, Holder], role: str) -> None:
     refused: set[str] = set()
     served: set[str] = set()
@@ -158,7 +184,7 @@ def test_the_enrolment_listener_offers_nothing_else(shared_hub: LocalHub, holder
             assert isinstance(error, grpc.Call), path
             assert error.code() == grpc.StatusCode.UNIMPLEMENTED
     services = enrolment_pb2.DESCRIPTOR.services_by_name
-    assert [method.name for method in services["Enrolment"].methods] == ["GetAuthority", "Enrol"]
+    assert [method.name for method in services[STRANGERS_ONLY].methods] == ["GetAuthority", "Enrol"]
 
 
 AUTHORITY, AUTHORITY_KEY = ids.make_authority("gate", NOW)
@@ -212,3 +238,98 @@ def test_the_gate_admits_an_enrolled_member() -> None:
     peer, certificate = _peer(alice)
     caller = _gate([_row(certificate, alice)]).admit("/share_proto.v1.Hub/Submit", peer)
     assert (caller.member, caller.organisation) == ("acme/alice", "acme")
+
+
+def _admitted(gate: Gate, kinds: Mapping[str, Any], version: bytes = b"TLSv1.3") -> set[tuple[str, str]]:
+    """Return (kind, method) of everything that the gate lets in, as if TLS had let everybody through."""
+    found = set()
+    for name, pair in kinds.items():
+        shown = [pair.certificate] if pair is not None else []
+        for method in METHODS:
+            with contextlib.suppress(FedshareError):
+                gate.admit(method, {"x509_pem_cert": shown, "ssl_tls_version": [version]})
+                found.add((name, method))
+    return found
+
+
+@pytest.fixture(scope="module")
+def paper(certificates: Any) -> tuple[Gate, dict[str, Any]]:
+    """A gate of its own, and what strangers show to it."""
+    key, (certificate, authority_key) = ids.new_private_key_pem(), (AUTHORITY, AUTHORITY_KEY)
+    hub = ids.Identity("hub", "server", "hub")
+    own = ids.sign_csr(certificate, authority_key, ids.make_csr(key), hub, NOW, 1, ["localhost"])
+    signer = ids.make_signer(certificate, authority_key, ids.Identity("signer", "server", "hub"), NOW, 1)
+    federation = certificates.make_federation(
+        certificates.Pair(authority_key, certificate), certificates.Pair(key, own), certificates.Pair(*reversed(signer))
+    )
+    rows = [
+        _row(federation.enrolled.certificate, federation.member),
+        _row(federation.revoked.certificate, ids.Identity("trainer", "acme", "gone"), revoked=True),
+    ]
+    kinds = {"good": federation.enrolled, **certificates.stranger_kinds(federation)}
+    for chained in ("self-signed", "other authority", "issued by a member"):
+        del kinds[chained]  # only TLS sees who has signed
+    return Gate(Roster(rows)), kinds
+
+
+TRAINERS = {("good", path) for path, roles in RULES.items() if "trainer" in roles}
+
+
+def test_the_gate_lets_the_right_one_in_and_nobody_else(paper: tuple[Gate, dict[str, Any]]) -> None:
+    assert _admitted(*paper) == TRAINERS
+    assert _admitted(*paper, version=b"TLSv1.2") == set()
+
+
+def _first_name(certificate: bytes) -> ids.Identity:
+    """Read a certificate as carelessly as possible."""
+    for extension in x509.load_pem_x509_certificate(certificate).extensions:
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            for uri in extension.value.get_values_for_type(x509.UniformResourceIdentifier):
+                return ids.parse_identity_uri(uri)
+    raise CertificateError("nobody")
+
+
+EVERY_ROLE = dict.fromkeys(METHODS, ids.ROLES)
+
+PLANTED: dict[str, tuple[str, object, set[str]]] = {
+    "no rules": ("RULES", EVERY_ROLE, {"good", "would-be hub"}),
+    "no clock": ("check_validity", lambda certificate, now: None, {"expired", "not yet valid"}),
+    "no roster": (
+        "check_standing",
+        lambda row, identity, key: row,
+        {"never enrolled", "same name, own key", "replaced", "revoked", "other member role", "p384 key"},
+    ),
+    "any name of its own": (
+        "OWN_CERTIFICATES",
+        {
+            role: ids.Identity(role, *member.split("/"))
+            for role, member in (("operator", "acme/alice"), ("fleet", "acme/alice"))
+        },
+        {"would-be operator", "would-be fleet"},
+    ),
+    "careless reading": (
+        "identity_of",
+        _first_name,
+        {"no purpose", "two names", "authority with a name", "server's purpose"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_check_of_the_gate_is_the_one_that_bites(
+    paper: tuple[Gate, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    attribute, replacement, let_in = PLANTED[name]
+    access._read.cache_clear()
+    monkeypatch.setattr(access, attribute, replacement)
+    try:
+        assert {kind for kind, _ in _admitted(*paper) - TRAINERS} == let_in
+    finally:
+        access._read.cache_clear()
+
+
+def test_a_gate_that_takes_any_protocol_is_noticed(
+    paper: tuple[Gate, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "require_tls13", lambda peer: None)
+    assert _admitted(*paper, version=b"TLSv1.2") == TRAINERS

@@ -14,15 +14,14 @@ import pytest
 import torch
 
 from share_core.errors import AccessError, RebaseError, RequestError
-from share_core.identity import Identity
 from share_core.space import task_adapter
 from share_core.types import Adapter, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import MergeConfig, RetentionConfig, ServerConfig
 from share_server.hub import collecting, history
-from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
+from share_server.local import member_of_no_hub, sign_header
 from share_server.store.journal import Journal
 from share_server.store.records import UpdateRow, VersionRow
 from share_server.store.updates import find_update, list_updates
@@ -42,12 +41,13 @@ async def _submit(engine: Engine, organisation: str, task_id: str, payload: byte
         **fields,
     )
 
+    sender = member_of_no_hub(f"{organisation}/one")
+
     async def messages() -> AsyncIterator[hub_pb2.SubmitRequest]:
-        yield hub_pb2.SubmitRequest(header=header)
+        yield hub_pb2.SubmitRequest(header=sign_header(header, sender))
         yield hub_pb2.SubmitRequest(chunk=payload)
 
-    caller = Caller(Identity("trainer", organisation, "one"), b"")
-    return (await engine.intake.receive(caller, messages()))[0]
+    return (await engine.intake.receive(sender.caller, messages()))[0]
 
 
 async def _settle(engine: Engine) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from share_core.errors import StorageError
 from share_core.merge import HubState
 from share_core.types import SpaceSpec
-from share_core.wire import payload_bytes
 from share_server.config import MergeConfig, RetentionConfig
 from share_server.hub import merging
 from share_server.hub.collecting import Collector
@@ -26,9 +23,8 @@ from share_server.hub.metrics import Metrics
 from share_server.hub.policy import policy_of
 from share_server.hub.stepping import Step, Stepper
 from share_server.store.blobs import BlobStore
-from share_server.store.records import NewUpdate, UpdateRow
+from share_server.store.records import UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import accept_update
 from share_server.store.versions import commit_version, head_version
 
 
@@ -49,29 +45,16 @@ def _loop(store: Store, spec: SpaceSpec, feed: Feed, signing_key: bytes) -> Merg
     )
 
 
-async def _accept(store: Store, payload: bytes) -> None:
-    split = payload_bytes(payload)
-    await store.io(lambda: store.blobs.put(payload))
-    new = NewUpdate(
-        update_id=secrets.token_hex(16),
-        member="acme/alice",
-        task_id="acme/task",
-        create=True,
-        base_version=0,
-        sha256=hashlib.sha256(payload).hexdigest(),
-        size=len(payload),
-        coefficients=split.coefficients,
-        directions=split.directions,
-        heads=split.heads,
-        envelope=split.envelope,
-        lease_id="",
-        rows=0,
-    )
-    await store.do(lambda journal: accept_update(journal, new, 1))
+Accept = Callable[..., Awaitable[None]]
 
 
 def _order(
-    root: Path, spec: SpaceSpec, key: bytes, payload: bytes, monkeypatch: pytest.MonkeyPatch, mutant: str = ""
+    root: Path,
+    spec: SpaceSpec,
+    key: bytes,
+    begin: Callable[[Store], Awaitable[None]],
+    monkeypatch: pytest.MonkeyPatch,
+    mutant: str = "",
 ) -> list[str]:
     """Merge one update with every step recorded; ``mutant`` plants a bug."""
     events: list[str] = []
@@ -93,7 +76,7 @@ def _order(
 
     async def run() -> None:
         store, state = await Store.open(root, spec)
-        await _accept(store, payload)
+        await begin(store)
         monkeypatch.setattr(BlobStore, "put", recorded_put)
         monkeypatch.setattr(merging, "commit_version", recorded_commit)
         feed = Recorded(state, spec.space_id)
@@ -121,10 +104,13 @@ def test_a_version_is_durable_before_it_is_published(
     tmp_path: Path,
     toy_spec: SpaceSpec,
     signing_key: bytes,
+    accept: Accept,
     make_payload: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = _order(tmp_path / "store", toy_spec, signing_key, make_payload(1), monkeypatch)
+    events = _order(
+        tmp_path / "store", toy_spec, signing_key, lambda store: accept(store, make_payload(1)), monkeypatch
+    )
     assert events == ["payload", "row", "publish"]
 
 
@@ -132,10 +118,18 @@ def test_publishing_first_would_be_noticed(
     tmp_path: Path,
     toy_spec: SpaceSpec,
     signing_key: bytes,
+    accept: Accept,
     make_payload: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    events = _order(tmp_path / "store", toy_spec, signing_key, make_payload(1), monkeypatch, "publish first")
+    events = _order(
+        tmp_path / "store",
+        toy_spec,
+        signing_key,
+        lambda store: accept(store, make_payload(1)),
+        monkeypatch,
+        "publish first",
+    )
     assert events[0] == "publish"
 
 
@@ -143,6 +137,7 @@ def test_nobody_sees_a_version_that_could_not_be_committed(
     tmp_path: Path,
     toy_spec: SpaceSpec,
     signing_key: bytes,
+    accept: Accept,
     make_payload: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,7 +146,7 @@ def test_nobody_sees_a_version_that_could_not_be_committed(
 
     async def run() -> None:
         store, state = await Store.open(tmp_path / "store", toy_spec)
-        await _accept(store, make_payload(1))
+        await accept(store, make_payload(1))
         monkeypatch.setattr(merging, "commit_version", refuse)
         feed = Feed(state, toy_spec.space_id)
         with pytest.raises(StorageError, match="the disk refused"):

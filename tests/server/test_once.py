@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import secrets
 import threading
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -15,10 +13,9 @@ from typing import Any, cast
 import pytest
 
 from share_core.errors import StorageError
-from share_core.identity import Identity, make_authority, make_signer
+from share_core.identity import Identity
 from share_core.merge import empty_state
 from share_core.types import SpaceSpec
-from share_core.wire import payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig, ServerConfig
 from share_server.hub import engine as engine_module
@@ -34,54 +31,20 @@ from share_server.hub.policy import policy_of
 from share_server.hub.stepping import Stepper, parts_by_rank
 from share_server.hub.streams import Source, Streams
 from share_server.store.blobs import BlobStore
-from share_server.store.records import NewUpdate
-from share_server.store.updates import accept_update, list_accepted
+from share_server.store.store import Store
+from share_server.store.updates import list_accepted
 from share_server.store.versions import chain_bytes
 
 NOW = datetime.now(UTC)
 READERS = 40
 
-
-def _key() -> bytes:
-    return make_signer(*make_authority("test", NOW), Identity("signer", "server", "hub"), NOW, 1)[1]
+Accept = Callable[[Store, bytes], Awaitable[None]]
 
 
-def _run(root: Path, spec: SpaceSpec, work: Callable[[Engine], Awaitable[None]]) -> None:
-    async def run() -> None:
-        engine = await Engine.open(root, spec, ServerConfig(), _key())
-        try:
-            await work(engine)
-        finally:
-            await engine.close()
-
-    asyncio.run(run())
-
-
-async def _accept(engine: Engine, payload: bytes) -> None:
-    split = payload_bytes(payload)
-    await engine.store.io(lambda: engine.store.blobs.put(payload))
-    new = NewUpdate(
-        update_id=secrets.token_hex(16),
-        member="acme/alice",
-        task_id="acme/task",
-        create=True,
-        base_version=0,
-        sha256=hashlib.sha256(payload).hexdigest(),
-        size=len(payload),
-        coefficients=split.coefficients,
-        directions=split.directions,
-        heads=split.heads,
-        envelope=split.envelope,
-        lease_id="",
-        rows=0,
-    )
-    await engine.store.do(lambda journal: accept_update(journal, new, 1))
-
-
-async def _merge(engine: Engine, payloads: list[bytes]) -> None:
+async def _merge(engine: Engine, accept: Accept, payloads: list[bytes]) -> None:
     """Accept updates of one task and wait until each has made a version."""
     for payload in payloads:
-        await _accept(engine, payload)
+        await accept(engine.store, payload)
     running = asyncio.create_task(engine.loop.run())
     while engine.feed.version < len(payloads):
         await asyncio.sleep(0.01)
@@ -135,10 +98,14 @@ def test_a_failure_is_told_to_all_and_the_next_try_is_a_new_one() -> None:
 
 
 def test_readers_that_wake_together_cost_one_look_and_share_one_payload(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    run_engine: Callable[..., None],
+    accept: Accept,
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def work(engine: Engine) -> None:
-        await _merge(engine, [make_payload(1), make_payload(2)])
+        await _merge(engine, accept, [make_payload(1), make_payload(2)])
         reads: list[str] = []
         sums: list[int] = []
         read = BlobStore.read
@@ -168,7 +135,7 @@ def test_readers_that_wake_together_cost_one_look_and_share_one_payload(
         spaces = await asyncio.gather(*(engine.history.space(1) for _ in range(READERS)))
         assert len(reads) == 1 and len({id(space) for space in spaces}) == 1
 
-    _run(tmp_path / "store", toy_spec, work)
+    run_engine(tmp_path / "store", work)
 
 
 class _Cut(bytes):
@@ -190,6 +157,9 @@ def test_a_reader_in_the_middle_of_a_step_holds_no_copy_of_the_rest() -> None:
         """One step, then the end."""
 
         subscribers, space_id, version, closing = 0, "sha256:s", 1, False
+
+        async def newest(self) -> None:
+            return None
 
         async def wait_after(self, version: int, timeout_s: float) -> None:
             self.closing = True
@@ -215,7 +185,12 @@ def test_a_reader_in_the_middle_of_a_step_holds_no_copy_of_the_rest() -> None:
 
 
 def test_a_step_whose_caller_gives_up_ends_before_its_caller(
-    tmp_path: Path, toy_spec: SpaceSpec, make_payload: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    toy_spec: SpaceSpec,
+    run_engine: Callable[..., None],
+    accept: Accept,
+    make_payload: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The merge asks the event loop for originals: a caller that went first would leave it waiting for ever."""
     begun, go_on = threading.Event(), threading.Event()
@@ -225,7 +200,7 @@ def test_a_step_whose_caller_gives_up_ends_before_its_caller(
         go_on.wait(30)
 
     async def work(engine: Engine) -> None:
-        await _accept(engine, make_payload(1))
+        await accept(engine.store, make_payload(1))
         history = History(engine.store, toy_spec, engine.feed)
         stepper = Stepper(Contents(engine.store, toy_spec, history), toy_spec)
         monkeypatch.setattr(stepper, "_compute", slow)
@@ -241,7 +216,7 @@ def test_a_step_whose_caller_gives_up_ends_before_its_caller(
         stepper.close()
         assert not early and step.cancelled()
 
-    _run(tmp_path / "store", toy_spec, work)
+    run_engine(tmp_path / "store", work)
 
 
 def test_parts_are_cut_by_rank_and_nothing_is_left_out() -> None:
@@ -259,7 +234,7 @@ def test_parts_are_cut_by_rank_and_nothing_is_left_out() -> None:
 
 
 def test_a_store_is_given_back_when_the_engine_cannot_be_built(
-    tmp_path: Path, toy_spec: SpaceSpec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, toy_spec: SpaceSpec, signing_key: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*rest: object) -> int:
         raise ValueError("no signing key")
@@ -268,8 +243,8 @@ def test_a_store_is_given_back_when_the_engine_cannot_be_built(
         with monkeypatch.context() as patch:
             patch.setattr(engine_module, "sign_unsigned", refuse)
             with pytest.raises(ValueError, match="no signing key"):
-                await Engine.open(tmp_path / "store", toy_spec, ServerConfig(), _key())
-        engine = await Engine.open(tmp_path / "store", toy_spec, ServerConfig(), _key())
+                await Engine.open(tmp_path / "store", toy_spec, ServerConfig(), signing_key)
+        engine = await Engine.open(tmp_path / "store", toy_spec, ServerConfig(), signing_key)
         await engine.close()
 
     asyncio.run(run())
@@ -312,8 +287,9 @@ def test_what_fails_while_the_hub_drains_is_no_clean_stop(
         )
         monkeypatch.setattr("share_server.hub.interceptor._LOOK_S", 0.001)
         stop.set()
-        renewing = asyncio.Event()
-        broken = await process._run(cast(Any, hub), ServerConfig(), stop, cast(Any, renewing.wait()))
+        never = asyncio.Event()
+        others = cast(Any, never.wait()), cast(Any, never.wait())
+        broken = await process._run(cast(Any, hub), ServerConfig(), stop, *others)
         assert flushed == ([] if late else ["traffic"])
         return broken
 

@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 
 from share_core.errors import DigestError, FedshareError, OverloadError, StorageError, UnavailableError
-from share_core.identity import Identity
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig, RetentionConfig, ServerConfig
 from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
 from share_server.hub.intake import Intake
 from share_server.hub.uploads import Uploads
+from share_server.local import member_of_no_hub, sign_header
 from share_server.store.updates import list_updates
 
-ALICE = Caller(Identity("trainer", "acme", "alice"), b"")
-EVE = Caller(Identity("trainer", "rival", "eve"), b"")
+SENDER = member_of_no_hub("acme/alice")
+ALICE = SENDER.caller
+EVE = member_of_no_hub("rival/eve").caller
 CHUNK = 100
 
 
 def _header(engine: Engine, payload: bytes, update_id: str, offset: int = 0) -> hub_pb2.SubmitHeader:
-    return hub_pb2.SubmitHeader(
+    header = hub_pb2.SubmitHeader(
         update_id=update_id,
         space_id=engine.feed.space_id,
         task_id="acme/task",
@@ -36,6 +37,7 @@ def _header(engine: Engine, payload: bytes, update_id: str, offset: int = 0) -> 
         payload_sha256=hashlib.sha256(payload).hexdigest(),
         offset=offset,
     )
+    return sign_header(header, SENDER)
 
 
 async def _send(engine: Engine, payload: bytes, update_id: str, offset: int = 0, upto: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A loopback listener that adds the member's certificate.
+"""A loopback listener that adds the member's certificate, the newest there is at each connection.
 
 Flower's SuperNode can verify a server but has no client certificate to show, and the gateway demands one. The
 forwarder accepts TLS on 127.0.0.1 with a throw-away authority that only our SuperNode trusts, opens mutual TLS 1.3 to
@@ -11,15 +11,18 @@ gateway: when that cannot be reached, the request is read and answered with 503 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import threading
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
 
 from share_client.durable import make_private_directory
+from share_client.egress import EgressLog
 from share_client.member import ClientLayout
 from share_core.durable import write_atomic
-from share_core.errors import UnavailableError
+from share_core.errors import StorageError, UnavailableError
 from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 
 _CONNECT_S = 10.0
@@ -51,14 +54,14 @@ class Forwarder:
     def __init__(self, layout: ClientLayout, gateway_address: str, now: datetime) -> None:
         host, _, port = gateway_address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
+        self._gateway, self._egress = gateway_address, EgressLog(layout.egress)
         self.authority, certificate, key = make_loopback_identity(layout.fleet, now)
         self._local = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._local.minimum_version = ssl.TLSVersion.TLSv1_3
         self._local.load_cert_chain(certificate, key)
-        self._remote = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._remote.minimum_version = ssl.TLSVersion.TLSv1_3
-        self._remote.load_verify_locations(layout.authority)
-        self._remote.load_cert_chain(layout.certificate, layout.key)
+        self._layout = layout
+        self._remote = _remote_context(layout)
+        self._shown = layout.certificate.read_bytes()
         self._thread = threading.Thread(target=self._run, name="forwarder", daemon=True)
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -124,17 +127,32 @@ class Forwarder:
             if upstream is None:
                 await _answer_unavailable(reader, writer)
             else:
-                await _join(reader, writer, *upstream)
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+                await _join(reader, writer, *upstream, self._write_down)
+        except (OSError, StorageError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             self.trouble = f"connection lost: {error}"
         finally:
             await _close(writer)
+
+    def _newest(self) -> ssl.SSLContext:
+        """Return the context of the next connection: with the certificate in the file, which may have been renewed.
+
+        One that cannot be used leaves the old one in force; every other reader of the file says what is wrong with it.
+        """
+        with contextlib.suppress(OSError):  # ssl.SSLError is one
+            found = self._layout.certificate.read_bytes()
+            if found != self._shown:
+                self._remote, self._shown = _remote_context(self._layout), found
+        return self._remote
+
+    async def _write_down(self, piece: bytes) -> None:
+        """Write a piece into the egress log before it leaves; on a thread, since it waits for the disk."""
+        await asyncio.to_thread(self._egress.fleet, self._gateway, piece)
 
     async def _open_upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         try:
             async with asyncio.timeout(_CONNECT_S):
                 opened = await asyncio.open_connection(
-                    self._host, self._port, ssl=self._remote, server_hostname=self._host
+                    self._host, self._port, ssl=self._newest(), server_hostname=self._host
                 )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             self.trouble = f"the gateway at {self._host}:{self._port} cannot be reached: {error or 'timeout'}"
@@ -143,14 +161,24 @@ class Forwarder:
         return opened
 
 
+def _remote_context(layout: ClientLayout) -> ssl.SSLContext:
+    """Return the side of us that the gateway sees: TLS 1.3 with the member's certificate, this federation or nobody."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(layout.authority)
+    context.load_cert_chain(layout.certificate, layout.key)
+    return context
+
+
 async def _join(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     up_reader: asyncio.StreamReader,
     up_writer: asyncio.StreamWriter,
+    before: Callable[[bytes], Awaitable[None]],
 ) -> None:
     """Copy both ways until either side ends; then both end, for TLS has no half-open connections worth keeping."""
-    tasks = {asyncio.create_task(_copy(reader, up_writer)), asyncio.create_task(_copy(up_reader, writer))}
+    tasks = {asyncio.create_task(_copy(reader, up_writer, before)), asyncio.create_task(_copy(up_reader, writer))}
     try:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -164,8 +192,14 @@ async def _join(
         await _close(up_writer)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    before: Callable[[bytes], Awaitable[None]] | None = None,
+) -> None:
     while piece := await reader.read(_PIECE):
+        if before is not None:
+            await before(piece)
         writer.write(piece)
         await writer.drain()
 

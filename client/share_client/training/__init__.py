@@ -5,6 +5,7 @@ from __future__ import annotations
 from share_client.backbones import Backbone, load_backbone
 from share_client.kinds import PreparedTask, find_kind
 from share_client.tasks_file import TaskConfig
+from share_client.training.accounting import declare, total_epsilon
 from share_client.training.evaluation import evaluate
 from share_client.training.in_space import train_in_space
 from share_client.training.lora import train_lora
@@ -18,9 +19,11 @@ __all__ = [
     "Progress",
     "TrainResult",
     "TrainingOptions",
+    "declare",
     "evaluate",
     "load_backbone",
     "prepare_task",
+    "total_epsilon",
     "train_in_space",
     "train_lora",
 ]

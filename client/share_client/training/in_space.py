@@ -10,13 +10,16 @@ from torch import Tensor
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
-from share_client.training.factors import SpaceFactors
+from share_client.noise import system_normal
+from share_client.training.factors import FixedFactors, SpaceFactors
 from share_client.training.loop import fresh_head, head_tensors, train
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
-from share_client.training.start import free_directions, start_cores
-from share_core.errors import SpaceMismatchError
+from share_client.training.private import train_private
+from share_client.training.start import free_directions, random_directions, start_cores
+from share_core.errors import ConfigError, SpaceMismatchError
 from share_core.linalg import balanced, canonical, numerical_rank
-from share_core.space import compress_core
+from share_core.privacy import CoefficientNoise, Declaration, SampleNoise, noisy_cores
+from share_core.space import compress_core, update_adapter
 from share_core.types import Factors, SiteBasis, SiteUpdate, Space, Update
 
 DIRECTIONS = 2
@@ -33,6 +36,7 @@ def train_in_space(
     options: TrainingOptions,
     progress: ProgressCallback | None = None,
     head: Mapping[str, Tensor] | None = None,
+    declared: Declaration | None = None,
 ) -> TrainResult:
     """Train coefficients of pseudo-rank p, phi free directions and a head; backbone and bases are frozen.
 
@@ -44,26 +48,45 @@ def train_in_space(
         options: see :class:`TrainingOptions`.
         progress: called after every step.
         head: start from these head tensors instead of fresh ones.
+        declared: clipping and noise, from :func:`~.accounting.declare`. With noise on coefficients there are no free
+            directions, and the head, which stays here, is trained once more on what the noise left.
 
     Raises:
         SpaceMismatchError: the space has sites or shapes that this backbone does not.
-        ConfigError: ``head`` does not fit the task.
+        ConfigError: ``head`` does not fit the task; noise on coefficients is asked for together with free directions or
+            a shared head, or where the space has no bases yet; Opacus is missing.
     """
     began = time.monotonic()
     check_sites(backbone, space)
     sites = tuple(space.bases)
     draw = torch.Generator().manual_seed(options.seed)
     trained_head = fresh_head(backbone, task, options.seed, head)
-    phi = _directions(space, options)
+    phi = 0 if isinstance(declared, CoefficientNoise) else _directions(space, options)
+    if isinstance(declared, CoefficientNoise):
+        check_releasable(space, task, options)
     cores = start_cores(space, task_id, sites, options.pseudo_rank, draw)
-    free = free_directions(backbone, task, trained_head, space.bases, phi, options)
+    if isinstance(declared, SampleNoise):
+        free = random_directions(space.bases, phi, draw)
+    else:
+        free = free_directions(backbone, task, trained_head, space.bases, phi, options)
     changes = {site: SpaceFactors(space.bases[site], cores[site], free[site]).to(backbone.device) for site in sites}
-    trained = train(backbone, task, trained_head, changes, options, progress)
+    if isinstance(declared, SampleNoise):
+        trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
+    else:
+        trained = train(backbone, task, trained_head, changes, options, progress)
+    submission = _submission(changes)
+    if isinstance(declared, CoefficientNoise):
+        submission = _with_noise(submission, space, declared, options.pseudo_rank)
+        fixed = update_adapter(Update(space.version, submission), space.bases)
+        noisy = {
+            site: FixedFactors(one.out.float(), one.in_.float()).to(backbone.device) for site, one in fixed.items()
+        }
+        trained = train(backbone, task, trained_head, noisy, options, progress)
     tensors = head_tensors(trained_head)
     return TrainResult(
         update=Update(
             base_version=space.version,
-            sites=_submission(changes),
+            sites=submission,
             head=tensors if task.config.share_head else {},
         ),
         head=tensors,
@@ -71,7 +94,44 @@ def train_in_space(
         steps=trained.steps,
         seconds=time.monotonic() - began,
         trained_numbers=sum(p.numel() for change in changes.values() for p in change.parameters()),
+        declared=declared,
     )
+
+
+def has_bases(space: Space) -> bool:
+    """Return whether the space holds a basis at any site: then there are coefficients to train."""
+    return any(_holds(basis) for basis in space.bases.values())
+
+
+def check_releasable(space: Space, task: PreparedTask, options: TrainingOptions) -> None:
+    """Refuse what would leave beside noisy coefficients without any noise, and a space that has no coefficients.
+
+    Raises:
+        ConfigError: saying which, and what to do.
+    """
+    name = task.config.name
+    if options.directions:
+        raise ConfigError(
+            f"task {name!r}: noise on coefficients needs directions = 0, got {options.directions}: free directions "
+            "would leave without noise"
+        )
+    if task.config.share_head:
+        raise ConfigError(
+            f"task {name!r}: noise on coefficients needs share_head = false: a head would leave without noise"
+        )
+    if not has_bases(space):
+        raise ConfigError(
+            f"task {name!r}: noise on coefficients needs a space with bases, and version {space.version} has none: "
+            "wait until another task is merged"
+        )
+
+
+def _with_noise(
+    submission: Mapping[str, SiteUpdate], space: Space, declared: CoefficientNoise, rank: int
+) -> dict[str, SiteUpdate]:
+    cores = {site: part.core for site, part in submission.items() if part.core is not None}
+    noisy = noisy_cores(cores, space.bases, declared.clip, declared.noise_multiplier, rank, system_normal)
+    return {site: SiteUpdate(core=core) for site, core in noisy.items()}
 
 
 def check_sites(backbone: Backbone, space: Space) -> None:
@@ -98,7 +158,7 @@ def check_sites(backbone: Backbone, space: Space) -> None:
 def _directions(space: Space, options: TrainingOptions) -> int:
     if options.directions is not None:
         return options.directions
-    return DIRECTIONS if any(_holds(basis) for basis in space.bases.values()) else FIRST_DIRECTIONS
+    return DIRECTIONS if has_bases(space) else FIRST_DIRECTIONS
 
 
 def _holds(basis: SiteBasis) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
-from share_client.training.factors import SiteFactors, rate_for
+from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import AdaptedLinear, injected
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions
 from share_core.errors import ConfigError
@@ -79,8 +79,9 @@ def train(
     draw = torch.Generator().manual_seed(options.seed)
     per_epoch = -(-task.train_rows // options.batch_size)
     steps = options.epochs * per_epoch
-    optimizer = _optimizer(head, backbone.width, changes, options.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _triangle(steps, options.warmup))
+    rated = [one for change in changes.values() for one in change.rated()]
+    optimizer = adamw(head, backbone.width, rated, options.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
     mean: float | None = None
     done = 0
     adapted = {site: AdaptedLinear(backbone.linear(site), change) for site, change in changes.items()}
@@ -94,8 +95,7 @@ def train(
                 optimizer.step()
                 schedule.step()
                 done += 1
-                value = loss.item()
-                mean = value if mean is None else _SMOOTHING * mean + (1 - _SMOOTHING) * value
+                mean = smoothed(mean, loss.item())
                 if progress is not None:
                     progress(Progress(epoch, options.epochs, done, steps, mean))
                 if options.pace > 0:
@@ -103,21 +103,23 @@ def train(
     return Trained(loss=float("nan") if mean is None else mean, steps=done)
 
 
-def _optimizer(
-    head: nn.Module, width: int, changes: Mapping[str, SiteFactors], learning_rate: float
-) -> torch.optim.Optimizer:
-    """Return AdamW with one group for each multiple of the learning rate."""
+def smoothed(mean: float | None, value: float) -> float:
+    """Return the running mean of the loss after one more value."""
+    return value if mean is None else _SMOOTHING * mean + (1 - _SMOOTHING) * value
+
+
+def adamw(head: nn.Module, width: int, rated: Iterable[Rated], learning_rate: float) -> torch.optim.Optimizer:
+    """Return AdamW over a head and the rated parameters, with one group for each multiple of the learning rate."""
     groups: dict[float, list[nn.Parameter]] = {rate_for(width): list(head.parameters())}
-    for change in changes.values():
-        for rated in change.rated():
-            if rated.parameter.numel():
-                groups.setdefault(rated.multiple, []).append(rated.parameter)
+    for one in rated:
+        if one.parameter.numel():
+            groups.setdefault(one.multiple, []).append(one.parameter)
     return torch.optim.AdamW(
         [{"params": params, "lr": learning_rate * multiple} for multiple, params in groups.items()], weight_decay=0.0
     )
 
 
-def _triangle(steps: int, warmup: float) -> Callable[[int], float]:
+def triangle(steps: int, warmup: float) -> Callable[[int], float]:
     """Return the factor of the learning rate at each step: up to one over ``warmup`` of the steps, then down."""
     rise = max(1, round(steps * warmup))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from share_client.tasks_file import TaskConfig
+from share_core.privacy import Declaration
 from share_core.types import Adapter, Update
 
 
@@ -84,6 +85,8 @@ class TrainResult:
     """Wall-clock seconds of the whole training."""
     trained_numbers: int
     """Trained numbers in cores and free directions, heads not counted."""
+    declared: Declaration | None = None
+    """Clipping and noise in the update; None if there is none."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,18 @@ def free_directions(
     }
 
 
+def random_directions(bases: Mapping[str, SiteBasis], count: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Return starting directions as :func:`free_directions` does, at random: they tell nothing of the data."""
+    return {
+        site: outside_directions(
+            torch.randn(count, basis.right.shape[0], generator=draw),
+            basis.right,
+            min(count, basis.right.shape[0] - basis.k_in),
+        )
+        for site, basis in bases.items()
+    }
+
+
 def outside_directions(gradient: Tensor, right: Tensor, count: int) -> Tensor:
     """Return the top ``count`` right singular vectors of ``gradient (I - right right.T)``, times IN_NORM.
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashare_proto/v1/fleet.proto\x12\x0eshare_proto.v1\"\x80\x01\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\x12\x10\n\x08space_id\x18\x03 \x01(\t\x12\x13\n\x0bhub_address\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x05 \x01(\x03\x12\x13\n\x0bmax_updates\x18\x06 \x01(\x05\"D\n\x0cLeaseOutcome\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nerror_code\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Z\n\x0f\x44ispatchRequest\x12\x17\n\x0fonline_node_ids\x18\x01 \x03(\x04\x12.\n\x08outcomes\x18\x02 \x03(\x0b\x32\x1c.share_proto.v1.LeaseOutcome\"9\n\x10\x44ispatchResponse\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.share_proto.v1.Lease\"F\n\x11\x43loseLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04idle\x18\x02 \x01(\x08\x12\x11\n\tsubmitted\x18\x03 \x01(\x05\"\x14\n\x12\x43loseLeaseResponse\"\x12\n\x10ListNodesRequest\"P\n\x04Node\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x16\n\x0epublic_key_pem\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\x04\x12\x0f\n\x07revoked\x18\x04 \x01(\x08\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.share_proto.v1.Node\"2\n\x0f\x42indNodeRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\"\x12\n\x10\x42indNodeResponse\"\x10\n\x0eGetNodeRequest\"5\n\x0fGetNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.share_proto.v1.Node2\x98\x03\n\x05\x46leet\x12M\n\x08\x44ispatch\x12\x1f.share_proto.v1.DispatchRequest\x1a .share_proto.v1.DispatchResponse\x12S\n\nCloseLease\x12!.share_proto.v1.CloseLeaseRequest\x1a\".share_proto.v1.CloseLeaseResponse\x12P\n\tListNodes\x12 .share_proto.v1.ListNodesRequest\x1a!.share_proto.v1.ListNodesResponse\x12M\n\x08\x42indNode\x12\x1f.share_proto.v1.BindNodeRequest\x1a .share_proto.v1.BindNodeResponse\x12J\n\x07GetNode\x12\x1e.share_proto.v1.GetNodeRequest\x1a\x1f.share_proto.v1.GetNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashare_proto/v1/fleet.proto\x12\x0eshare_proto.v1\"\x80\x01\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\x12\x10\n\x08space_id\x18\x03 \x01(\t\x12\x13\n\x0bhub_address\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x05 \x01(\x03\x12\x13\n\x0bmax_updates\x18\x06 \x01(\x05\"D\n\x0cLeaseOutcome\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nerror_code\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"Z\n\x0f\x44ispatchRequest\x12\x17\n\x0fonline_node_ids\x18\x01 \x03(\x04\x12.\n\x08outcomes\x18\x02 \x03(\x0b\x32\x1c.share_proto.v1.LeaseOutcome\"9\n\x10\x44ispatchResponse\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.share_proto.v1.Lease\"F\n\x11\x43loseLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04idle\x18\x02 \x01(\x08\x12\x11\n\tsubmitted\x18\x03 \x01(\x05\"\x14\n\x12\x43loseLeaseResponse\"\x12\n\x10ListNodesRequest\"d\n\x04Node\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x16\n\x0epublic_key_pem\x18\x02 \x01(\x0c\x12\x0f\n\x07node_id\x18\x03 \x01(\x04\x12\x0f\n\x07revoked\x18\x04 \x01(\x08\x12\x12\n\nkey_sha256\x18\x05 \x01(\t\"8\n\x11ListNodesResponse\x12#\n\x05nodes\x18\x01 \x03(\x0b\x32\x14.share_proto.v1.Node\"2\n\x0f\x42indNodeRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\"\x12\n\x10\x42indNodeResponse\"\x10\n\x0eGetNodeRequest\"5\n\x0fGetNodeResponse\x12\"\n\x04node\x18\x01 \x01(\x0b\x32\x14.share_proto.v1.Node2\x98\x03\n\x05\x46leet\x12M\n\x08\x44ispatch\x12\x1f.share_proto.v1.DispatchRequest\x1a .share_proto.v1.DispatchResponse\x12S\n\nCloseLease\x12!.share_proto.v1.CloseLeaseRequest\x1a\".share_proto.v1.CloseLeaseResponse\x12P\n\tListNodes\x12 .share_proto.v1.ListNodesRequest\x1a!.share_proto.v1.ListNodesResponse\x12M\n\x08\x42indNode\x12\x1f.share_proto.v1.BindNodeRequest\x1a .share_proto.v1.BindNodeResponse\x12J\n\x07GetNode\x12\x1e.share_proto.v1.GetNodeRequest\x1a\x1f.share_proto.v1.GetNodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,17 +46,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTNODESREQUEST']._serialized_start=492
   _globals['_LISTNODESREQUEST']._serialized_end=510
   _globals['_NODE']._serialized_start=512
-  _globals['_NODE']._serialized_end=592
-  _globals['_LISTNODESRESPONSE']._serialized_start=594
-  _globals['_LISTNODESRESPONSE']._serialized_end=650
-  _globals['_BINDNODEREQUEST']._serialized_start=652
-  _globals['_BINDNODEREQUEST']._serialized_end=702
-  _globals['_BINDNODERESPONSE']._serialized_start=704
-  _globals['_BINDNODERESPONSE']._serialized_end=722
-  _globals['_GETNODEREQUEST']._serialized_start=724
-  _globals['_GETNODEREQUEST']._serialized_end=740
-  _globals['_GETNODERESPONSE']._serialized_start=742
-  _globals['_GETNODERESPONSE']._serialized_end=795
-  _globals['_FLEET']._serialized_start=798
-  _globals['_FLEET']._serialized_end=1206
+  _globals['_NODE']._serialized_end=612
+  _globals['_LISTNODESRESPONSE']._serialized_start=614
+  _globals['_LISTNODESRESPONSE']._serialized_end=670
+  _globals['_BINDNODEREQUEST']._serialized_start=672
+  _globals['_BINDNODEREQUEST']._serialized_end=722
+  _globals['_BINDNODERESPONSE']._serialized_start=724
+  _globals['_BINDNODERESPONSE']._serialized_end=742
+  _globals['_GETNODEREQUEST']._serialized_start=744
+  _globals['_GETNODEREQUEST']._serialized_end=760
+  _globals['_GETNODERESPONSE']._serialized_start=762
+  _globals['_GETNODERESPONSE']._serialized_end=815
+  _globals['_FLEET']._serialized_start=818
+  _globals['_FLEET']._serialized_end=1226
 # @@protoc_insertion_point(module_scope)

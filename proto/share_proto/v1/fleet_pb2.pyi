@@ -65,16 +65,18 @@ class ListNodesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("member", "public_key_pem", "node_id", "revoked")
+    __slots__ = ("member", "public_key_pem", "node_id", "revoked", "key_sha256")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_PEM_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    KEY_SHA256_FIELD_NUMBER: _ClassVar[int]
     member: str
     public_key_pem: bytes
     node_id: int
     revoked: bool
-    def __init__(self, member: _Optional[str] = ..., public_key_pem: _Optional[bytes] = ..., node_id: _Optional[int] = ..., revoked: bool = ...) -> None: ...
+    key_sha256: str
+    def __init__(self, member: _Optional[str] = ..., public_key_pem: _Optional[bytes] = ..., node_id: _Optional[int] = ..., revoked: bool = ..., key_sha256: _Optional[str] = ...) -> None: ...
 
 class ListNodesResponse(_message.Message):
     __slots__ = ("nodes",)

@@ -149,7 +149,7 @@ class GetUpdateResponse(_message.Message):
     def __init__(self, update: _Optional[_Union[UpdateRecord, _Mapping]] = ...) -> None: ...
 
 class UpdateRecord(_message.Message):
-    __slots__ = ("update_id", "ingest_seq", "member", "task_id", "state", "reason", "base_version", "version", "staleness", "bytes", "received_unix_ms", "relative_error", "payload_sha256", "signer", "sequence", "signature", "privacy")
+    __slots__ = ("update_id", "ingest_seq", "member", "task_id", "state", "reason", "base_version", "version", "staleness", "bytes", "received_unix_ms", "relative_error", "payload_sha256", "signer", "sequence", "signature", "privacy", "lease_id", "rows", "create", "sharing", "schema_sha256")
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     INGEST_SEQ_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,11 @@ class UpdateRecord(_message.Message):
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CREATE_FIELD_NUMBER: _ClassVar[int]
+    SHARING_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_SHA256_FIELD_NUMBER: _ClassVar[int]
     update_id: str
     ingest_seq: int
     member: str
@@ -184,7 +189,12 @@ class UpdateRecord(_message.Message):
     sequence: int
     signature: bytes
     privacy: str
-    def __init__(self, update_id: _Optional[str] = ..., ingest_seq: _Optional[int] = ..., member: _Optional[str] = ..., task_id: _Optional[str] = ..., state: _Optional[_Union[UpdateState, str]] = ..., reason: _Optional[str] = ..., base_version: _Optional[int] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., bytes: _Optional[_Union[PayloadBytes, _Mapping]] = ..., received_unix_ms: _Optional[int] = ..., relative_error: _Optional[float] = ..., payload_sha256: _Optional[str] = ..., signer: _Optional[str] = ..., sequence: _Optional[int] = ..., signature: _Optional[bytes] = ..., privacy: _Optional[str] = ...) -> None: ...
+    lease_id: str
+    rows: int
+    create: bool
+    sharing: TaskSharing
+    schema_sha256: str
+    def __init__(self, update_id: _Optional[str] = ..., ingest_seq: _Optional[int] = ..., member: _Optional[str] = ..., task_id: _Optional[str] = ..., state: _Optional[_Union[UpdateState, str]] = ..., reason: _Optional[str] = ..., base_version: _Optional[int] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., bytes: _Optional[_Union[PayloadBytes, _Mapping]] = ..., received_unix_ms: _Optional[int] = ..., relative_error: _Optional[float] = ..., payload_sha256: _Optional[str] = ..., signer: _Optional[str] = ..., sequence: _Optional[int] = ..., signature: _Optional[bytes] = ..., privacy: _Optional[str] = ..., lease_id: _Optional[str] = ..., rows: _Optional[int] = ..., create: bool = ..., sharing: _Optional[_Union[TaskSharing, _Mapping]] = ..., schema_sha256: _Optional[str] = ...) -> None: ...
 
 class PayloadBytes(_message.Message):
     __slots__ = ("coefficients", "directions", "heads", "envelope")
@@ -253,14 +263,16 @@ class SnapshotRequired(_message.Message):
     def __init__(self, newest_version: _Optional[int] = ...) -> None: ...
 
 class FollowVersionsResponse(_message.Message):
-    __slots__ = ("delta", "chunk", "snapshot_required")
+    __slots__ = ("delta", "chunk", "snapshot_required", "heartbeat")
     DELTA_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     delta: DeltaHeader
     chunk: bytes
     snapshot_required: SnapshotRequired
-    def __init__(self, delta: _Optional[_Union[DeltaHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., snapshot_required: _Optional[_Union[SnapshotRequired, _Mapping]] = ...) -> None: ...
+    heartbeat: Manifest
+    def __init__(self, delta: _Optional[_Union[DeltaHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., snapshot_required: _Optional[_Union[SnapshotRequired, _Mapping]] = ..., heartbeat: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class FetchSnapshotRequest(_message.Message):
     __slots__ = ("space_id", "version")
@@ -297,7 +309,7 @@ class ListTasksRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TaskRecord(_message.Message):
-    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients")
+    __slots__ = ("task_id", "owner", "created_version", "updated_version", "updates", "error_bound", "over_budget", "coefficients", "epsilon", "delta")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     CREATED_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -306,6 +318,8 @@ class TaskRecord(_message.Message):
     ERROR_BOUND_FIELD_NUMBER: _ClassVar[int]
     OVER_BUDGET_FIELD_NUMBER: _ClassVar[int]
     COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     owner: str
     created_version: int
@@ -314,7 +328,9 @@ class TaskRecord(_message.Message):
     error_bound: float
     over_budget: bool
     coefficients: int
-    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ...) -> None: ...
+    epsilon: float
+    delta: float
+    def __init__(self, task_id: _Optional[str] = ..., owner: _Optional[str] = ..., created_version: _Optional[int] = ..., updated_version: _Optional[int] = ..., updates: _Optional[int] = ..., error_bound: _Optional[float] = ..., over_budget: bool = ..., coefficients: _Optional[int] = ..., epsilon: _Optional[float] = ..., delta: _Optional[float] = ...) -> None: ...
 
 class ListTasksResponse(_message.Message):
     __slots__ = ("tasks", "version")
@@ -377,7 +393,7 @@ class MemberTraffic(_message.Message):
     def __init__(self, member: _Optional[str] = ..., up: _Optional[_Union[PayloadBytes, _Mapping]] = ..., down_deltas: _Optional[int] = ..., down_snapshots: _Optional[int] = ..., updates: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("space_id", "version", "tasks", "accepted", "merged", "refused", "k_left_max", "k_right_max", "subscribers", "traffic", "started_unix_ms", "subspace_bytes", "compactions")
+    __slots__ = ("space_id", "version", "tasks", "accepted", "merged", "refused", "k_left_max", "k_right_max", "subscribers", "traffic", "started_unix_ms", "subspace_bytes", "compactions", "quarantined")
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
@@ -391,6 +407,7 @@ class GetStatusResponse(_message.Message):
     STARTED_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     SUBSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPACTIONS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     space_id: str
     version: int
     tasks: int
@@ -404,7 +421,8 @@ class GetStatusResponse(_message.Message):
     started_unix_ms: int
     subspace_bytes: int
     compactions: int
-    def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ..., tasks: _Optional[int] = ..., accepted: _Optional[int] = ..., merged: _Optional[int] = ..., refused: _Optional[int] = ..., k_left_max: _Optional[int] = ..., k_right_max: _Optional[int] = ..., subscribers: _Optional[int] = ..., traffic: _Optional[_Iterable[_Union[MemberTraffic, _Mapping]]] = ..., started_unix_ms: _Optional[int] = ..., subspace_bytes: _Optional[int] = ..., compactions: _Optional[int] = ...) -> None: ...
+    quarantined: int
+    def __init__(self, space_id: _Optional[str] = ..., version: _Optional[int] = ..., tasks: _Optional[int] = ..., accepted: _Optional[int] = ..., merged: _Optional[int] = ..., refused: _Optional[int] = ..., k_left_max: _Optional[int] = ..., k_right_max: _Optional[int] = ..., subscribers: _Optional[int] = ..., traffic: _Optional[_Iterable[_Union[MemberTraffic, _Mapping]]] = ..., started_unix_ms: _Optional[int] = ..., subspace_bytes: _Optional[int] = ..., compactions: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
 
 class GetRosterRequest(_message.Message):
     __slots__ = ()
@@ -428,6 +446,32 @@ class GetRosterResponse(_message.Message):
     members: _containers.RepeatedCompositeFieldContainer[RosterMember]
     def __init__(self, members: _Optional[_Iterable[_Union[RosterMember, _Mapping]]] = ...) -> None: ...
 
+class ListCertificatesRequest(_message.Message):
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    limit: int
+    def __init__(self, after: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class IssuedCertificate(_message.Message):
+    __slots__ = ("number", "key_sha256", "member", "certificate_pem")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    KEY_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    key_sha256: str
+    member: str
+    certificate_pem: bytes
+    def __init__(self, number: _Optional[int] = ..., key_sha256: _Optional[str] = ..., member: _Optional[str] = ..., certificate_pem: _Optional[bytes] = ...) -> None: ...
+
+class ListCertificatesResponse(_message.Message):
+    __slots__ = ("certificates",)
+    CERTIFICATES_FIELD_NUMBER: _ClassVar[int]
+    certificates: _containers.RepeatedCompositeFieldContainer[IssuedCertificate]
+    def __init__(self, certificates: _Optional[_Iterable[_Union[IssuedCertificate, _Mapping]]] = ...) -> None: ...
+
 class BackupRequest(_message.Message):
     __slots__ = ("directory",)
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
@@ -445,3 +489,43 @@ class BackupProgress(_message.Message):
     version: int
     finished: bool
     def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., version: _Optional[int] = ..., finished: bool = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("certificate_pem", "serving_certificate_pem")
+    CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    SERVING_CERTIFICATE_PEM_FIELD_NUMBER: _ClassVar[int]
+    certificate_pem: bytes
+    serving_certificate_pem: bytes
+    def __init__(self, certificate_pem: _Optional[bytes] = ..., serving_certificate_pem: _Optional[bytes] = ...) -> None: ...
+
+class RevokeRequest(_message.Message):
+    __slots__ = ("member", "undo")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    undo: bool
+    def __init__(self, member: _Optional[str] = ..., undo: bool = ...) -> None: ...
+
+class RevokeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DecideUpdateRequest(_message.Message):
+    __slots__ = ("update_id", "release", "reason")
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    release: bool
+    reason: str
+    def __init__(self, update_id: _Optional[str] = ..., release: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class DecideUpdateResponse(_message.Message):
+    __slots__ = ("update",)
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
+    update: UpdateRecord
+    def __init__(self, update: _Optional[_Union[UpdateRecord, _Mapping]] = ...) -> None: ...

@@ -95,10 +95,30 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.FromString,
                 _registered_method=True)
+        self.ListCertificates = channel.unary_unary(
+                '/share_proto.v1.Hub/ListCertificates',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.FromString,
+                _registered_method=True)
         self.Backup = channel.unary_stream(
                 '/share_proto.v1.Hub/Backup',
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.BackupRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.BackupProgress.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/share_proto.v1.Hub/Renew',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.RenewRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.RenewResponse.FromString,
+                _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/share_proto.v1.Hub/Revoke',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.RevokeResponse.FromString,
+                _registered_method=True)
+        self.DecideUpdate = channel.unary_unary(
+                '/share_proto.v1.Hub/DecideUpdate',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.FromString,
                 _registered_method=True)
 
 
@@ -193,8 +213,37 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCertificates(self, request, context):
+        """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Backup(self, request, context):
         """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Renew gives the caller a new certificate over the key of its present one. Asked before half of the life of the last
+        one is over, it gives that one again: nothing is issued twice because an answer was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Revoke shuts a member out at once, open calls included, or lets it in again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecideUpdate(self, request, context):
+        """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,10 +312,30 @@ def add_HubServicer_to_server(servicer, server):
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.GetRosterRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.GetRosterResponse.SerializeToString,
             ),
+            'ListCertificates': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCertificates,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.SerializeToString,
+            ),
             'Backup': grpc.unary_stream_rpc_method_handler(
                     servicer.Backup,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.BackupRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.BackupProgress.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.RenewRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.RenewResponse.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.RevokeRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.RevokeResponse.SerializeToString,
+            ),
+            'DecideUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.DecideUpdate,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -605,6 +674,33 @@ class Hub(object):
             _registered_method=True)
 
     @staticmethod
+    def ListCertificates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/ListCertificates',
+            share__proto_dot_v1_dot_hub__pb2.ListCertificatesRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.ListCertificatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Backup(request,
             target,
             options=(),
@@ -621,6 +717,87 @@ class Hub(object):
             '/share_proto.v1.Hub/Backup',
             share__proto_dot_v1_dot_hub__pb2.BackupRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.BackupProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/Renew',
+            share__proto_dot_v1_dot_hub__pb2.RenewRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/Revoke',
+            share__proto_dot_v1_dot_hub__pb2.RevokeRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.RevokeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecideUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/share_proto.v1.Hub/DecideUpdate',
+            share__proto_dot_v1_dot_hub__pb2.DecideUpdateRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.DecideUpdateResponse.FromString,
             options,
             channel_credentials,
             insecure,

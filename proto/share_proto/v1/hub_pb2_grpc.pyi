@@ -69,8 +69,18 @@ class HubStub:
     """GetStatus gives the counters of the hub."""
     GetRoster: _grpc.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    ListCertificates: _grpc.UnaryUnaryMultiCallable[_hub_pb2.ListCertificatesRequest, _hub_pb2.ListCertificatesResponse]
+    """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
     Backup: _grpc.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+    Renew: _grpc.UnaryUnaryMultiCallable[_hub_pb2.RenewRequest, _hub_pb2.RenewResponse]
+    """Renew gives the caller a new certificate over the key of its present one. Asked before half of the life of the last
+    one is over, it gives that one again: nothing is issued twice because an answer was lost.
+    """
+    Revoke: _grpc.UnaryUnaryMultiCallable[_hub_pb2.RevokeRequest, _hub_pb2.RevokeResponse]
+    """Revoke shuts a member out at once, open calls included, or lets it in again."""
+    DecideUpdate: _grpc.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 @_typing.type_check_only
 class HubAsyncStub(HubStub):
@@ -106,8 +116,18 @@ class HubAsyncStub(HubStub):
     """GetStatus gives the counters of the hub."""
     GetRoster: _aio.UnaryUnaryMultiCallable[_hub_pb2.GetRosterRequest, _hub_pb2.GetRosterResponse]  # type: ignore[assignment]
     """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
+    ListCertificates: _aio.UnaryUnaryMultiCallable[_hub_pb2.ListCertificatesRequest, _hub_pb2.ListCertificatesResponse]  # type: ignore[assignment]
+    """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
     Backup: _aio.UnaryStreamMultiCallable[_hub_pb2.BackupRequest, _hub_pb2.BackupProgress]  # type: ignore[assignment]
     """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+    Renew: _aio.UnaryUnaryMultiCallable[_hub_pb2.RenewRequest, _hub_pb2.RenewResponse]  # type: ignore[assignment]
+    """Renew gives the caller a new certificate over the key of its present one. Asked before half of the life of the last
+    one is over, it gives that one again: nothing is issued twice because an answer was lost.
+    """
+    Revoke: _aio.UnaryUnaryMultiCallable[_hub_pb2.RevokeRequest, _hub_pb2.RevokeResponse]  # type: ignore[assignment]
+    """Revoke shuts a member out at once, open calls included, or lets it in again."""
+    DecideUpdate: _aio.UnaryUnaryMultiCallable[_hub_pb2.DecideUpdateRequest, _hub_pb2.DecideUpdateResponse]  # type: ignore[assignment]
+    """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 class HubServicer(metaclass=_abc_1.ABCMeta):
     """Hub owns the state of one space. Every call needs a client certificate of this federation."""
@@ -214,11 +234,45 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         """GetRoster tells a relay whom it may serve: which key each member enrolled last, and who is shut out."""
 
     @_abc_1.abstractmethod
+    def ListCertificates(
+        self,
+        request: _hub_pb2.ListCertificatesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.ListCertificatesResponse, _abc.Awaitable[_hub_pb2.ListCertificatesResponse]]:
+        """ListCertificates lists every certificate that was issued, for the operator: with them signatures are checked."""
+
+    @_abc_1.abstractmethod
     def Backup(
         self,
         request: _hub_pb2.BackupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_hub_pb2.BackupProgress], _abc.AsyncIterator[_hub_pb2.BackupProgress]]:
         """Backup writes a consistent copy of the store into a new directory on the server's machine, while the hub serves."""
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _hub_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.RenewResponse, _abc.Awaitable[_hub_pb2.RenewResponse]]:
+        """Renew gives the caller a new certificate over the key of its present one. Asked before half of the life of the last
+        one is over, it gives that one again: nothing is issued twice because an answer was lost.
+        """
+
+    @_abc_1.abstractmethod
+    def Revoke(
+        self,
+        request: _hub_pb2.RevokeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.RevokeResponse, _abc.Awaitable[_hub_pb2.RevokeResponse]]:
+        """Revoke shuts a member out at once, open calls included, or lets it in again."""
+
+    @_abc_1.abstractmethod
+    def DecideUpdate(
+        self,
+        request: _hub_pb2.DecideUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hub_pb2.DecideUpdateResponse, _abc.Awaitable[_hub_pb2.DecideUpdateResponse]]:
+        """DecideUpdate lets an update out of quarantine, or refuses it. Durable when answered."""
 
 def add_HubServicer_to_server(servicer: HubServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,8 +24,9 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 PEER = "share.peer"
 """Key of the connection's :class:`~share_server.fleet.guards.Peer` among the scope's extensions."""
 
-REQUEST_SECONDS = 60.0
-"""Longest life of one request. SuperNode itself gives up after 30 s."""
+REQUEST_SECONDS = 50.0
+"""Longest life of one request, so that none outlives the minute in which a revocation must bite. SuperNode itself gives
+up after 30 s."""
 
 _BUSY = Refusal(503, "not now, try again")
 
@@ -98,7 +99,7 @@ class Gateway:
         passed = [(name, value) for name, value in headers if name in guards.PASSED_UP]
         response = await self._upstream.send(path.decode("ascii"), passed, body)
         try:
-            await _relay(response, send)
+            await _relay(response, send, last=peer is not None and guards.utc_now() >= peer.renew_at)
         finally:
             await response.aclose()
 
@@ -107,16 +108,16 @@ class Gateway:
         _demand(guards.check_identity(peer, guards.utc_now()))
         if peer is None or peer.identity is None:  # only a broken guard gets here
             raise RefusedError(Refusal(401, "nobody"))
-        if self._refusal(peer.identity.member, headers) is not None:
+        if self._refusal(peer, peer.identity.member, headers) is not None:
             await self._table.read_again()
-            _demand(self._refusal(peer.identity.member, headers))
+            _demand(self._refusal(peer, peer.identity.member, headers))
 
-    def _refusal(self, member: str, headers: Headers) -> Refusal | None:
+    def _refusal(self, peer: Peer, member: str, headers: Headers) -> Refusal | None:
         node = self._table.find(member)
         refusal = guards.check_enrolment(node)
         if refusal is not None or node is None:
             return refusal or Refusal(401, "not enrolled")
-        return guards.check_key(node, headers)
+        return guards.check_certificate(node, peer) or guards.check_key(node, headers)
 
 
 def _demand(refusal: Refusal | None) -> None:
@@ -140,12 +141,15 @@ async def _pieces(path: bytes, receive: Receive) -> AsyncIterator[bytes]:
             return
 
 
-async def _relay(response: httpx.Response, send: Send) -> None:
+async def _relay(response: httpx.Response, send: Send, last: bool) -> None:
+    """Send the SuperLink's answer; ``last`` ends the connection, so that the next one shows a renewed certificate."""
     status = response.status_code
     if not 200 <= status < 300 and not 400 <= status < 600:
         raise UnavailableError(f"SuperLink answered {status}, which no published call does")
     kept = [(name.lower(), value) for name, value in response.headers.raw]
     kept = [(name, value) for name, value in kept if name in guards.PASSED_DOWN]
+    if last:
+        kept.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": kept})
     async for piece in response.aiter_raw():
         await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -5,7 +5,8 @@ Each guard returns None or the refusal. The codes are an interface towards Flowe
 take for "the run has ended" and 429 would end its heartbeat, so neither is ever used. Bodies of refusals avoid the
 words by which the SuperNode recognises a broken transport.
 
-Order of the checks: path, method, framing, size, identity, enrolment, key, and for pushed messages their source.
+Order of the checks: path, method, framing, size, identity, enrolment, certificate, key, and for pushed messages their
+source.
 """
 
 from __future__ import annotations
@@ -71,10 +72,14 @@ class Peer:
 
     identity: Identity | None
     """From the certificate; None if it names nobody of ours."""
+    key_sha256: str
+    """SHA-256 of the PEM of the certificate's public key; empty without identity."""
     not_before: datetime
     """First moment of the certificate."""
     not_after: datetime
     """Last moment of the certificate."""
+    renew_at: datetime
+    """When the certificate is due to be renewed."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,12 @@ def check_enrolment(node: EnrolledNode | None) -> Refusal | None:
     if node is None:
         return Refusal(401, "not enrolled")
     return Refusal(401, "revoked") if node.revoked else None
+
+
+def check_certificate(node: EnrolledNode, peer: Peer) -> Refusal | None:
+    """The certificate is over the key that the member enrolled last, as the hub demands."""
+    known = node.key_sha256 != "" and peer.key_sha256 == node.key_sha256
+    return None if known else Refusal(401, "enrolled again with another key")
 
 
 def check_key(node: EnrolledNode, headers: Headers) -> Refusal | None:

@@ -46,6 +46,8 @@ class EnrolledNode:
     """Flower's id; 0 until it has one."""
     revoked: bool
     """True when the member is shut out."""
+    key_sha256: str
+    """SHA-256 of the PEM of the public key in the member's certificate."""
 
 
 class HubLink:
@@ -100,7 +102,7 @@ class HubLink:
             answer = self._fleet.ListNodes(fleet_pb2.ListNodesRequest(), timeout=CALL_SECONDS)
         except grpc.RpcError as error:
             raise _unavailable("ListNodes", error) from error
-        return [EnrolledNode(n.member, n.public_key_pem, n.node_id, n.revoked) for n in answer.nodes]
+        return [EnrolledNode(n.member, n.public_key_pem, n.node_id, n.revoked, n.key_sha256) for n in answer.nodes]
 
     def bind_node(self, member: str, node_id: int) -> None:
         """Record Flower's id of a member's node."""

@@ -16,12 +16,13 @@ from cryptography import x509
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from share_core.errors import CertificateError
-from share_core.identity import identity_of
+from share_core.identity import identity_of, public_key_pem_of_certificate, renewal_moment
 from share_server.config import ServerConfig
 from share_server.fleet.gateway_app import PEER
 from share_server.fleet.guards import Peer
 from share_server.hub.tls import PairFile
 from share_server.layout import Layout
+from share_server.store.members import key_digest
 
 HEAD_BYTES = 32 * 2**10
 """Longest request line with all headers. Flower's take about 1 KB."""
@@ -30,11 +31,11 @@ HEAD_BYTES = 32 * 2**10
 def peer_of(certificate: bytes) -> Peer:
     """Return who a verified client certificate (DER) names; without identity if it is none of ours."""
     loaded = x509.load_der_x509_certificate(certificate)
+    life = loaded.not_valid_before_utc, loaded.not_valid_after_utc, renewal_moment(certificate)
     try:
-        identity = identity_of(certificate)
+        return Peer(identity_of(certificate), key_digest(public_key_pem_of_certificate(certificate)), *life)
     except CertificateError:
-        identity = None
-    return Peer(identity, loaded.not_valid_before_utc, loaded.not_valid_after_utc)
+        return Peer(None, "", *life)
 
 
 class PeerProtocol(HttpToolsProtocol):

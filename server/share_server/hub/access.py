@@ -2,8 +2,8 @@
 
 Checked on every single call, not only at the handshake, because a connection outlives certificates: TLS 1.3; a client
 certificate of our authority (TLS has verified the chain); its life; client authentication and exactly one ``share://``
-name; the role's right to the method; and for members that this key is the one they enrolled last and that they are not
-shut out.
+name; the role's right to the method; for members that this key is the one they enrolled last and that they are not shut
+out; and for the server's own tools their very names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from functools import lru_cache
 
 from share_core.errors import AccessError, CertificateError, IdentityError
 from share_core.identity import Identity, check_validity, identity_of, public_key_pem_of_certificate
-from share_server.store.members import key_digest
+from share_server.provision import OWN_CERTIFICATES
+from share_server.store.members import check_standing, key_digest
 from share_server.store.records import MemberRow
 
 MEMBER_ROLES = frozenset({"trainer", "contributor", "reader", "relay"})
@@ -38,7 +39,11 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/ListEvaluations": MEMBER_ROLES | {"operator"},
     "/share_proto.v1.Hub/GetStatus": _EVERYBODY,
     "/share_proto.v1.Hub/GetRoster": frozenset({"relay"}),
+    "/share_proto.v1.Hub/ListCertificates": frozenset({"operator"}),
     "/share_proto.v1.Hub/Backup": frozenset({"operator"}),
+    "/share_proto.v1.Hub/Renew": MEMBER_ROLES,
+    "/share_proto.v1.Hub/Revoke": frozenset({"operator"}),
+    "/share_proto.v1.Hub/DecideUpdate": frozenset({"operator"}),
     "/share_proto.v1.Fleet/Dispatch": frozenset({"fleet"}),
     "/share_proto.v1.Fleet/CloseLease": frozenset({"trainer"}),
     "/share_proto.v1.Fleet/ListNodes": frozenset({"fleet", "operator"}),
@@ -69,6 +74,11 @@ class Caller:
         """The organisation that answers for it."""
         return self.identity.organisation
 
+    @property
+    def signer(self) -> str:
+        """Hexadecimal SHA-256 of the public key in the certificate, by which what it signs is remembered."""
+        return _read(self.certificate)[1]
+
 
 CALLER: ContextVar[Caller] = ContextVar("caller")
 """The caller of the RPC that the current task serves; set by the interceptor."""
@@ -81,7 +91,7 @@ class Roster:
         self._members = {row.member: row for row in members}
 
     def put(self, row: MemberRow) -> None:
-        """Take over an enrolment that is durable."""
+        """Take over what has become of a member, once it is durable."""
         self._members[row.member] = row
 
     def replace(self, members: list[MemberRow]) -> None:
@@ -94,15 +104,7 @@ class Roster:
         Raises:
             CertificateError: unknown member or replaced key; AccessError: shut out.
         """
-        row = self._members.get(identity.member)
-        if row is None or row.role != identity.role:
-            raise CertificateError(f"{identity.uri} is not enrolled here: join with a token of this server")
-        if row.revoked:
-            raise AccessError(f"member {identity.member} is shut out of this federation")
-        if row.key_sha256 != key_sha256:
-            raise CertificateError(
-                f"member {identity.member} has enrolled again with another key: this certificate is replaced"
-            )
+        check_standing(self._members.get(identity.member), identity, key_sha256)
 
 
 class Gate:
@@ -139,6 +141,8 @@ class Gate:
         check_validity(caller.certificate, self._clock())
         if identity.role in MEMBER_ROLES:
             self._roster.check(identity, key_sha256)
+        elif identity not in OWN_CERTIFICATES.values():
+            raise CertificateError(f"{identity.uri} is none of the server's own tools")
 
 
 def require_tls13(peer: Mapping[str, object]) -> None:

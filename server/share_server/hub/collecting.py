@@ -12,6 +12,7 @@ removed. Files whose removal was cut short are found at a later collection.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from share_core.wire import encode_adapter
 from share_server.config import RetentionConfig
@@ -72,7 +73,7 @@ class Collector:
         while bound:
             if most_originals is not None and kept >= most_originals:
                 return 0  # the next merge goes on
-            await self._keep_originals(bound)
+            await self.keep_originals(bound)
             kept += len(bound)
             bound, count = await self._store.do(lambda journal: _mark(journal, cut))
         self._feed.oldest = cut
@@ -85,7 +86,8 @@ class Collector:
         log.info("collected", versions=count, oldest=cut, freed_bytes=freed)
         return count
 
-    async def _keep_originals(self, rows: list[UpdateRow]) -> None:
+    async def keep_originals(self, rows: Sequence[UpdateRow]) -> None:
+        """Write some updates out in ambient factors, so that they no longer need the versions they are based on."""
         kept: list[tuple[str, str, int]] = []
         for row in rows:
             payload = encode_adapter(await self._contents.of_update(row))

@@ -2,7 +2,8 @@
 
 Everything is read from what is durable, so that a replay of the journal reads the same. The content of a private task
 is its newest update. The content of a shared task is a mixture of the newest update of every organisation, or, where
-it is moved by steps, what the version before held plus the step: see :mod:`share_core.mixing` for the rules.
+it is moved by steps, what the version before held plus the step: see :mod:`share_core.mixing` for the rules, and
+:mod:`share_server.hub.judging` for who counts.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 
-from share_core.mixing import Contribution, contributor_weights, mix_adapters
+from share_core.mixing import mix_adapters
 from share_core.space import task_adapter, update_adapter
-from share_core.types import Adapter, Space, SpaceSpec
+from share_core.types import Adapter, Factors, Space, SpaceSpec
 from share_core.wire import decode_adapter, decode_update
 from share_server.hub.history import History
+from share_server.hub.judging import Background, Said, mean_of, newest_of_each, verdicts_on
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import newest_merged
+from share_server.store.updates import first_merged, newest_merged
 from share_server.store.versions import find_task
 
 
@@ -51,63 +53,86 @@ class Contents:
         if policy.mixing != "mean":
             return None
         merged_in = max(row.version for row in rows)
-        return await self._mean(rows, merged_in - 1, policy)
+        return await self._mean(task_id, rows, merged_in - 1, policy)
 
     async def is_shared(self, task_id: str) -> bool:
         """Return whether several organisations may contribute to a task."""
         task = await self._store.do(lambda journal: find_task(journal, task_id))
         return task is not None and task.sharing.shared
 
+    async def background(self, task_id: str, version: int, policy: StepPolicy) -> Background:
+        """Return what a shared task is mixed with and judged by when something is merged after ``version``."""
+        task = await self._store.do(lambda journal: find_task(journal, task_id))
+        if task is None or not 0 < task.created_version <= version:
+            return Background()
+        rows = await self._store.do(lambda journal: newest_merged(journal, task_id, version))
+        return Background(await self._read(rows), await self._start(task_id, version, policy))
+
     async def next_of_task(
-        self, task_id: str, space: Space, fresh: Sequence[tuple[UpdateRow, Adapter]], policy: StepPolicy
+        self, task_id: str, space: Space, background: Background, fresh: Sequence[Said], policy: StepPolicy
     ) -> Adapter:
-        """Return what a task becomes when ``fresh`` updates of it (in ingest order) are merged into ``space``."""
+        """Return what a task becomes when ``fresh`` updates of it (in ingest order) are merged into ``space``.
+
+        Args:
+            task_id: the task.
+            space: the version before.
+            background: what :meth:`background` gives; not looked at for a private task.
+            fresh: updates that may be merged, at least one.
+            policy: how they are mixed.
+        """
         if not await self.is_shared(task_id):
-            return fresh[-1][1]
+            return fresh[-1].adapter
+        said = newest_of_each([*background.older, *fresh])
         if policy.mixing == "mean":
-            newest = {row.new.organisation: (row, adapter) for row, adapter in fresh}
-            older: list[UpdateRow] = []
-            if task_id in space.cores:
-                older = await self._store.do(lambda journal: newest_merged(journal, task_id, space.version))
-            rows = [row for row in older if row.new.organisation not in newest]
-            return await self._mean([*rows, *(row for row, _ in newest.values())], space.version, policy)
+            return mean_of(said, background.start, space.version, policy, self._spec.rank_limit)
+        verdicts = zip(said, verdicts_on(said, background.start, policy), strict=True)
+        factors = {one.row.new.update_id: verdict.factor for one, verdict in verdicts}
+        fresh = [_cut(one, factors.get(one.row.new.update_id, 1.0)) for one in fresh]
         if task_id not in space.cores:
-            fresh, current = fresh[1:], fresh[0][1]
+            fresh, current = fresh[1:], fresh[0].adapter
         else:
             current = task_adapter(space, task_id)
         if policy.mixing == "fedasync":
-            for row, adapter in fresh:
-                a = policy.alpha * policy.rule.weight(space.version - row.new.base_version)
-                current = mix_adapters([(1 - a, current), (a, adapter)], self._spec.rank_limit)
+            for one in fresh:
+                a = policy.alpha * policy.rule.weight(space.version - one.row.new.base_version)
+                current = mix_adapters([(1 - a, current), (a, one.adapter)], self._spec.rank_limit)
             return current
         return await self._buffered(task_id, current, fresh, space.version, policy)
 
     async def _buffered(
-        self,
-        task_id: str,
-        current: Adapter,
-        fresh: Sequence[tuple[UpdateRow, Adapter]],
-        version: int,
-        policy: StepPolicy,
+        self, task_id: str, current: Adapter, fresh: Sequence[Said], version: int, policy: StepPolicy
     ) -> Adapter:
         """FedBuff: ``current + alpha / K sum_i s_i (update_i - what the task was in its base version)``."""
         parts: list[tuple[float, Adapter]] = [(1.0, current)]
-        for row, adapter in fresh:
-            scale = policy.alpha * policy.rule.weight(version - row.new.base_version) / len(fresh)
-            base = await self._history.space(row.new.base_version)
-            parts.append((scale, adapter))
+        for one in fresh:
+            scale = policy.alpha * policy.rule.weight(version - one.row.new.base_version) / len(fresh)
+            base = await self._history.space(one.row.new.base_version)
+            parts.append((scale, one.adapter))
             if task_id in base.cores:
                 parts.append((-scale, task_adapter(base, task_id)))
         return mix_adapters(parts, self._spec.rank_limit)
 
-    async def _mean(self, rows: Sequence[UpdateRow], version: int, policy: StepPolicy) -> Adapter:
-        rows = sorted(rows, key=lambda row: row.ingest_seq)
-        said = [
-            Contribution(row.new.organisation, {}, max(0, version - row.new.base_version), row.new.rows) for row in rows
-        ]
-        weights = contributor_weights(said, policy.rule, policy.rows_cap)
-        parts = [(weight, await self.of_update(row)) for weight, row in zip(weights, rows, strict=True)]
-        return mix_adapters(parts, self._spec.rank_limit) if len(parts) > 1 else parts[0][1]
+    async def _mean(self, task_id: str, rows: Sequence[UpdateRow], version: int, policy: StepPolicy) -> Adapter:
+        said = newest_of_each(await self._read(rows))
+        start = await self._start(task_id, version, policy)
+        return mean_of(said, start, version, policy, self._spec.rank_limit)
+
+    async def _start(self, task_id: str, version: int, policy: StepPolicy) -> Adapter | None:
+        """Return what a task began with, if it did up to ``version`` and if somebody is judged by it."""
+        if not policy.robust.filters:
+            return None
+        row = await self._store.do(lambda journal: first_merged(journal, task_id, version))
+        return None if row is None else await self.of_update(row)
+
+    async def _read(self, rows: Sequence[UpdateRow]) -> list[Said]:
+        return [Said(row, await self.of_update(row)) for row in rows]
+
+
+def _cut(said: Said, factor: float) -> Said:
+    if factor == 1:
+        return said
+    adapter = {site: Factors(factor * factors.out, factors.in_) for site, factors in said.adapter.items()}
+    return Said(said.row, adapter)
 
 
 class Originals(Mapping[str, Adapter]):

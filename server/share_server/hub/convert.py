@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from share_core.errors import RequestError
 from share_core.ledger import TaskLedger
+from share_core.privacy import PrivacyLedger
 from share_core.types import SpaceSpec
 from share_proto.v1 import fleet_pb2, hub_pb2
 from share_server.store.records import (
@@ -20,6 +21,7 @@ _STATES = {
     UpdateState.MERGED: hub_pb2.UPDATE_STATE_MERGED,
     UpdateState.REFUSED: hub_pb2.UPDATE_STATE_REFUSED,
     UpdateState.QUARANTINED: hub_pb2.UPDATE_STATE_QUARANTINED,
+    UpdateState.FORGOTTEN: hub_pb2.UPDATE_STATE_FORGOTTEN,
 }
 
 
@@ -71,11 +73,18 @@ def update_record(row: UpdateRow) -> hub_pb2.UpdateRecord:
         sequence=new.sequence,
         signature=new.signature,
         privacy=new.privacy,
+        lease_id=new.lease_id,
+        rows=new.rows,
+        create=new.create,
+        sharing=hub_pb2.TaskSharing(open=new.sharing.open, organisations=new.sharing.organisations),
+        schema_sha256=new.schema_sha256,
     )
 
 
-def task_record(row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int) -> hub_pb2.TaskRecord:
-    """Return one task as a message."""
+def task_record(
+    row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int, spent: PrivacyLedger | None = None
+) -> hub_pb2.TaskRecord:
+    """Return one task as a message; ``spent`` is what its published updates declared of noise on coefficients."""
     return hub_pb2.TaskRecord(
         task_id=row.task_id,
         owner=row.owner,
@@ -85,6 +94,8 @@ def task_record(row: TaskRow, ledger: TaskLedger, tau: float, coefficients: int)
         error_bound=ledger.bound,
         over_budget=ledger.bound > tau,
         coefficients=coefficients,
+        epsilon=None if spent is None else spent.epsilon,
+        delta=None if spent is None else spent.delta,
     )
 
 
@@ -110,7 +121,13 @@ def traffic(row: TrafficRow) -> hub_pb2.MemberTraffic:
 
 def node(row: NodeRow) -> fleet_pb2.Node:
     """Return one node as a message."""
-    return fleet_pb2.Node(member=row.member, public_key_pem=row.public_key, node_id=row.node_id, revoked=row.revoked)
+    return fleet_pb2.Node(
+        member=row.member,
+        public_key_pem=row.public_key,
+        node_id=row.node_id,
+        revoked=row.revoked,
+        key_sha256=row.key_sha256,
+    )
 
 
 def limit(value: int, most: int) -> int:

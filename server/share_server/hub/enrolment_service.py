@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc import aio
 
 from share_core.errors import OverloadError, RequestError, TokenError
-from share_core.identity import check_token, public_key_pem_of_certificate, sign_csr
+from share_core.identity import check_token, check_token_key, not_after, public_key_pem_of_certificate, sign_csr
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc
 from share_server.config import ServerConfig
 from share_server.hub import log
@@ -28,10 +32,20 @@ Context = aio.ServicerContext[Any, Any]
 
 _MOST_PEERS = 4096
 
+WRONG_PER_PEER = 20
+"""Wrong tokens per minute and peer that are told what is wrong with them."""
+
+WRONG_OVERALL = 200
+"""The same over all peers together."""
+
 
 @dataclass(frozen=True)
 class Authority:
     """What signing needs."""
+
+    def __post_init__(self) -> None:
+        """Refuse a token key that is none; raises ConfigError."""
+        check_token_key(self.token_key)
 
     certificate: bytes
     """Of the authority, PEM."""
@@ -42,25 +56,64 @@ class Authority:
 
 
 class RateLimit:
-    """A token bucket per peer address: ``per_minute`` calls, refilled evenly. The oldest addresses are forgotten."""
+    """A token bucket per name: ``per_minute`` things, refilled evenly. The oldest names are forgotten."""
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int, what: str = "enrolment calls") -> None:
         self._per_minute = per_minute
+        self._what = what
         self._buckets = Buckets(per_minute / 60, float(per_minute), _MOST_PEERS)
 
-    def take(self, address: str, now_s: float) -> None:
-        """Count one call.
+    def take(self, name: str, now_s: float) -> None:
+        """Count one.
 
         Raises:
-            OverloadError: the address has used up its calls.
+            OverloadError: the name has used up its share.
         """
-        bucket = self._buckets.of(address, now_s)
+        bucket = self._buckets.of(name, now_s)
         if (wait := bucket.wait_s(1.0, now_s)) > 0:
             hint = retry_ms(wait)
-            raise OverloadError(
-                f"more than {self._per_minute} enrolment calls per minute: try again in {hint} ms", hint
-            )
+            raise OverloadError(f"more than {self._per_minute} {self._what} per minute: try again in {hint} ms", hint)
         bucket.take(1.0)
+
+
+class WrongTokens:
+    """How many wrong tokens are answered with what is wrong with them, per minute: per peer, and by all together.
+
+    Those beyond it are all told the same and leave next to nothing in the log. A right token is never counted and never
+    turned away here, whoever shares its address: it proves itself, and checking one costs microseconds. What keeps
+    tokens from being guessed is their length (:data:`share_core.identity.token.KEY_BYTES`), not this.
+    """
+
+    def __init__(self, per_peer: int = WRONG_PER_PEER, overall: int = WRONG_OVERALL) -> None:
+        self._peers = RateLimit(per_peer, "wrong join tokens from this address")
+        self._overall = RateLimit(overall, "wrong join tokens")
+
+    @contextmanager
+    def counted(self, network: str, now_s: float) -> Iterator[None]:
+        """Count what the block says of a token.
+
+        Raises:
+            OverloadError: instead of the TokenError of the block, once there were too many.
+        """
+        try:
+            yield
+        except TokenError:
+            self._peers.take(network, now_s)
+            self._overall.take("", now_s)
+            raise
+
+
+def peer_network(peer: str) -> str:
+    """Return what callers are counted by: the address in gRPC's name of a peer; of IPv6 the /64, which one line has."""
+    address = unquote(peer).rpartition(":")[0].partition(":")[2].strip("[]").partition("%")[0]
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4:
+        return str(found)
+    mapped = found.ipv4_mapped
+    return str(mapped) if mapped else str(ipaddress.ip_network((found, 64), strict=False))
 
 
 class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
@@ -72,6 +125,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         self._authority = authority
         self._roster = roster
         self._space_id = space_id
+        self._wrong = WrongTokens()
 
     async def GetAuthority(
         self, request: enrolment_pb2.GetAuthorityRequest, context: Context
@@ -81,11 +135,17 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
 
     async def Enrol(self, request: enrolment_pb2.EnrolRequest, context: Context) -> enrolment_pb2.EnrolResponse:
         """Turn a join token into a certificate; member, node key and used token are durable when answered."""
+        with self._wrong.counted(peer_network(context.peer()), asyncio.get_running_loop().time()):
+            return await self._enrol(request, context)
+
+    async def _enrol(self, request: enrolment_pb2.EnrolRequest, context: Context) -> enrolment_pb2.EnrolResponse:
         now = datetime.now(UTC)
         token = check_token(request.token, self._authority.token_key, now)
         if token.role not in MEMBER_ROLES:
             raise TokenError(f"a join token cannot make a {token.role}")
         node_key = canonical_node_key(request.node_public_key_pem)
+        if node_key and token.role != "trainer":
+            raise RequestError(f"a {token.role} has no Flower node: leave node_public_key_pem empty")
         sign = partial(
             sign_csr,
             self._authority.certificate,
@@ -97,17 +157,23 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         )
         certificate = sign()
         serving = sign(server_names=token.hosts) if token.hosts else b""
-        member = MemberRow(
+        asked = MemberRow(
             member=token.identity.member,
             role=token.role,
             key_sha256=key_digest(public_key_pem_of_certificate(certificate)),
             certificate=certificate,
             revoked=False,
+            hosts=token.hosts,
         )
-        await asyncio.shield(self._record(member, node_key, token.nonce))
+        member = await asyncio.shield(self._record(asked, node_key, token.nonce))
+        if now >= not_after(member.certificate):
+            raise TokenError(
+                f"join token for {member.member} was used already, and the certificate it gave has expired: ask the "
+                "operator for a new token"
+            )
         log.info("enrolled", member=member.member, role=member.role, peer=context.peer())
         return enrolment_pb2.EnrolResponse(
-            certificate_pem=certificate,
+            certificate_pem=member.certificate,
             ca_pem=self._authority.certificate,
             hub_address=self._config.hub_address,
             gateway_address=self._config.gateway_address,
@@ -116,9 +182,10 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             serving_certificate_pem=serving,
         )
 
-    async def _record(self, member: MemberRow, node_key: bytes, nonce: str) -> None:
-        await self._store.do(lambda journal: enrol_member(journal, member, node_key, nonce, now_ms()))
+    async def _record(self, asked: MemberRow, node_key: bytes, nonce: str) -> MemberRow:
+        member = await self._store.do(lambda journal: enrol_member(journal, asked, node_key, nonce, now_ms()))
         self._roster.put(member)
+        return member
 
 
 def canonical_node_key(public_key_pem: bytes) -> bytes:

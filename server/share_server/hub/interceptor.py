@@ -1,5 +1,8 @@
 """The door in front of every RPC: room first, then access, then the handler, then errors in the words of the contract.
 
+A call that stays open is looked at again and again while it runs, whatever it does: who may not call any more is cut
+off in the middle of it.
+
 Calls are counted here and not by gRPC, whose own limit answers without a word on when to try again. That one is set a
 little higher and only stands behind this one.
 """
@@ -9,16 +12,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 from grpc import aio
 
-from share_core.errors import ERROR_KEY, RETRY_KEY, FedshareError, OverloadError, UnavailableError
+from share_core.errors import (
+    ERROR_KEY,
+    RETRY_KEY,
+    FedshareError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+)
 from share_server.hub import log
-from share_server.hub.chunks import DECODERS
+from share_server.hub.chunks import DECODERS, Unreadable, bounded
 from share_server.hub.metrics import Metrics
 
 SHED_RETRY_MS = 1000
@@ -35,8 +46,22 @@ _NEWCOMERS_S = 2.0
 
 Context = aio.ServicerContext[Any, Any]
 
-Admit = Callable[[str, Context], None]
-"""Checks one call and raises a FedshareError to refuse it."""
+Recheck = Callable[[], None]
+"""Checks an open call again and raises a FedshareError to end it."""
+
+Admit = Callable[[str, Context], Recheck | None]
+"""Checks one call and raises a FedshareError to refuse it; returns what to ask again while it is open, if anything."""
+
+
+@dataclass(eq=False)
+class _Open:
+    """A call in progress."""
+
+    recheck: Recheck
+    scope: asyncio.Timeout
+    """Ends the handler when it is over."""
+    ended: FedshareError | None = None
+    """Why the call was ended from outside."""
 
 
 def backstop(most_calls: int) -> int:
@@ -62,6 +87,23 @@ class Door(aio.ServerInterceptor):
         self.newcomers = 0
         """Calls that have come since :meth:`shut`."""
         self._opened: asyncio.Event | None = None
+        self._open: set[_Open] = set()
+
+    def look(self) -> None:
+        """End every open call whose caller may not call any more."""
+        for call in list(self._open):
+            if call.ended is None:
+                try:
+                    call.recheck()
+                except FedshareError as error:
+                    call.ended = error
+                    call.scope.reschedule(asyncio.get_running_loop().time())
+
+    async def keep_looking(self, every_s: float) -> None:
+        """Look every ``every_s`` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            self.look()
 
     def shut(self) -> None:
         """Let no call in any more; those that come wait until :meth:`turn_away`. Only the health is still answered."""
@@ -90,7 +132,8 @@ class Door(aio.ServerInterceptor):
         if handler is None:
             return handler
         method = handler_call_details.method
-        codec = (DECODERS.get(method, handler.request_deserializer), handler.response_serializer)
+        decode = handler.request_deserializer
+        codec = (DECODERS.get(method) or (decode and bounded(decode)), handler.response_serializer)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._single(method, handler.unary_unary), *codec)
         if handler.stream_unary is not None:
@@ -106,8 +149,9 @@ class Door(aio.ServerInterceptor):
             try:
                 await self._pass(method)
                 with self._room(method):
-                    self._admit(method, context)
-                    return await behaviour(request, context)
+                    async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
+                        return await behaviour(request, context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
 
@@ -118,18 +162,40 @@ class Door(aio.ServerInterceptor):
             try:
                 await self._pass(method)
                 with self._room(method):
-                    self._admit(method, context)
-                    answer = behaviour(request, context)
-                    if isinstance(answer, AsyncGenerator):
-                        async with aclosing(answer):
-                            async for message in answer:
-                                await self._write(context, message)
-                    else:
-                        await answer
+                    async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
+                        await self._answer(behaviour(request, context), context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
 
         return guarded
+
+    async def _answer(self, answer: Any, context: Context) -> None:
+        """Send what a handler of many messages yields, or wait until it has sent them itself."""
+        if not isinstance(answer, AsyncGenerator):
+            await answer
+            return
+        async with aclosing(answer):
+            async for message in answer:
+                await self._write(context, message)
+
+    @asynccontextmanager
+    async def _watched(self, recheck: Recheck | None) -> AsyncIterator[None]:
+        """Let :meth:`look` end what the block does; raises what it found."""
+        if recheck is None:
+            yield
+            return
+        call = _Open(recheck, asyncio.timeout(None))
+        self._open.add(call)
+        try:
+            async with call.scope:
+                yield
+        except TimeoutError:
+            if call.ended is None:
+                raise
+            raise call.ended from None
+        finally:
+            self._open.discard(call)
 
     @contextmanager
     def _room(self, method: str) -> Iterator[None]:
@@ -159,6 +225,11 @@ class Door(aio.ServerInterceptor):
             raise UnavailableError(
                 f"nothing was read for {self._write_timeout_s:g} s: connect again and read faster"
             ) from error
+
+
+def _require_readable(request: Any) -> None:
+    if isinstance(request, Unreadable):
+        raise RequestError(request.reason)
 
 
 async def stop_in_order(server: aio.Server, door: Door, grace_s: float) -> None:

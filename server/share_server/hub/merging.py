@@ -3,7 +3,8 @@
 It takes what waits in ingest order, several updates at once, but each private task at most once per version. Each is
 lifted through the bases of the version it was trained in, all are merged on a thread and committed in one transaction,
 and only then published. An update that cannot be merged is recorded as refused with its reason; it never holds up the
-others.
+others. One that the other organisations outvote, or that would cost somebody else's stored task more than the limit, is
+set aside until the operator decides.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from share_server.hub.metrics import Metrics
 from share_server.hub.policy import StepPolicy
 from share_server.hub.signing import sign_version
 from share_server.hub.stepping import Step, Stepper
-from share_server.store.records import UpdateRow, VersionCommit, VersionRow
+from share_server.store.records import NewUpdate, UpdateRow, VersionCommit, VersionRow
 from share_server.store.recovery import sizes_of
 from share_server.store.store import Store
-from share_server.store.updates import list_accepted, refuse_update
+from share_server.store.updates import has_newer, list_accepted, quarantine_update, refuse_update
 from share_server.store.versions import commit_version, read_manifest
 
 
@@ -99,10 +100,12 @@ class MergeLoop:
         batch: list[UpdateRow] = []
         seen: set[str] = set()
         for row in rows:
-            # A private task takes the newest update whole: two of one task in a version would lose the first unseen.
-            if row.new.task_id in seen and not await self._contents.is_shared(row.new.task_id):
+            if row.released:  # nothing is held against it, so it goes alone
+                return (batch or [row]), None
+            once = await self._once_per_version(row.new)
+            if once in seen:
                 break
-            seen.add(row.new.task_id)
+            seen.update({once} if once else ())
             batch.append(row)
         if self._config.buffer > 1 and 0 < len(batch) < self._config.buffer:
             waited_s = (now_ms() - batch[0].received_ms) / 1000
@@ -112,9 +115,25 @@ class MergeLoop:
                 return [], self._config.buffer_wait_s - waited_s
         return batch, None
 
+    async def _once_per_version(self, new: NewUpdate) -> str | None:
+        """Return what a version may hold one update of: of a private task, which takes the newest update whole.
+
+        Two of one task in a version would lose the first unseen. Where shared tasks move by steps and are judged, it is
+        one of each organisation, so that none moves the task without being judged.
+        """
+        if not await self._contents.is_shared(new.task_id):
+            return new.task_id
+        if self._policy.robust.filters and self._policy.mixing != "mean":
+            return f"{new.task_id} {new.organisation}"
+        return None
+
     async def _merge(self, batch: Sequence[UpdateRow]) -> None:
         state = self._feed.state
         started_ms = now_ms()
+        for row in batch:
+            if row.released and await self._store.do(lambda journal, row=row: has_newer(journal, row)):  # type: ignore[misc]
+                await self._refuse(row, "it was released after a newer update of its task had been merged")
+                return
         try:
             tried = await self._stepper.step(state, batch, self._policy, self._retention.snapshot_every)
         except StorageError:
@@ -125,11 +144,26 @@ class MergeLoop:
         for row in batch:
             if (reason := tried.refused.get(row.new.update_id)) is not None:
                 await self._refuse(row, f"{type(reason).__name__}: {reason}")
-        if tried.step is not None:
+            if (outvoted := tried.aside.get(row.new.update_id)) is not None:
+                await self._quarantine(row, outvoted)
+        if tried.step is not None and tried.step.harm is not None and not any(row.released for row in batch):
+            await self._hold(tried.step, batch)
+        elif tried.step is not None:
             await self._commit(tried.step, batch)
             rows = {row.new.update_id: row for row in batch}
             waited_s = [(now_ms() - rows[one.update_id].received_ms) / 1000 for one in tried.step.merged]
             self._metrics.merged(len(waited_s), (now_ms() - started_ms) / 1000, waited_s)
+
+    async def _hold(self, step: Step, batch: Sequence[UpdateRow]) -> None:
+        """Do not publish a version that costs somebody else too much; find out which of its updates does."""
+        taken = {one.update_id for one in step.merged}
+        rows = [row for row in batch if row.new.update_id in taken]
+        if len(rows) == 1:
+            await self._quarantine(rows[0], str(step.harm))
+            return
+        log.warning("version held", version=step.state.space.version, updates=len(rows), reason=str(step.harm))
+        for row in rows:
+            await self._merge([row])
 
     async def _merge_alone(self, batch: Sequence[UpdateRow], error: Exception) -> None:
         """Find the update of a batch on which the mathematics failed, and refuse that one only."""
@@ -190,6 +224,10 @@ class MergeLoop:
     async def _refuse(self, row: UpdateRow, reason: str) -> None:
         await self._store.do(lambda journal: refuse_update(journal, row.new.update_id, reason))
         log.warning("refused to merge", update_id=row.new.update_id, task_id=row.new.task_id, reason=reason)
+
+    async def _quarantine(self, row: UpdateRow, reason: str) -> None:
+        await self._store.do(lambda journal: quarantine_update(journal, row.new.update_id, reason))
+        log.warning("quarantined", update_id=row.new.update_id, task_id=row.new.task_id, reason=reason)
 
 
 def _changed(before: HubState, after: HubState) -> dict[str, TaskLedger]:

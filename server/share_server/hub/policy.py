@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from share_core.merge import MergePolicy
 from share_core.mixing import Staleness
+from share_core.robust.policy import OFF, RobustPolicy, robust_policy
 from share_core.types import SpaceSpec
 from share_server.config import MergeConfig
 
@@ -36,11 +38,13 @@ class StepPolicy:
     """Mixing rate of fedasync, server rate of fedbuff."""
     rows_cap: int
     """Declared rows weigh up to this number; 0: not at all."""
+    robust: RobustPolicy = OFF
+    """Who is judged, capped and held; off in versions of before."""
 
     @property
     def merge(self) -> MergePolicy:
         """The part that the merge itself takes."""
-        return MergePolicy(k_max=self.k_max, tau=self.tau, refits=self.refits)
+        return MergePolicy(k_max=self.k_max, tau=self.tau, refits=self.refits, influence=self.robust.influence)
 
     @property
     def most_rank(self) -> int:
@@ -57,7 +61,7 @@ class StepPolicy:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
 
-def policy_of(spec: SpaceSpec, config: MergeConfig) -> StepPolicy:
+def policy_of(spec: SpaceSpec, config: MergeConfig, robust: RobustPolicy = OFF) -> StepPolicy:
     """Return the policy that the operator has set."""
     return StepPolicy(
         k_max=spec.k_max,
@@ -69,9 +73,15 @@ def policy_of(spec: SpaceSpec, config: MergeConfig) -> StepPolicy:
         staleness_b=config.staleness_b,
         alpha=config.alpha,
         rows_cap=config.rows_cap,
+        robust=robust,
     )
 
 
 def policy_from_text(text: str) -> StepPolicy:
     """Read what :meth:`StepPolicy.to_text` wrote."""
-    return StepPolicy(**json.loads(text))
+    return policy_from_values(json.loads(text))
+
+
+def policy_from_values(values: Mapping[str, Any]) -> StepPolicy:
+    """Read a policy as it stands in an entry of the hash chain."""
+    return StepPolicy(**{**values, "robust": robust_policy(values.get("robust"))})

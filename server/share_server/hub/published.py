@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import OrderedDict
 
 from share_core.errors import RebaseError
@@ -11,13 +13,15 @@ from share_proto.v1 import hub_pb2
 from share_server.hub.feed import Feed, snapshot_bytes
 from share_server.hub.history import History
 from share_server.hub.once import Once
-from share_server.hub.signing import sign_whole
-from share_server.hub.streams import SMALL_CHAIN_BYTES
+from share_server.hub.signing import sign_newest, sign_whole
+from share_server.hub.streams import SMALL_CHAIN_BYTES, Newest
 from share_server.store.store import Store
 from share_server.store.versions import chain_bytes, read_manifest, read_version
 
 _KEPT_STEP_BYTES = 64 * 2**20
 _KEPT_WHOLE = 2
+_SAID_S = 5.0
+"""Seconds for which one signed statement of the newest version is handed out."""
 
 Step = tuple[hub_pb2.DeltaHeader, bytes]
 Whole = tuple[hub_pb2.SnapshotHeader, bytes]
@@ -38,6 +42,9 @@ class Published:
         self._reading: Once[int, Step] = Once()
         self._making: Once[int, Whole] = Once()
         self._comparing: Once[tuple[int, int], bool] = Once()
+        self._saying: Once[int, Newest] = Once()
+        self._said: Newest | None = None
+        self._said_at = -math.inf
         self.subscribers = 0
         """Open FollowVersions streams."""
 
@@ -55,6 +62,18 @@ class Published:
     def closing(self) -> bool:
         """Whether the hub is about to stop."""
         return self._feed.closing
+
+    async def newest(self) -> Newest:
+        """Return a statement of the newest version, signed a moment ago, the same one for all who ask now."""
+        version = self._feed.version
+        if self._said is None or self._said[0] != version or time.monotonic() - self._said_at > _SAID_S:
+            self._said = await self._saying.run(version, lambda: self._say(version))
+            self._said_at = time.monotonic()
+        return self._said
+
+    async def _say(self, version: int) -> Newest:
+        own = await self._store.do(lambda journal: read_manifest(journal, version))
+        return version, _message(sign_newest(self._signing_key, self._feed.space_id, version, own))
 
     async def wait_after(self, version: int, timeout_s: float) -> None:
         """Return when a version after ``version`` is published, when the hub closes, or after ``timeout_s``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from share_core.identity import Manifest, SignedManifest, sign_manifest
-from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION
+from share_core.identity.manifest import GENESIS, NEWEST, SNAPSHOT, VERSION
 from share_server.hub.clock import now_ms
 from share_server.hub.policy import StepPolicy
 from share_server.store.journal import Journal
@@ -43,6 +43,19 @@ def sign_whole(
     """
     link = "" if own is None else own.sha256
     return sign_manifest(key, Manifest(SNAPSHOT, space_id, version, link, *snapshot, now_ms()))
+
+
+def sign_newest(key: bytes, space_id: str, version: int, own: SignedManifest | None) -> SignedManifest:
+    """Return the signed statement that a version is the newest now.
+
+    Args:
+        key: Ed25519 private key, PEM.
+        space_id: the space.
+        version: the version.
+        own: manifest of the version; None for version 0.
+    """
+    link = GENESIS if own is None else own.sha256
+    return sign_manifest(key, Manifest(NEWEST, space_id, version, link, "", 0, now_ms()))
 
 
 def sign_unsigned(journal: Journal, key: bytes, space_id: str, policy: StepPolicy) -> int:

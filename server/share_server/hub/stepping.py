@@ -14,10 +14,12 @@ from typing import TypeVar
 
 from share_core.errors import FedshareError, StorageError
 from share_core.merge import HubState, Merged, merge_all
+from share_core.robust.past import Harm, harm_of
 from share_core.space import advance
 from share_core.types import Adapter, SpaceSpec
 from share_core.wire import decode_delta, decode_snapshot, encode_delta, encode_snapshot
 from share_server.hub.contents import Contents, Originals
+from share_server.hub.judging import Background, Said, to_set_aside
 from share_server.hub.policy import StepPolicy
 from share_server.store.records import Merging, UpdateRow
 
@@ -38,6 +40,8 @@ class Step:
     """Whether it rotates a basis."""
     merged: tuple[Merging, ...]
     """The updates in it, in ingest order."""
+    harm: Harm | None
+    """What it would cost somebody else more than the limit."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Tried:
     """The version, if at least one update could be merged."""
     refused: Mapping[str, FedshareError]
     """Updates that cannot be read in their base version, by id."""
+    aside: Mapping[str, str]
+    """Updates that the others outvote, by id, with the reason."""
 
 
 class Stepper:
@@ -58,40 +64,62 @@ class Stepper:
         self._spec = spec
         self._thread = ThreadPoolExecutor(1, "merge")
 
-    async def step(self, state: HubState, rows: Sequence[UpdateRow], policy: StepPolicy, snapshot_every: int) -> Tried:
+    async def step(
+        self,
+        state: HubState,
+        rows: Sequence[UpdateRow],
+        policy: StepPolicy,
+        snapshot_every: int,
+        *,
+        again: bool = False,
+    ) -> Tried:
         """Merge ``rows``, given in ingest order, into ``state``.
 
         Of many large updates only the first ones are taken, so that a version stays of bounded size; the others wait.
+        With ``again`` they were merged before: none is set aside, also where others have been forgotten since; one that
+        is outvoted has no weight.
 
         Raises:
             StorageError: the store failed. What else the mathematics raises concerns the rows together.
         """
         refused: dict[str, FedshareError] = {}
-        said: list[tuple[UpdateRow, Adapter]] = []
+        said: list[Said] = []
         for row in rows:
             try:
-                said.append((row, await self._contents.of_update(row)))
+                said.append(Said(row, await self._contents.of_update(row)))
             except StorageError:
                 raise
             except FedshareError as error:
                 refused[row.new.update_id] = error
         if not said:
-            return Tried(None, refused)
-        said = parts_by_rank(said, policy.most_rank)[0]
-        groups: dict[str, list[tuple[UpdateRow, Adapter]]] = {}
-        for row, adapter in said:
-            groups.setdefault(row.new.task_id, []).append((row, adapter))
+            return Tried(None, refused, {})
+        said = [one for one, _ in parts_by_rank([(one, one.adapter) for one in said], policy.most_rank)[0]]
+        groups: dict[str, list[Said]] = {}
+        for one in said:
+            groups.setdefault(one.row.new.task_id, []).append(one)
+        aside: dict[str, str] = {}
+        behind: dict[str, Background] = {}
+        for task, fresh in groups.items():
+            behind[task] = await self._background(task, state.space.version, policy)
+            if not again and await self._contents.is_shared(task):
+                aside.update(await asyncio.to_thread(to_set_aside, behind[task], fresh, policy))
+        said = [one for one in said if one.row.new.update_id not in aside]
+        groups = {task: [one for one in own if one in said] for task, own in groups.items()}
         adapters = {
-            task: await self._contents.next_of_task(task, state.space, fresh, policy) for task, fresh in groups.items()
+            task: await self._contents.next_of_task(task, state.space, behind[task], fresh, policy)
+            for task, fresh in groups.items()
+            if fresh
         }
+        if not adapters:
+            return Tried(None, refused, aside)
         originals = await self._originals(state, adapters, policy)
         loop = asyncio.get_running_loop()
-        taken = [row for row, _ in said]
+        taken = [one.row for one in said]
         work = loop.run_in_executor(
             self._thread, self._compute, state, taken, adapters, policy, originals, snapshot_every
         )
         try:
-            return Tried(await asyncio.shield(work), refused)
+            return Tried(await asyncio.shield(work), refused, aside)
         except asyncio.CancelledError:
             await asyncio.wait([work])  # it asks this event loop for originals: without it, it would never end
             raise
@@ -99,6 +127,13 @@ class Stepper:
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True)
+
+    async def _background(self, task_id: str, version: int, policy: StepPolicy) -> Background:
+        """Return what a shared task is mixed with and judged by; nothing is read where neither is done."""
+        needed = policy.mixing == "mean" or policy.robust.filters
+        if not (needed and await self._contents.is_shared(task_id)):
+            return Background()
+        return await self._contents.background(task_id, version, policy)
 
     async def _originals(self, state: HubState, adapters: Mapping[str, Adapter], policy: StepPolicy) -> Originals:
         others = [task for task in state.space.cores if task not in adapters]
@@ -129,6 +164,13 @@ class Stepper:
             snapshot=snapshot,
             compacts=merged.delta.compacts,
             merged=_mergings(rows, merged),
+            harm=harm_of(
+                state.ledger,
+                merged.state.ledger,
+                adapters.keys(),
+                {row.new.organisation for row in rows},
+                policy.robust.past,
+            ),
         )
 
 

@@ -7,6 +7,8 @@ At each turn it is given the next step, or told to fetch the newest version whol
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Protocol
@@ -19,6 +21,13 @@ from share_server.hub.options import CHUNK_BYTES
 
 SMALL_CHAIN_BYTES = 2**20
 """Steps of up to this size together are always sent as such: only their reader can look at every version."""
+
+
+HEARTBEAT_S = 30.0
+"""Seconds between two statements of the newest version on a stream on which nothing else happens."""
+
+Newest = tuple[int, hub_pb2.Manifest]
+"""A version, and the hub's signed statement that it was the newest."""
 
 
 class Source(Protocol):
@@ -38,6 +47,9 @@ class Source(Protocol):
     @property
     def closing(self) -> bool:
         """Whether the process is about to stop."""
+
+    async def newest(self) -> Newest | None:
+        """Return the hub's youngest statement of its newest version; None if there is none here."""
 
     async def wait_after(self, version: int, timeout_s: float) -> None:
         """Return when a version after ``version`` is there, when the process stops, or after ``timeout_s``."""
@@ -105,13 +117,20 @@ class Streams:
             )
         self._take(self._following, caller, "follows")
         source.subscribers += 1
+        said, said_at = b"", -math.inf
         try:
             while True:
                 self._recheck(caller)
                 if source.closing:
                     raise UnavailableError("the hub is stopping: connect again in a moment")
+                if time.monotonic() - said_at >= HEARTBEAT_S:
+                    # Not one that is older than what this reader has: it would look like a hub that went back.
+                    newest = await source.newest()
+                    if newest is not None and newest[0] >= position and newest[1].body != said:
+                        said, said_at = newest[1].body, time.monotonic()
+                        yield hub_pb2.FollowVersionsResponse(heartbeat=newest[1])
                 if position >= source.version:
-                    await source.wait_after(position, self._limits.recheck_s)
+                    await source.wait_after(position, min(self._limits.recheck_s, HEARTBEAT_S))
                     continue
                 if await source.whole_is_better(position):
                     required = hub_pb2.SnapshotRequired(newest_version=source.version)

@@ -15,23 +15,26 @@ from share_core.errors import GO_AHEAD_KEY, AccessError, RequestError, UnknownUp
 from share_core.names import check_update_id, split_task_id
 from share_core.types import SpaceSpec
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
-from share_server.hub import convert
+from share_server.hub import convert, log
 from share_server.hub.access import CALLER, Caller
 from share_server.hub.clock import now_ms
 from share_server.hub.engine import Engine
 from share_server.hub.feed import bases_bytes, coefficients
+from share_server.hub.membership import Membership
 from share_server.hub.streams import Streams
 from share_server.hub.traffic import Traffic
 from share_server.operations.backup import backup_running
-from share_server.store.members import list_members
+from share_server.store.members import list_certificates, list_members
+from share_server.store.privacy import read_privacy
 from share_server.store.records import EvaluationRow, UpdateState
 from share_server.store.reports import list_evaluations, list_traffic, record_evaluations
-from share_server.store.updates import count_states, find_update, list_updates
+from share_server.store.updates import count_states, decide_update, find_update, list_updates
 from share_server.store.versions import count_compactions, list_tasks
 
 _METRIC = re.compile(r"[a-z0-9_.-]{1,64}")
 _PAGE = 1000
 _MOST_EVALUATIONS = 1000
+_MOST_REASON = 500
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -40,7 +43,13 @@ class HubService(hub_pb2_grpc.HubServicer):
     """See ``hub.proto`` for what each method promises."""
 
     def __init__(
-        self, spec: SpaceSpec, engine: Engine, streams: Streams, traffic: Traffic, signer_certificate: bytes
+        self,
+        spec: SpaceSpec,
+        engine: Engine,
+        streams: Streams,
+        traffic: Traffic,
+        membership: Membership,
+        signer_certificate: bytes,
     ) -> None:
         self._store = engine.store
         self._spec = spec
@@ -51,6 +60,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self._collector = engine.collector
         self._streams = streams
         self._traffic = traffic
+        self._membership = membership
         self._signer_certificate = signer_certificate
         self._started_ms = now_ms()
 
@@ -112,10 +122,16 @@ class HubService(hub_pb2_grpc.HubServicer):
 
     async def ListTasks(self, request: hub_pb2.ListTasksRequest, context: Context) -> hub_pb2.ListTasksResponse:
         """Every task that the newest version holds, with its ledger."""
-        rows = await self._store.do(list_tasks)
+        rows, spent = await self._store.do(lambda journal: (list_tasks(journal), read_privacy(journal)))
         state = self._feed.state
         tasks = [
-            convert.task_record(row, state.ledger[row.task_id], self._spec.tau, coefficients(state.space, row.task_id))
+            convert.task_record(
+                row,
+                state.ledger[row.task_id],
+                self._spec.tau,
+                coefficients(state.space, row.task_id),
+                spent.get(row.task_id),
+            )
             for row in rows
             if row.task_id in state.ledger
         ]
@@ -153,6 +169,7 @@ class HubService(hub_pb2_grpc.HubServicer):
             accepted=states[UpdateState.ACCEPTED],
             merged=states[UpdateState.MERGED],
             refused=states[UpdateState.REFUSED],
+            quarantined=states[UpdateState.QUARANTINED],
             k_left_max=max((basis.k_out for basis in space.bases.values()), default=0),
             k_right_max=max((basis.k_in for basis in space.bases.values()), default=0),
             subscribers=self._published.subscribers,
@@ -172,11 +189,49 @@ class HubService(hub_pb2_grpc.HubServicer):
             ]
         )
 
+    async def ListCertificates(
+        self, request: hub_pb2.ListCertificatesRequest, context: Context
+    ) -> hub_pb2.ListCertificatesResponse:
+        """A page of the certificates that were issued, for operators."""
+        after, most = request.after, convert.limit(request.limit, _PAGE)
+        rows = await self._store.do(lambda journal: list_certificates(journal, after, most))
+        return hub_pb2.ListCertificatesResponse(
+            certificates=[
+                hub_pb2.IssuedCertificate(
+                    number=row.number, key_sha256=row.key_sha256, member=row.member, certificate_pem=row.certificate
+                )
+                for row in rows
+            ]
+        )
+
     async def Backup(self, request: hub_pb2.BackupRequest, context: Context) -> AsyncIterator[hub_pb2.BackupProgress]:
         """Copy the server directory while serving; nothing is collected meanwhile."""
         async with self._collector.held, aclosing(backup_running(self._store, Path(request.directory))) as steps:
             async for done, total, version in steps:
                 yield hub_pb2.BackupProgress(done=done, total=total, version=version, finished=done == total)
+
+    async def Renew(self, request: hub_pb2.RenewRequest, context: Context) -> hub_pb2.RenewResponse:
+        """A new certificate over the caller's present key."""
+        return await self._membership.renew(CALLER.get())
+
+    async def Revoke(self, request: hub_pb2.RevokeRequest, context: Context) -> hub_pb2.RevokeResponse:
+        """Shut a member out, or let it in again."""
+        await self._membership.revoke(request.member, request.undo)
+        return hub_pb2.RevokeResponse()
+
+    async def DecideUpdate(
+        self, request: hub_pb2.DecideUpdateRequest, context: Context
+    ) -> hub_pb2.DecideUpdateResponse:
+        """Release or refuse one update that is set aside."""
+        update_id, release, reason = check_update_id(request.update_id), request.release, request.reason.strip()
+        if not release and not reason:
+            raise RequestError(f"update {update_id}: say why it is refused, its owner reads it")
+        if len(reason) > _MOST_REASON:
+            raise RequestError(f"a reason has at most {_MOST_REASON} characters, got {len(reason)}")
+        row = await self._store.do(lambda journal: decide_update(journal, update_id, release, reason))
+        log.info("decided", update_id=update_id, task_id=row.new.task_id, release=release, reason=reason)
+        self._loop.wake()
+        return hub_pb2.DecideUpdateResponse(update=convert.update_record(row))
 
     def _evaluation(self, caller: Caller, one: hub_pb2.Evaluation) -> EvaluationRow:
         organisation, _ = split_task_id(one.task_id)

@@ -121,8 +121,14 @@ class Uploads:
             )
 
 
+def key_prefix(name: str) -> str:
+    """Return how the keys of the uploads of ``organisation/name``, or of a whole ``organisation``, begin."""
+    organisation, slash, _ = name.partition("/")
+    return f"{_digest(organisation)}-" + (f"{_digest(name)}-" if slash else "")
+
+
 def _key(caller: Caller, update_id: str) -> str:
-    return f"{_digest(caller.organisation)}-{_digest(caller.member)}-{update_id}"
+    return f"{key_prefix(caller.member)}{update_id}"
 
 
 def _digest(name: str) -> str:

@@ -18,19 +18,25 @@ from share_server.layout import Layout
 from share_server.operations.backup import MARKER
 from share_server.operations.reading import ReadJournal, Told
 from share_server.operations.report import Report
+from share_server.operations.signatures import INVALID, UNSIGNED, SignatureChecker
 from share_server.store.anchor import START, Anchor, Mark
 from share_server.store.blobs import storage
-from share_server.store.journal import entry_hash
-from share_server.store.members import list_members
+from share_server.store.journal import Journal, entry_hash
+from share_server.store.members import all_certificates, list_members
 from share_server.store.pages import PageSums
+from share_server.store.privacy import privacy_problems
 from share_server.store.records import UpdateRow, UpdateState, VersionRow
-from share_server.store.recovery import all_updates, needed_payloads, row_problems
+from share_server.store.recovery import Entries, all_updates, needed_payloads, row_problems
 from share_server.store.schema import SCHEMA_VERSION
 from share_server.store.updates import sharing_to_text
 from share_server.store.versions import find_task, head_version, list_versions
 
-Entries = Mapping[int, tuple[str, dict[str, Any], str]]
-"""(kind, body, hexadecimal hash) of every entry of the chain by number."""
+_MOST_NAMED = 20
+"""Most unsigned updates that a note names."""
+
+
+_REASONED = {UpdateState.REFUSED: "refused", UpdateState.QUARANTINED: "quarantined"}
+"""States with a reason, and the entries that say it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def _read_rows(journal: ReadJournal, entries: Entries, report: Report) -> Rows:
         report.problems += list(row_problems(entries, updates, versions, head))
     with report.noting("other rows and chain"):
         report.problems += list(_other_row_problems(journal, entries, updates, versions))
+    with report.noting("privacy ledger"):
+        report.problems += list(privacy_problems(journal, [(kind, body) for kind, body, _ in entries.values()]))
     report.updates, report.versions = len(updates), len(versions)
     return Rows(entries, updates, versions, head)
 
@@ -151,12 +159,15 @@ def _other_row_problems(
         key = body.get("update_id") or body.get("task_id") or body.get("member") or ""
         said.setdefault(kind, {})[key] = body
         before = max(before, body["before"]) if kind == "collected" else before
-    refused, originals = said.get("refused", {}), said.get("original", {})
+    originals = said.get("original", {})
     for row in updates:
         name = row.new.update_id
-        if row.state is UpdateState.REFUSED and name in refused and refused[name]["reason"] != row.reason:
-            yield f"update {name} was refused for another reason than its row says"
-        if originals.get(name, {}).get("sha256") != row.original_sha256:
+        if row.state in _REASONED and said.get(_REASONED[row.state], {}).get(name, {}).get("reason") != row.reason:
+            yield f"update {name} was {_REASONED[row.state]} for another reason than its row says"
+        if row.state is UpdateState.FORGOTTEN:
+            if row.original_sha256 is not None:
+                yield f"update {name} is forgotten and has its original still"
+        elif originals.get(name, {}).get("sha256") != row.original_sha256:
             yield f"update {name} has another original than was chained"
     for version in versions:
         if version.collected != (version.version < before):
@@ -165,18 +176,38 @@ def _other_row_problems(
         for number, digest in body["versions"].items() if kind == "signed" else ():
             if int(number) > len(versions) or versions[int(number) - 1].manifest.sha256 != digest:
                 yield f"version {number} has another manifest than was chained"
-    yield from _member_problems(journal, said.get("enrolled", {}))
+    yield from _member_problems(journal, said.get("enrolled", {}), said.get("revoked", {}))
+    yield from _certificate_problems(journal, entries)
     yield from _task_problems(journal, updates, said.get("shared", {}))
 
 
-def _member_problems(journal: ReadJournal, enrolled: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+def _member_problems(
+    journal: ReadJournal, enrolled: Mapping[str, dict[str, Any]], revoked: Mapping[str, dict[str, Any]]
+) -> Iterator[str]:
     members = list_members(journal)
     for member in members:
         body = enrolled.get(member.member, {})
         if (body.get("role"), body.get("key_sha256")) != (member.role, member.key_sha256):
             yield f"member {member.member} has another key or role than it enrolled with"
+        if tuple(body.get("hosts", ())) != member.hosts:
+            yield f"member {member.member} may serve under other names than it enrolled with"
+        if revoked.get(member.member, {}).get("revoked", False) != member.revoked:
+            yield f"member {member.member} is {'' if member.revoked else 'not '}shut out, which was not chained"
     if len(members) != len(enrolled):
         yield f"the journal has {len(members)} members, but {len(enrolled)} were enrolled"
+
+
+def _certificate_problems(journal: ReadJournal, entries: Entries) -> Iterator[str]:
+    """Compare each member's certificate with the last one that was chained, by its enrolment or a renewal."""
+    last = {
+        body["member"]: body.get("certificate_sha256")  # enrolments of format 2 and before do not tell it
+        for kind, body, _ in entries.values()
+        if kind in {"enrolled", "renewed"}
+    }
+    for member in list_members(journal):
+        digest = hashlib.sha256(member.certificate).hexdigest()
+        if last.get(member.member) not in {None, digest}:
+            yield f"member {member.member} has another certificate than was chained"
 
 
 def _task_problems(
@@ -218,6 +249,31 @@ def check_manifests(layout: Layout, versions: list[VersionRow], report: Report, 
             except FedshareError as error:
                 report.problems.append(f"version {row.version}: {error}")
             told("signatures", done, len(signed))
+
+
+def check_signatures(
+    layout: Layout, journal: Journal, space_id: str, updates: list[UpdateRow], report: Report, told: Told
+) -> None:
+    """Check the signature of every update. Unsigned are those of format 2 and before, and none after them."""
+    with report.noting("signatures of updates"):
+        checker = SignatureChecker(layout.ca_cert.read_bytes(), space_id, all_certificates(journal))
+        unsigned: list[str] = []
+        for done, row in enumerate(updates, start=1):
+            checked = checker.check(row.new)
+            if checked.signature == INVALID:
+                report.problems.append(f"update {row.new.update_id}: {checked.problem}")
+            if checked.signature == UNSIGNED:
+                unsigned.append(row.new.update_id)
+                if report.signatures:
+                    report.problems.append(f"update {row.new.update_id} is not signed, and earlier ones are")
+            else:
+                report.signatures += 1
+            told("signatures of updates", done, len(updates))
+        if unsigned:
+            report.notes.append(
+                f"{len(unsigned)} updates were taken by a release that did not sign: who sent them is what the journal "
+                f"says; they are {', '.join(unsigned[:_MOST_NAMED])}{' ...' if unsigned[_MOST_NAMED:] else ''}"
+            )
 
 
 def check_payloads(folder: Path, rows: Rows | None, report: Report, told: Told) -> None:

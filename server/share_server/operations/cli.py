@@ -1,4 +1,4 @@
-"""The commands ``verify``, ``rebuild``, ``backup`` and ``restore`` of share-server."""
+"""The commands ``verify``, ``audit``, ``rebuild``, ``forget``, ``backup`` and ``restore`` of share-server."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from share_server.layout import Layout
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from share_server.operations.forget import Forgotten
     from share_server.operations.reading import Told
     from share_server.operations.rebuild import Rebuilt
     from share_server.operations.report import Report
@@ -49,6 +50,33 @@ def verify(
     raise typer.Exit(1 if report.problems else 0)
 
 
+def audit(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The server directory; its hub may run.")],
+    version: Annotated[int, typer.Option(help="Only what this version took; 0: everything.", min=0)] = 0,
+    member: Annotated[str, typer.Option(help="Only of this member (organisation/name) or organisation.")] = "",
+    task: Annotated[str, typer.Option(help="Only of this task (organisation/name).")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show who contributed what to which version, each signature checked: exit code 1 if one of them is not valid."""
+    from share_server.operations.audit import Filter
+    from share_server.operations.audit import audit as look
+    from share_server.operations.signatures import INVALID, UNSIGNED, VALID
+    from share_server.tables import audit_table, contributors_table
+
+    with plain_errors("share-server"):
+        found = look(Layout(directory.resolve()), Filter(version, member, task))
+    if as_json:
+        counts = {"valid": found.count(VALID), "invalid": found.count(INVALID), "unsigned": found.count(UNSIGNED)}
+        typer.echo(json.dumps({**dataclasses.asdict(found), "signatures": counts}))
+    else:
+        _show(audit_table(found))
+        _show(contributors_table(found))
+        for line in found.updates:
+            if line.problem or line.reason:
+                typer.echo(f"{line.update_id}: {line.problem or line.reason}")
+    raise typer.Exit(1 if found.count(INVALID) else 0)
+
+
 def rebuild(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a stopped server.")],
     k_max: Annotated[int, typer.Option(help="Most basis vectors per site and side from now on.", min=1, max=4096)],
@@ -67,6 +95,27 @@ def rebuild(
         return
     _show(_rebuild_table(made))
     typer.echo(f"version {made.version} with k_max {made.k_max} and tau {made.tau:g}; members fetch it whole")
+
+
+def forget(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a stopped server.")],
+    name: Annotated[
+        str, typer.Argument(metavar="ORGANISATION[/NAME]", help="A member, or an organisation for all of its members.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go and what it would cost the others; change nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the space anew without a contributor, as its next version, and remove what it has sent. Not to be undone."""
+    from share_server.operations.forget import forget as take_out
+
+    with plain_errors("share-server"), _progress() as told:
+        done = take_out(Layout(directory.resolve()), name, dry_run=dry_run, told=told)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+        return
+    _tell_forgotten(done)
 
 
 def backup(
@@ -111,7 +160,7 @@ def restore(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of share-server."""
-    for command in (verify, rebuild, backup, restore):
+    for command in (verify, audit, rebuild, forget, backup, restore):
         app.command()(command)
 
 
@@ -170,6 +219,7 @@ def _verify_table(report: Report) -> Table:
     table.add_row("versions", str(report.versions))
     table.add_row("updates", str(report.updates))
     table.add_row("entries", str(report.entries))
+    table.add_row("signatures", str(report.signatures))
     table.add_row("payloads", f"{report.payloads} ({decimal(report.bytes)})")
     table.add_row("orphans", f"{len(report.orphans)}" + "".join(f"\n{digest}" for digest in report.orphans))
     if report.replayed:
@@ -180,14 +230,40 @@ def _verify_table(report: Report) -> Table:
     return table
 
 
-def _rebuild_table(made: Rebuilt) -> Table:
+def _tell_forgotten(done: Forgotten) -> None:
+    from rich.filesize import decimal
+
+    if not done.updates:
+        typer.echo(f"{done.name} is forgotten already: the newest version is {done.version}")
+        return
+    table = _task_table("error before", "after", "change")
+    for task in done.tasks:
+        table.add_row(task.task_id, f"{task.before:.4f}", f"{task.after:.4f}", f"{task.change:.4f}")
+    _show(table)
+    for task_id in done.vanished:
+        typer.echo(f"task {task_id} {'would go' if done.dry_run else 'is gone'}: nobody else has contributed to it")
+    what = f"{done.updates} updates of {done.name} and {decimal(done.payload_bytes)} of payloads"
+    if done.dry_run:
+        typer.echo(f"{what} would go; version {done.version} would be the newest; nothing was changed")
+    else:
+        typer.echo(f"{what} are gone; version {done.version} is the newest; members fetch it whole")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+
+
+def _task_table(*numbers: str) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("task", overflow="fold")
-    table.add_column("error before", justify="right", no_wrap=True)
-    table.add_column("after", justify="right", no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
+
+
+def _rebuild_table(made: Rebuilt) -> Table:
+    table = _task_table("error before", "after")
     for task in made.tasks:
         table.add_row(task.task_id, f"{task.before:.4f}", f"{task.after:.4f}")
     return table

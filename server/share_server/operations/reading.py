@@ -65,6 +65,12 @@ class ReadJournal(Journal):
         row = self.row("SELECT value FROM meta WHERE name = ?", (name,))
         return "" if row is None else str(row[0])
 
+    def suppose(self, work: Callable[[], None]) -> None:
+        """Let ``work`` change the copy, to see what would follow from it."""
+        self._db.execute("BEGIN")
+        work()
+        self._db.execute("COMMIT")
+
     def close(self) -> None:
         """Close the copy."""
         self._db.close()

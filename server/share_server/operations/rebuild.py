@@ -117,7 +117,7 @@ async def _rebuild(layout: Layout, k_max: int, tau: float | None, told: Told) ->
 
 async def _make(layout: Layout, config: ServerConfig, wanted: SpaceSpec, engine: Engine, told: Told) -> Rebuilt:
     before, store = engine.feed.state, engine.store
-    policy = policy_of(wanted, config.merge)
+    policy = policy_of(wanted, config.merge, config.robust.policy)
     if not before.space.cores:
         write_atomic(layout.space, spec_to_toml(wanted).encode(), PUBLIC)
         return Rebuilt(before.space.version, wanted.k_max, wanted.tau, ())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from share_core.errors import RebaseError
 from share_core.ledger import TaskLedger, measure
 from share_core.linalg import thin_qr
 from share_core.merge import HubState
@@ -22,6 +23,7 @@ from share_server.hub.contents import Contents
 from share_server.hub.stepping import Stepper
 from share_server.operations.checks import Rows
 from share_server.operations.reading import ReadStore, Told
+from share_server.operations.remaining import forgetting_versions, replay_remaining
 from share_server.operations.remaking import remake
 from share_server.operations.report import Report
 from share_server.operations.versions import make_contents, read_step, recorded_policy
@@ -64,6 +66,8 @@ async def replay_versions(
     try:
         if whole:
             state = HubState(empty_space(spec), {})
+        elif kept[0].version in forgetting_versions(rows):
+            state, whole = await _without_the_forgotten(run, kept.pop(0), told)
         else:
             state = await _begin(run, kept.pop(0))
             report.notes.append(f"replayed from version {state.space.version}: older ones are collected")
@@ -99,6 +103,21 @@ async def _begin(run: _Replay, row: VersionRow) -> HubState:
     return HubState(space, ledger)
 
 
+async def _without_the_forgotten(run: _Replay, row: VersionRow, told: Told) -> tuple[HubState, bool]:
+    """Make the version of a forgetting anew from what remains, as :func:`_replay_one`; return whether that could be."""
+    try:
+        made = await replay_remaining(run.store, run.contents, run.stepper, run.spec, run.rows, row.version, told)
+    except RebaseError as error:
+        run.report.notes.append(f"version {row.version}, of a forgetting, cannot be made anew: {error}")
+        return await _begin(run, row), False
+    stored = read_step(run.store.blobs, run.spec, None, row)
+    run.report.replayed += 1
+    _compare(run.report, row, made.space, stored, "", encode_snapshot(made.space), stored.cores)
+    if made.space.cores.keys() != stored.cores.keys():
+        run.report.problems.append(f"version {row.version} holds other tasks than what remains of the updates gives")
+    return HubState(stored, made.ledger), True
+
+
 async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubState:
     """Make one version anew and compare it; return the stored version with the ledger of the replay."""
     stored = read_step(run.store.blobs, run.spec, before.space, row)
@@ -110,7 +129,7 @@ async def _replay_one(run: _Replay, before: HubState, row: VersionRow) -> HubSta
         return HubState(stored, made.ledger)
     own = [run.updates[name] for name in row.updates]
     every = 1 if row.snapshot_sha256 is not None else _NEVER
-    tried = await run.stepper.step(before, own, policy, every)
+    tried = await run.stepper.step(before, own, policy, every, again=True)
     step = tried.step
     if step is None or tuple(one.update_id for one in step.merged) != row.updates:
         reasons = "; ".join(f"{name}: {error}" for name, error in tried.refused.items()) or "too large together"

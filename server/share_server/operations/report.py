@@ -25,6 +25,8 @@ class Report:
     """Their size together."""
     entries: int = 0
     """Entries of the hash chain."""
+    signatures: int = 0
+    """Updates whose signature was checked; the others are of format 2 or before."""
     orphans: list[str] = field(default_factory=list)
     """Payload files that no row needs: left behind by a crash, removed by the next collection."""
     replayed: int = 0

@@ -15,12 +15,14 @@ from share_server.operations.checks import (
     check_marker,
     check_pages,
     check_payloads,
+    check_signatures,
 )
 from share_server.operations.reading import ReadStore, Told, copied, held, reading, silent
 from share_server.operations.replay import replay_versions
 from share_server.operations.report import Report
 from share_server.operations.versions import check_ledger, check_versions, make_contents
 from share_server.store.anchor import Mark
+from share_server.store.forgetting import announced_sweep
 from share_server.store.versions import read_ledger
 
 
@@ -61,8 +63,12 @@ async def _check(
     layout: Layout, spec: SpaceSpec, store: ReadStore, mark: Mark, replay: bool, report: Report, told: Told
 ) -> None:
     rows = await store.look(lambda journal: check_journal(journal, mark, spec, report))
+    with report.noting("sweep"):
+        if await store.do(announced_sweep) is not None:
+            report.notes.append("a forgetting was cut short; the next start of the hub removes what it has left behind")
     check_marker(layout, rows, report)
     check_manifests(layout, rows.versions, report, told)
+    await store.do(lambda journal: check_signatures(layout, journal, spec.space_id, rows.updates, report, told))
     check_payloads(store.root, rows, report, told)
     space = check_versions(store.blobs, spec, rows, report, told)
     state = None

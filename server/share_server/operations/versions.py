@@ -18,7 +18,7 @@ from share_server.config import MergeConfig
 from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
 from share_server.hub.history import History
-from share_server.hub.policy import StepPolicy, policy_from_text, policy_of
+from share_server.hub.policy import StepPolicy, policy_from_text, policy_from_values, policy_of
 from share_server.operations.checks import Rows
 from share_server.operations.reading import ReadStore, Told
 from share_server.operations.report import Report
@@ -86,7 +86,7 @@ def recorded_policy(row: VersionRow, rows: Rows, spec: SpaceSpec) -> StepPolicy:
     if row.policy:
         return policy_from_text(row.policy)
     older = rows.policy_of_format_1
-    return policy_of(spec, MergeConfig()) if older is None else StepPolicy(**older)
+    return policy_of(spec, MergeConfig()) if older is None else policy_from_values(older)
 
 
 async def check_ledger(

@@ -43,7 +43,7 @@ def relay(
         typer.Option(
             help="Seconds between two looks at who may be served. A roster four times as old serves nobody.", min=0.1
         ),
-    ] = 15.0,
+    ] = 12.0,
     metrics_port: Annotated[
         int,
         typer.Option(help="Port of the Prometheus metrics, on this machine only. 0 turns them off.", min=0, max=65535),

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from grpc import aio
@@ -18,19 +19,23 @@ from share_proto.v1 import hub_pb2_grpc
 from share_server.config import LimitConfig
 from share_server.hub import log
 from share_server.hub.access import CALLER, Roster
-from share_server.hub.interceptor import Door, backstop, stop_in_order
+from share_server.hub.interceptor import Door, Recheck, backstop, stop_in_order
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import HUB_OPTIONS
 from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
 from share_server.hub.streams import Streams
-from share_server.hub.tls import PairFile, server_credentials
+from share_server.hub.tls import PairFile, keep_renewed, server_credentials
 from share_server.relay.home import RelayHome, RelayState, split_address
+from share_server.relay.renewal import renew_relay
 from share_server.relay.replica import Replica
 from share_server.relay.service import RelayGate, RelayService, RelaySource
 from share_server.relay.upstream import Pace, Upstream
 
 RECHECK_S = 5.0
-"""Seconds between two looks at the caller of an open stream."""
+"""Seconds between two looks at the callers of open calls."""
+
+RENEWAL_LOOK_S = 60.0
+"""Seconds between two looks at whether the certificates are due."""
 
 _HEALTH_S = 0.2
 """Seconds between two looks at whether callers would be served."""
@@ -77,6 +82,8 @@ async def serve_relay(
         working = [
             asyncio.create_task(relay.upstream.run(), name="upstream"),
             asyncio.create_task(_keep_health(relay, ready), name="health"),
+            asyncio.create_task(relay.door.keep_looking(RECHECK_S), name="callers"),
+            asyncio.create_task(_keep_renewed(relay, home, state), name="certificates"),
         ]
         asked = asyncio.create_task(stop.wait())
         await asyncio.wait({asked, *working}, return_when=asyncio.FIRST_COMPLETED)
@@ -92,6 +99,10 @@ async def serve_relay(
     return EXIT_FAILED if broken else EXIT_STOPPED
 
 
+async def _keep_renewed(relay: _Relay, home: RelayHome, state: RelayState) -> None:
+    await keep_renewed(lambda: renew_relay(home, state, datetime.now(UTC)), relay.pair, RENEWAL_LOOK_S)
+
+
 async def _build(home: RelayHome, state: RelayState, limits: LimitConfig, pace: Pace) -> _Relay:
     metrics, roster, replica = Metrics(), Roster([]), Replica(home.cache)
     upstream = Upstream(home, state, replica, roster, pace)
@@ -99,8 +110,10 @@ async def _build(home: RelayHome, state: RelayState, limits: LimitConfig, pace: 
     health = HealthServicer()
     await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    def admit(method: str, context: Context) -> None:
-        CALLER.set(gate.admit(method, context.auth_context()))
+    def admit(method: str, context: Context) -> Recheck:
+        caller = gate.admit(method, context.auth_context())
+        CALLER.set(caller)
+        return partial(gate.recheck, caller)
 
     door = Door(admit, limits.write_timeout_s, limits.concurrent_calls, metrics)
     server = aio.server(

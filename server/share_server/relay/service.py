@@ -15,7 +15,7 @@ from grpc import aio
 from share_core.errors import RebaseError, UnavailableError, VersionError
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.hub.access import CALLER, Caller, Gate, Roster
-from share_server.hub.streams import SMALL_CHAIN_BYTES, Streams
+from share_server.hub.streams import SMALL_CHAIN_BYTES, Newest, Streams
 from share_server.relay.home import RelayState
 from share_server.relay.replica import Replica
 from share_server.relay.upstream import ROSTER_AGE_KEY, Upstream
@@ -75,6 +75,10 @@ class RelaySource:
     def closing(self) -> bool:
         """Whether the relay is about to stop."""
         return self._replica.closing
+
+    async def newest(self) -> Newest | None:
+        """Return the hub's own statement, unchanged."""
+        return self._upstream.newest
 
     async def wait_after(self, version: int, timeout_s: float) -> None:
         """Return when a version after ``version`` is held, when the relay stops, or after ``timeout_s``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -25,6 +26,7 @@ from share_core.errors import (
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.hub import log
 from share_server.hub.access import Roster
+from share_server.hub.streams import Newest
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.relay.home import RelayHome, RelayState
 from share_server.relay.replica import Replica
@@ -39,6 +41,7 @@ _STREAM_S = 600.0
 _FETCH_EVERY_S = 5.0
 _AHEAD_S = 10.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
+_LOOK_S = 1.0
 
 _OPTIONS: list[tuple[str, int | str]] = [
     *CHANNEL_OPTIONS,
@@ -52,10 +55,11 @@ _OPTIONS: list[tuple[str, int | str]] = [
 class Pace:
     """How often upstream is asked, in seconds."""
 
-    roster_every_s: float = 15.0
+    roster_every_s: float = 12.0
     """Time between two questions for the roster."""
-    roster_oldest_s: float = 60.0
-    """With an older roster nobody is served: somebody in it may have been shut out meanwhile."""
+    roster_oldest_s: float = 48.0
+    """With an older roster nobody is served: somebody in it may have been shut out meanwhile. Together with the time
+    between two looks at open calls it is less than the minute in which a revocation must bite everywhere."""
 
 
 class Upstream:
@@ -77,6 +81,8 @@ class Upstream:
         self._stub: Any = None
         self.description: hub_pb2.DescribeSpaceResponse | None = None
         """What upstream last said about the space, or what was on the disk."""
+        self.newest: Newest | None = None
+        """The hub's last statement of its newest version, verified: passed on as it is."""
         self.roster_members: list[hub_pb2.RosterMember] = []
         """The roster as it travels."""
 
@@ -91,16 +97,40 @@ class Upstream:
         return self.description is not None and self.roster_age_s <= self._pace.roster_oldest_s
 
     async def run(self) -> None:
-        """Follow and ask until cancelled."""
-        credentials = grpc.ssl_channel_credentials(
-            self._home.authority.read_bytes(), self._home.key.read_bytes(), self._home.caller.read_bytes()
-        )
-        async with aio.secure_channel(self._state.upstream, credentials, _OPTIONS) as channel:
-            self._stub = hub_pb2_grpc.HubStub(channel)
+        """Follow and ask until cancelled; over a new connection once our certificate was replaced."""
+        caller, channel = self._connect()
+        try:
             await self._from_disk()
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._keep_asking())
-                group.create_task(self._keep_following())
+            while True:
+                async with asyncio.TaskGroup() as group:
+                    working = [group.create_task(work) for work in (self._keep_asking(), self._keep_following())]
+                    await self._until_replaced(caller)
+                    async with self._fetching:  # what is being fetched comes over the old one
+                        before = channel
+                        caller, channel = self._connect()
+                    for task in working:
+                        task.cancel()
+                await before.close()
+        finally:
+            await channel.close()
+
+    def _connect(self) -> tuple[bytes, aio.Channel]:
+        """Open a connection for all calls from now on; return our certificate and it."""
+        caller = self._home.caller.read_bytes()
+        credentials = grpc.ssl_channel_credentials(
+            self._home.authority.read_bytes(), self._home.key.read_bytes(), caller
+        )
+        channel = aio.secure_channel(self._state.upstream, credentials, _OPTIONS)
+        self._stub = hub_pb2_grpc.HubStub(channel)
+        return caller, channel
+
+    async def _until_replaced(self, caller: bytes) -> None:
+        """Return when the file of our certificate holds another one than ``caller``."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(OSError):
+                if self._home.caller.read_bytes() != caller:
+                    return
 
     async def ensure_whole(self) -> hub_pb2.SnapshotHeader:
         """Return the header of the whole version held, after fetching a newer one if that is worth it.
@@ -216,6 +246,9 @@ class Upstream:
                 part = message.WhichOneof("part")
                 if part == "snapshot_required":
                     return True
+                if part == "heartbeat":
+                    self.newest = (self._check().newest(message.heartbeat), message.heartbeat)
+                    continue
                 if part != "delta":
                     raise DigestError("upstream sent a chunk before its header")
                 await self._take_step(message.delta, messages)

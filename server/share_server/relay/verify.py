@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from share_core.errors import DigestError, ManifestError
 from share_core.identity import Manifest, ManifestVerifier, SignedManifest
-from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION
+from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION, check_newest
 from share_proto.v1 import hub_pb2
 
 
@@ -61,6 +61,16 @@ class Checker:
         if manifest.previous != link.sha256:
             raise ManifestError(f"the whole version {header.version} and its manifest belong to two histories")
         return link.sha256
+
+    def newest(self, sent: hub_pb2.Manifest) -> int:
+        """Return which version the hub says is its newest.
+
+        Raises:
+            ManifestError: it is not signed, or about something else. VersionError: it is too old.
+        """
+        _, manifest = self._read(sent)
+        check_newest(manifest, self._space_id, int(datetime.now(UTC).timestamp() * 1000))
+        return manifest.version
 
     def _read(self, sent: hub_pb2.Manifest) -> tuple[SignedManifest, Manifest]:
         if not sent.body:

@@ -81,6 +81,16 @@ class Staged:
         with self._turn, storage("reading a staged payload"):
             return os.pread(self._require_file(), self.size, 0)
 
+    def reader(self) -> int:
+        """Return a descriptor that reads what was written so far; the caller closes it.
+
+        Raises:
+            StorageError: the disk refused. UnavailableError: the payload was given up.
+        """
+        with self._turn, storage("opening a staged payload"):
+            self._require_file()
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
     def sync(self) -> None:
         """Flush the bytes to the disk; the payload has no name yet under which it would be found.
 
@@ -244,6 +254,16 @@ class BlobStore:
                 for path in self._blobs.glob("*/*")
                 if path.name not in referenced and time.time() - path.stat().st_mtime > older_than_s
             ]
+
+    def erase(self, digests: Iterable[str], keys: Iterable[str]) -> int:
+        """Remove payloads and unfinished uploads so that no power cut brings them back; return the freed bytes."""
+        gone = sorted(digests)
+        freed = self.remove(gone)
+        self.forget_uploads(float("inf"), keys)
+        with storage("flushing removals"):
+            for folder in sorted({self.path(digest).parent for digest in gone} | {self._staging}):
+                flush_directory(folder)
+        return freed
 
     def put(self, payload: bytes) -> str:
         """Make ``payload`` durable and return its hexadecimal SHA-256."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from share_core.identity import SignedManifest
+from share_core.identity import SignedManifest, UpdateStatement
 from share_core.ledger import TaskLedger
 
 
@@ -96,6 +96,25 @@ class NewUpdate:
         """The organisation that answers for it."""
         return self.member.split("/", 1)[0]
 
+    def statement(self, space_id: str) -> UpdateStatement:
+        """Return what its signature is over; for an update of this space that is signed."""
+        return UpdateStatement(
+            space_id=space_id,
+            task_id=self.task_id,
+            update_id=self.update_id,
+            member=self.member,
+            sequence=self.sequence,
+            payload_sha256=self.sha256,
+            payload_size=self.size,
+            create=self.create,
+            open=self.sharing.open,
+            organisations=self.sharing.organisations,
+            schema_sha256=self.schema_sha256,
+            rows=self.rows,
+            lease_id=self.lease_id,
+            privacy=self.privacy,
+        )
+
 
 @dataclass(frozen=True)
 class UpdateRow:
@@ -132,7 +151,7 @@ class VersionRow:
     version: int
     """Number, from 1."""
     updates: tuple[str, ...]
-    """Ids of the updates it merged, in ingest order; none for a version that was rebuilt."""
+    """Ids of the updates it merged, in ingest order, without forgotten ones; none for a version that was rebuilt."""
     delta_sha256: str
     """Payload of the step from the version before; empty for a version that is only published whole."""
     delta_size: int
@@ -203,6 +222,22 @@ class MemberRow:
     """Its newest certificate, PEM."""
     revoked: bool
     """Whether it is shut out."""
+    hosts: tuple[str, ...] = ()
+    """Names and addresses under which a relay may serve; empty for every other role."""
+
+
+@dataclass(frozen=True)
+class CertificateRow:
+    """One certificate that was issued."""
+
+    number: int
+    """Place among all certificates."""
+    key_sha256: str
+    """SHA-256 of the PEM of its public key."""
+    member: str
+    """``organisation/name``."""
+    certificate: bytes
+    """PEM."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +252,8 @@ class NodeRow:
     """Flower's id; 0 until registered."""
     revoked: bool
     """Whether its member is shut out."""
+    key_sha256: str
+    """SHA-256 of the PEM of the public key in its member's certificate."""
 
 
 @dataclass(frozen=True)

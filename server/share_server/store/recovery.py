@@ -8,7 +8,7 @@ replay. The stored bytes are the authority: a running hub continues from what it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,9 @@ _PAGE = 1000
 
 _VERIFYING = 4
 """Payloads read and hashed side by side."""
+
+Entries = Mapping[int, tuple[str, dict[str, Any], str]]
+"""(kind, body, hexadecimal hash) of every entry of the hash chain by number."""
 
 Verified = Callable[[int, int], None]
 """Is told how far a verification is: (bytes of payloads that were found whole, bytes of all). May raise to end it."""
@@ -120,11 +123,12 @@ def _verify_payloads(blobs: BlobStore, sizes: Mapping[str, int], verified: Verif
             verified(done, total)
 
 
-def needed_payloads(updates: list[UpdateRow], versions: list[VersionRow]) -> dict[str, int]:
+def needed_payloads(updates: Sequence[UpdateRow], versions: Sequence[VersionRow]) -> dict[str, int]:
     """Return the size of every payload that these rows need, by digest."""
     sizes: dict[str, int] = {}
     for update in updates:
-        sizes[update.new.sha256] = update.new.size
+        if update.state is not UpdateState.FORGOTTEN:
+            sizes[update.new.sha256] = update.new.size
         if update.original_sha256 is not None:
             sizes[update.original_sha256] = update.original_size
     for version in versions:
@@ -151,35 +155,58 @@ def all_updates(journal: Journal) -> list[UpdateRow]:
 
 
 def row_problems(
-    entries: Mapping[int, tuple[str, dict[str, Any], str]],
+    entries: Entries,
     updates: list[UpdateRow],
     versions: list[VersionRow],
     head: int,
 ) -> Iterator[str]:
     """Compare the rows with the entries that were chained when they were written; yield what does not agree."""
-    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {"update": {}, "refused": {}, "version": {}}
+    kinds = ("update", "refused", "version", "quarantined", "released")
+    chained: dict[str, dict[Any, tuple[dict[str, Any], str]]] = {kind: {} for kind in kinds}
     for kind, body, digest in entries.values():
         if kind in chained:
             chained[kind][body["version" if kind == "version" else "update_id"]] = (body, digest)
     if len(chained["update"]) != len(updates) or len(chained["version"]) != len(versions):
         yield "the journal's rows and its hash chain differ in number"
+    forgotten = forgotten_in(entries)
     merged = {name: row.version for row in versions for name in row.updates}
     for update in updates:
         name = update.new.update_id
         body, digest = chained["update"].get(name, ({}, ""))
         if body != update_entry(update.new, update.ingest_seq, update.received_ms) or digest != update.entry_hash:
             yield f"update {name} does not say what was chained"
-        if update.version != merged.get(name, 0) or (update.state is UpdateState.REFUSED) != (
-            name in chained["refused"]
-        ):
+        refused, released = name in chained["refused"], name in chained["released"]
+        aside = name in chained["quarantined"] and not refused and not released
+        as_before = (
+            update.version == merged.get(name, 0)
+            and (update.state is UpdateState.REFUSED) == refused
+            and (update.state is UpdateState.QUARANTINED) == aside
+        )
+        gone = update.state is UpdateState.FORGOTTEN
+        if gone != (name in forgotten) or not (gone or as_before):
             yield f"update {name} is {update.state.value}, which was not chained"
+        if update.released != released:
+            yield f"update {name} is {'' if update.released else 'not '}released, which was not chained"
     for version in versions:
         body, _ = chained["version"].get(version.version, ({}, ""))
-        if body != version_entry(version):
+        if _without(body, forgotten) != version_entry(version):
             yield f"version {version.version} does not say what was chained"
     yield from _manifest_problems(versions)
     if [row.version for row in versions] != list(range(1, head + 1)):
         yield f"the journal's head is {head} but its versions do not lead there without a gap"
+
+
+def forgotten_in(entries: Entries) -> dict[str, int]:
+    """Return the version in which each forgotten update was taken out, by id; 0 where that made no version."""
+    said = [body for kind, body, _ in entries.values() if kind == "forgotten"]
+    return {name: body["version"] for body in said for name in body["updates"]}
+
+
+def _without(body: dict[str, Any], forgotten: Collection[str]) -> dict[str, Any]:
+    """Return what was chained of a version, without the updates that were forgotten since."""
+    if "updates" in body:
+        return {**body, "updates": [name for name in body["updates"] if name not in forgotten]}
+    return {key: value for key, value in body.items() if key != "update_id" or value not in forgotten}
 
 
 def _manifest_problems(versions: list[VersionRow]) -> Iterator[str]:

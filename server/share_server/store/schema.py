@@ -44,7 +44,8 @@ CREATE TABLE updates ({_UPDATE_COLUMNS.format(states=_STATES)},
   sequence INTEGER NOT NULL DEFAULT 0,
   signature BLOB NOT NULL DEFAULT x'',
   privacy TEXT NOT NULL DEFAULT '',
-  released INTEGER NOT NULL DEFAULT 0 CHECK (released IN (0, 1))
+  released INTEGER NOT NULL DEFAULT 0 CHECK (released IN (0, 1)),
+  terms TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
 
@@ -136,7 +137,8 @@ CREATE TABLE members (
   key_sha256 TEXT NOT NULL CHECK (length(key_sha256) = 64),
   certificate BLOB NOT NULL,
   enrolled_ms INTEGER NOT NULL,
-  revoked INTEGER NOT NULL DEFAULT 0 CHECK (revoked IN (0, 1))
+  revoked INTEGER NOT NULL DEFAULT 0 CHECK (revoked IN (0, 1)),
+  hosts TEXT NOT NULL DEFAULT ''
 ) STRICT;
 
 CREATE TABLE nodes (
@@ -186,9 +188,10 @@ DROP INDEX updates_waiting;
 DROP INDEX updates_of_task;
 DROP INDEX updates_of_version;
 {_UPDATES}
-INSERT INTO updates SELECT *, '', 0, x'', '', 0 FROM updates_2;
+INSERT INTO updates SELECT *, '', 0, x'', '', 0, '' FROM updates_2;
 DROP TABLE updates_2;
 {_UPDATE_INDEXES}{_CERTIFICATES}{_PRIVACY}
+ALTER TABLE members ADD COLUMN hosts TEXT NOT NULL DEFAULT '';
 INSERT INTO certificates SELECT key_sha256, member, certificate, enrolled_ms FROM members;""",
 }
 """Statements that bring a store of each older format to the next one, run in one transaction."""

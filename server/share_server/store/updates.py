@@ -1,12 +1,22 @@
-"""Updates in the journal: accepted, merged or refused, each exactly once."""
+"""Updates in the journal: accepted, set aside, merged or refused, each exactly once."""
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import fields
+from typing import Any
 
-from share_core.errors import FedshareError, StorageError, UnknownTaskError, UpdateConflictError
+from share_core.errors import (
+    FedshareError,
+    RequestError,
+    SignatureError,
+    StorageError,
+    UnknownTaskError,
+    UnknownUpdateError,
+    UpdateConflictError,
+)
 from share_server.store.journal import Journal, canonical
 from share_server.store.records import NewUpdate, Sharing, UpdateRow, UpdateState
 from share_server.store.versions import head_version, no_longer_kept, oldest_version
@@ -59,6 +69,15 @@ def newest_merged(journal: Journal, task_id: str, upto: int) -> list[UpdateRow]:
     return [_update(row) for row in rows]
 
 
+def first_merged(journal: Journal, task_id: str, upto: int) -> UpdateRow | None:
+    """Return the update that a task began with, if some version up to ``upto`` holds it."""
+    row = journal.row(
+        f"{_SELECT} WHERE u.task_id = ? AND u.version BETWEEN 1 AND ? ORDER BY u.version, u.ingest_seq LIMIT 1",
+        (task_id, upto),
+    )
+    return None if row is None else _update(row)
+
+
 def count_states(journal: Journal) -> dict[UpdateState, int]:
     """Return how many updates are in each state."""
     found = {row[0]: row[1] for row in journal.rows("SELECT state, count(*) FROM updates GROUP BY state")}
@@ -80,7 +99,7 @@ def same_update(known: UpdateRow, *, update_id: str, member: str, task_id: str, 
 
 
 _STORED = tuple(f.name for f in fields(NewUpdate) if f.name not in ("create", "sharing", "schema_sha256"))
-"""What of a new update stands in its own row; the rest belongs to its task."""
+"""What of a new update has a column of its own; the rest, its terms, share one."""
 
 Accepted = tuple[UpdateRow, bool] | FedshareError
 """What became of one update of a group: (its row, whether it was there before), or why it is refused."""
@@ -92,7 +111,7 @@ def accept_updates(journal: Journal, group: Sequence[NewUpdate], now_ms: int) ->
     The rows are durable when this returns; only then may they be acknowledged. A refusal (UpdateConflictError: the id
     is taken by other content; UnknownTaskError: the task does not exist and ``create`` is not set) concerns that update
     alone; so does RebaseError: the version it is based on was collected since it was looked at, and an acknowledged
-    update must not lose the bases it is read with.
+    update must not lose the bases it is read with; and SignatureError: its number signs another update already.
     """
     answers: list[Accepted] = []
     with journal.transaction():
@@ -126,6 +145,7 @@ class _Desk:
         self._tasks = {
             row[0] for row in journal.rows(f"SELECT task_id FROM tasks WHERE task_id IN ({_marks(tasks)})", tasks)
         }
+        self._signed = signed_already(journal, [(new.signer, new.sequence) for new in group])
         last = journal.row("SELECT coalesce(max(ingest_seq), 0) FROM updates")
         self._last = int(last[0]) if last else 0
         self._oldest = oldest_version(journal)
@@ -142,6 +162,7 @@ class _Desk:
             size=new.size,
         ):
             return known, True
+        require_fresh(self._signed, new.signer, new.sequence)
         if 0 < new.base_version < self._oldest:
             raise no_longer_kept(new.base_version, head_version(self._journal))
         if new.task_id not in self._tasks:
@@ -156,12 +177,13 @@ class _Desk:
             "organisation": new.organisation,
             "state": UpdateState.ACCEPTED.value,
             "received_ms": now_ms,
+            "terms": terms_to_text(new),
         }
         self._journal.change(
             f"INSERT INTO updates ({', '.join(values)}) VALUES ({_marks(values)})", list(values.values())
         )
         row = UpdateRow(
-            new=NewUpdate(**stored, create=False),
+            new=new,
             ingest_seq=ingest_seq,
             entry_hash=entry_hash.hex(),
             state=UpdateState.ACCEPTED,
@@ -172,6 +194,8 @@ class _Desk:
         )
         self._last = ingest_seq
         self._known[new.update_id] = row
+        if new.sequence:
+            self._signed[new.signer, new.sequence] = new.update_id
         return row, False
 
     def _create_task(self, new: NewUpdate) -> None:
@@ -194,14 +218,56 @@ def _marks(values: Sized) -> str:
 
 def refuse_update(journal: Journal, update_id: str, reason: str) -> None:
     """Record that an accepted update cannot be merged."""
+    _move(journal, "refused", update_id, UpdateState.ACCEPTED, UpdateState.REFUSED, reason)
+
+
+def quarantine_update(journal: Journal, update_id: str, reason: str) -> None:
+    """Set an accepted update aside until the operator decides."""
+    _move(journal, "quarantined", update_id, UpdateState.ACCEPTED, UpdateState.QUARANTINED, reason)
+
+
+def decide_update(journal: Journal, update_id: str, release: bool, reason: str) -> UpdateRow:
+    """Record what the operator decides on an update that is set aside, and return it.
+
+    Released, it waits again for its merge, and is not judged any more; else it is refused with the reason.
+
+    Raises:
+        UnknownUpdateError: there is none of that id. RequestError: it is not set aside.
+    """
+    row = find_update(journal, update_id)
+    if row is None:
+        raise UnknownUpdateError(f"there is no update {update_id}")
+    if row.state is not UpdateState.QUARANTINED:
+        raise RequestError(f"update {update_id} is {row.state.value}: only one that is set aside can be decided on")
+    if release:
+        _move(journal, "released", update_id, UpdateState.QUARANTINED, UpdateState.ACCEPTED, reason)
+    else:
+        _move(journal, "refused", update_id, UpdateState.QUARANTINED, UpdateState.REFUSED, reason)
+    decided = find_update(journal, update_id)
+    assert decided is not None
+    return decided
+
+
+def has_newer(journal: Journal, row: UpdateRow) -> bool:
+    """Return whether a later update of the same organisation for the same task is merged already."""
+    found = journal.row(
+        "SELECT 1 FROM updates WHERE task_id = ? AND organisation = ? AND version > 0 AND ingest_seq > ? LIMIT 1",
+        (row.new.task_id, row.new.organisation, row.ingest_seq),
+    )
+    return found is not None
+
+
+def _move(journal: Journal, kind: str, update_id: str, old: UpdateState, new: UpdateState, reason: str) -> None:
+    """Write one step in the life of an update, with its entry in the chain."""
+    released = kind == "released"
     with journal.transaction():
-        journal.append_entry("refused", {"update_id": update_id, "reason": reason})
+        journal.append_entry(kind, {"update_id": update_id, "reason": reason})
         changed = journal.change(
-            "UPDATE updates SET state = 'REFUSED', reason = ? WHERE update_id = ? AND state = 'ACCEPTED'",
-            (reason, update_id),
+            "UPDATE updates SET state = ?, reason = ?, released = max(released, ?) WHERE update_id = ? AND state = ?",
+            (new.value, "" if released else reason, int(released), update_id, old.value),
         )
         if changed != 1:
-            raise StorageError(f"update {update_id} was to be refused but does not wait: the journal is damaged")
+            raise StorageError(f"update {update_id} was to be {kind} but is not {old.value}: the journal is damaged")
 
 
 def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> None:
@@ -218,8 +284,8 @@ def keep_original(journal: Journal, update_id: str, sha256: str, size: int) -> N
 def list_bound_to(journal: Journal, before: int, most: int) -> list[UpdateRow]:
     """Return up to ``most`` updates that can only be read with the bases of a version in 1 to ``before`` - 1."""
     rows = journal.rows(
-        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL AND u.state <> 'REFUSED' "
-        "ORDER BY u.ingest_seq LIMIT ?",
+        f"{_SELECT} WHERE u.base_version BETWEEN 1 AND ? AND u.original_sha256 IS NULL "
+        "AND u.state NOT IN ('REFUSED', 'FORGOTTEN') ORDER BY u.ingest_seq LIMIT ?",
         (before - 1, most),
     )
     return [_update(row) for row in rows]
@@ -230,9 +296,38 @@ def sharing_to_text(sharing: Sharing) -> str:
     return canonical({"open": sharing.open, "organisations": sorted(sharing.organisations)}) if sharing.shared else ""
 
 
+def terms_to_text(new: NewUpdate) -> str:
+    """Return what an update says of the task that it may make, as stored: its signature is over it."""
+    sharing = {"open": new.sharing.open, "organisations": list(new.sharing.organisations)}
+    return canonical({"create": new.create, "schema_sha256": new.schema_sha256, **sharing})
+
+
+def signed_already(journal: Journal, pairs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Return the ids of the updates that are stored under one of these (signer, sequence)."""
+    pairs = sorted({(signer, sequence) for signer, sequence in pairs if sequence > 0})
+    if not pairs:
+        return {}
+    rows = journal.rows(
+        "SELECT signer, sequence, update_id FROM updates WHERE sequence > 0 AND (signer, sequence) IN "
+        f"(VALUES {', '.join(['(?, ?)'] * len(pairs))})",
+        [value for pair in pairs for value in pair],
+    )
+    return {(row["signer"], row["sequence"]): row["update_id"] for row in rows}
+
+
+def require_fresh(signed: Mapping[tuple[str, int], str], signer: str, sequence: int) -> None:
+    """Raise SignatureError if a key has signed another update under this number; see :func:`signed_already`."""
+    if (other := signed.get((signer, sequence))) is not None:
+        raise SignatureError(
+            f"sequence {sequence} signs update {other} already: two updates of one key never carry the same number; "
+            "sign it anew with a larger one (was the client's directory restored from a copy?)"
+        )
+
+
 def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str | int]:
     """Return what the hash chain says of an accepted update."""
     signed: dict[str, str | int] = {"signer": new.signer, "sequence": new.sequence, "signature": new.signature.hex()}
+    signed["terms"] = terms_to_text(new)
     return {
         **(signed if new.signature else {}),
         **({"privacy": new.privacy} if new.privacy else {}),
@@ -247,12 +342,23 @@ def update_entry(new: NewUpdate, ingest_seq: int, now_ms: int) -> dict[str, str 
     }
 
 
+def _terms(text: str) -> dict[str, Any]:
+    try:
+        terms = json.loads(text) if text else {}
+    except ValueError as error:
+        raise StorageError(f"the terms of an update cannot be read ({error}): the journal is damaged") from error
+    if not isinstance(terms, dict):
+        raise StorageError(f"the terms of an update are {text!r:.100}: the journal is damaged")
+    return terms
+
+
 def _update(row: sqlite3.Row) -> UpdateRow:
+    terms = _terms(row["terms"])
     new = NewUpdate(
         update_id=row["update_id"],
         member=row["member"],
         task_id=row["task_id"],
-        create=False,
+        create=terms.get("create", False),
         base_version=row["base_version"],
         sha256=row["sha256"],
         size=row["size"],
@@ -266,6 +372,8 @@ def _update(row: sqlite3.Row) -> UpdateRow:
         sequence=row["sequence"],
         signature=row["signature"],
         privacy=row["privacy"],
+        sharing=Sharing(terms.get("open", False), tuple(terms.get("organisations", ()))),
+        schema_sha256=terms.get("schema_sha256", ""),
     )
     return UpdateRow(
         new=new,

@@ -11,6 +11,7 @@ from share_core.errors import RebaseError, StorageError, VersionError
 from share_core.identity import SignedManifest
 from share_core.ledger import TaskLedger, ledger_from_json, ledger_to_json
 from share_server.store.journal import Journal
+from share_server.store.privacy import record_spend, restore_privacy
 from share_server.store.records import PRIVATE, Merging, Sharing, TaskRow, VersionCommit, VersionRow
 
 
@@ -98,43 +99,58 @@ def count_compactions(journal: Journal) -> int:
 
 
 def commit_version(journal: Journal, commit: VersionCommit, now_ms: int) -> None:
-    """Write a merge: head, version, updates, tasks and ledgers in one transaction.
+    """Write a merge: head, version, updates, tasks and ledgers, those of privacy too, in one transaction.
+
+    A version that merges nothing was rebuilt: then the ledgers of privacy are made anew from the hash chain.
 
     Raises:
         StorageError: the disk refused, or the journal does not stand where the merge began.
     """
-    row = commit.row
     with journal.transaction():
-        _exactly_one(
-            journal.change("UPDATE head SET version = ? WHERE version = ?", (row.version, row.version - 1)),
-            f"version {row.version} does not follow the head",
-        )
-        entry_seq, _ = journal.append_entry("version", version_entry(row))
-        journal.change(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
-            (
-                row.version,
-                entry_seq,
-                row.delta_sha256,
-                row.delta_size,
-                row.snapshot_sha256,
-                row.snapshot_size,
-                int(row.compacts),
-                json.dumps(row.sizes, sort_keys=True),
-                row.policy,
-                row.manifest.body,
-                row.manifest.signature,
-                now_ms,
-            ),
-        )
+        insert_version(journal, commit.row, now_ms)
         for one in commit.merged:
-            _record_merging(journal, row.version, one)
-        for task_id, ledger in commit.ledgers.items():
-            text = ledger_to_json({task_id: ledger})
-            _exactly_one(
-                journal.change("UPDATE tasks SET ledger = ? WHERE task_id = ?", (text, task_id)),
-                f"task {task_id} does not exist",
-            )
+            _record_merging(journal, commit.row.version, one)
+        if commit.merged:
+            record_spend(journal, [one.update_id for one in commit.merged])
+        else:
+            restore_privacy(journal)
+        write_ledgers(journal, commit.ledgers)
+
+
+def insert_version(journal: Journal, row: VersionRow, now_ms: int) -> None:
+    """Make ``row`` the head, inside a transaction; raises as :func:`commit_version`."""
+    _exactly_one(
+        journal.change("UPDATE head SET version = ? WHERE version = ?", (row.version, row.version - 1)),
+        f"version {row.version} does not follow the head",
+    )
+    entry_seq, _ = journal.append_entry("version", version_entry(row))
+    journal.change(
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
+        (
+            row.version,
+            entry_seq,
+            row.delta_sha256,
+            row.delta_size,
+            row.snapshot_sha256,
+            row.snapshot_size,
+            int(row.compacts),
+            json.dumps(row.sizes, sort_keys=True),
+            row.policy,
+            row.manifest.body,
+            row.manifest.signature,
+            now_ms,
+        ),
+    )
+
+
+def write_ledgers(journal: Journal, ledgers: Mapping[str, TaskLedger]) -> None:
+    """Replace the error ledgers of some tasks, inside a transaction; raises as :func:`commit_version`."""
+    for task_id, ledger in ledgers.items():
+        text = ledger_to_json({task_id: ledger})
+        _exactly_one(
+            journal.change("UPDATE tasks SET ledger = ? WHERE task_id = ?", (text, task_id)),
+            f"task {task_id} does not exist",
+        )
 
 
 def _record_merging(journal: Journal, version: int, one: Merging) -> None:
@@ -177,15 +193,21 @@ def mark_collected(journal: Journal, before: int) -> int:
     Committed before a file is removed: a file that is still there afterwards is only left over.
     """
     with journal.transaction():
-        changed = journal.change("UPDATE versions SET collected = 1 WHERE version < ? AND collected = 0", (before,))
-        journal.append_entry("collected", {"before": before})
+        return chain_collected(journal, before)
+
+
+def chain_collected(journal: Journal, before: int) -> int:
+    """:func:`mark_collected` inside a transaction that the caller has begun."""
+    changed = journal.change("UPDATE versions SET collected = 1 WHERE version < ? AND collected = 0", (before,))
+    journal.append_entry("collected", {"before": before})
     return changed
 
 
 def referenced_blobs(journal: Journal) -> set[str]:
     """Return the digest of every payload that some row still needs."""
     rows = journal.rows(
-        "SELECT sha256 FROM updates UNION SELECT original_sha256 FROM updates WHERE original_sha256 IS NOT NULL "
+        "SELECT sha256 FROM updates WHERE state <> 'FORGOTTEN' "
+        "UNION SELECT original_sha256 FROM updates WHERE original_sha256 IS NOT NULL "
         "UNION SELECT delta_sha256 FROM versions WHERE collected = 0 "
         "UNION SELECT snapshot_sha256 FROM versions WHERE collected = 0 AND snapshot_sha256 IS NOT NULL"
     )
@@ -195,7 +217,7 @@ def referenced_blobs(journal: Journal) -> set[str]:
 def version_entry(row: VersionRow) -> dict[str, Any]:
     """Return what the hash chain says of a version."""
     if not row.policy:  # written by format 1: one update per version, no manifest
-        names: dict[str, Any] = {"update_id": row.updates[0]}
+        names: dict[str, Any] = {"update_id": row.updates[0]} if row.updates else {}
     else:
         names = {"updates": list(row.updates), "policy": json.loads(row.policy), "manifest_sha256": row.manifest.sha256}
     return {

@@ -95,6 +95,8 @@ class Reader:
             part = message.WhichOneof("part")
             if part == "snapshot_required":
                 return True
+            if part == "heartbeat":
+                continue
             if part == "delta":
                 header, parts, missing = message.delta, [message.delta.data], message.delta.payload_size
                 missing -= len(message.delta.data)

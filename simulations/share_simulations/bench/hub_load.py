@@ -28,6 +28,7 @@ from grpc import aio
 from share_core.errors import ERROR_KEY, GO_AHEAD_KEY, RETRY_KEY
 from share_core.spec_file import read_spec
 from share_proto.v1 import hub_pb2
+from share_server.local import Holder
 from share_simulations.bench.payloads import Prepared, Source
 from share_simulations.bench.worker import read_job, serve_commands
 
@@ -96,7 +97,9 @@ class _Client:
 
     def __init__(self, job: dict[str, Any], ca: bytes) -> None:
         self.tasks: list[str] = job["tasks"]
-        self._credentials = grpc.ssl_channel_credentials(ca, job["key"].encode(), job["certificate"].encode())
+        self.holder = Holder(job["key"].encode(), job["certificate"].encode())
+        """Who it is."""
+        self._credentials = grpc.ssl_channel_credentials(ca, self.holder.key, self.holder.certificate)
         self._channels: dict[str, aio.Channel] = {}
 
     async def channel(self, address: str) -> aio.Channel:
@@ -171,11 +174,11 @@ class Load:
         while time.monotonic() < tally.end:
             task_id = client.tasks[number % len(client.tasks)]
             number += 1
-            await self._deliver(submit, task_id, keep, tally)
+            await self._deliver(submit, client.holder, task_id, keep, tally)
 
-    async def _deliver(self, submit: Any, task_id: str, keep: bool, tally: _Tally) -> None:
+    async def _deliver(self, submit: Any, holder: Holder, task_id: str, keep: bool, tally: _Tally) -> None:
         began, wait = time.monotonic(), _FIRST_WAIT_S
-        update = self._prepare(task_id)
+        update = self._prepare(task_id, holder)
         while True:
             attempt = time.monotonic()
             try:
@@ -187,7 +190,7 @@ class Load:
                     print(f"{error.code().name}: {error.details()}", file=sys.stderr)  # goes to the log
                 tally.errors[f"{error.code().name} {name}"] += 1
                 if error.code() not in _AGAIN:
-                    update = self._prepare(task_id)  # too old by now: a new one on the newest version
+                    update = self._prepare(task_id, holder)  # too old by now: a new one on the newest version
                     await asyncio.sleep(wait)
                     continue
                 if error.code() in _SHED:
@@ -202,9 +205,9 @@ class Load:
             tally.ack(began, update, keep)
             return
 
-    def _prepare(self, task_id: str) -> Prepared:
+    def _prepare(self, task_id: str, holder: Holder) -> Prepared:
         self._next += 1
-        return self._sources[self._next % _SOURCES].prepare(task_id)
+        return self._sources[self._next % _SOURCES].prepare(task_id, holder)
 
     async def _follow(self, address: str) -> None:
         """Keep the payloads on the newest version."""

@@ -19,6 +19,7 @@ from share_core.fingerprint import space_id_of
 from share_core.types import Factors, SiteSpec, SiteUpdate, SpaceSpec, Update
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
+from share_server.local import Holder, sign_header
 
 _TAIL_FLOATS = 16
 _CHUNK = 2**20
@@ -112,8 +113,8 @@ class Source:
         """Express it against another version: free adapters have no cores, so only the header changes."""
         self._body = self._encode(version)
 
-    def prepare(self, task_id: str) -> Prepared:
-        """Return a new update of a task: other bytes than all before."""
+    def prepare(self, task_id: str, holder: Holder) -> Prepared:
+        """Return a new update of a task, signed by who will send it: other bytes than all before."""
         tail = struct.pack(f"<{_TAIL_FLOATS}f", *(self._random.uniform(-1.0, 1.0) for _ in range(_TAIL_FLOATS)))
         digest = self._body.digest.copy()
         digest.update(tail)
@@ -125,7 +126,7 @@ class Source:
             payload_size=self.size,
             payload_sha256=digest.hexdigest(),
         )
-        message = hub_pb2.SubmitRequest(header=header).SerializeToString()
+        message = hub_pb2.SubmitRequest(header=sign_header(header, holder)).SerializeToString()
         return Prepared(header.update_id, header.payload_sha256, message, self._body, tail)
 
     def _encode(self, version: int) -> _Body:

@@ -42,6 +42,8 @@ KINDS = {
     "unnoticed": "the hub went on after its storage had failed",
     "late": "an acknowledgement was given after the storage had failed",
     "silent": "damaged bytes were opened as if nothing had happened",
+    "changed": "a call that was refused, or answered before, changed the state",
+    "admitted": "a submission that somebody had changed or stolen was taken",
     "unclear": "a damaged store was refused with an error that no operator understands",
 }
 """Every way in which a promise can be broken."""
@@ -146,7 +148,7 @@ async def _send_again(engine: Engine, plan: Plan, promised: Promised) -> list[Fi
     """Be every client that does not know whether its update arrived, and goes on where it broke off."""
     found = []
     for letter in plan.letters:
-        known = await resume(engine, plan.spec, letter)
+        known = await resume(engine, letter)
         if letter.update_id in promised.acks and known is not True:
             found.append(
                 Finding("lost", f"update {letter.update_id} was acknowledged; sent again it is not known: {known}")

@@ -238,5 +238,5 @@ def _send_twice(plan: ClientPlan, over: threading.Event) -> None:
             # An entry may be merged, expressed anew or removed at any moment, and the hub may be away.
             with contextlib.suppress(OSError, ConfigError, DigestError, FedshareError):
                 waiting, _ = list_outbox(layout.outbox)
-                for entry in waiting[:1]:
+                for entry in [entry for entry in waiting if entry.submission.signature][:1]:
                     link.submit(entry.submission, entry.read_payload())

@@ -30,7 +30,7 @@ from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import decode_snapshot, encode_update
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import LimitConfig, MergeConfig, RetentionConfig, config_to_toml
-from share_server.local import Holder, LocalHub, submit_header, submit_messages
+from share_server.local import Holder, LocalHub, sign_header, submit_header, submit_messages
 from share_simulations.chaos.endcheck import Book
 
 _CALL_S = 20.0
@@ -259,13 +259,13 @@ class Swarm:
         hub = hub_pb2_grpc.HubStub(self._channels[slot])
         task = f"org{slot}/t{(number // len(self._channels)) % self._crowd.tasks}"
         for _ in self._tickets:
-            await self._deliver(hub, task)
+            await self._deliver(hub, task, self._holders[slot])
 
-    async def _deliver(self, hub: hub_pb2_grpc.HubAsyncStub, task: str) -> None:
+    async def _deliver(self, hub: hub_pb2_grpc.HubAsyncStub, task: str, holder: Holder) -> None:
         """Bring one update to its acknowledgement, under a new id whenever its version is no longer kept."""
         while True:
             payload = self._payloads.next()
-            header = submit_header(self._server.spec, task, payload)
+            header = sign_header(submit_header(self._server.spec, task, payload), holder)
             self._book.send(header.update_id, header.payload_sha256)
             messages = list(submit_messages(header, payload))
             calls = [self._until_answered(hub, header.update_id, messages)]
@@ -334,6 +334,8 @@ async def follow(server: LocalHub, holder: Holder, book: Book, seed: int) -> Non
                     if part == "snapshot_required":
                         newest = message.snapshot_required.newest_version
                         break
+                    if part == "heartbeat":
+                        continue
                     if part == "delta":
                         header, payload = message.delta, bytearray(message.delta.data)
                     else:

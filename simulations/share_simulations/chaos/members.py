@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import secrets
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from share_client.feed import VersionFeed
 from share_client.link import HubLink
 from share_client.member import Credentials
+from share_client.signing import sign_submission
 from share_client.uploading import Submission
 from share_client.view import View
 from share_core.errors import FedshareError
@@ -87,6 +89,7 @@ class Uploader(threading.Thread):
         self._book = book
         self._seed = seed
         self._random = random.Random(seed)
+        self._numbers = itertools.count(1)
         self.enough = threading.Event()
         """Set it to let the update under way be the last one."""
         self.give_up = threading.Event()
@@ -133,6 +136,7 @@ class Uploader(threading.Thread):
             payload_size=len(payload),
             payload_sha256=hashlib.sha256(payload).hexdigest(),
         )
+        submission = sign_submission(submission, self._link.credentials, next(self._numbers))
         self._book.send(submission.update_id, submission.payload_sha256)
         self.updates += 1
         if not self._deliver(submission, payload):

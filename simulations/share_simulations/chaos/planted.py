@@ -11,6 +11,7 @@ import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from share_server.store.anchor import Mark
 from share_server.store.journal import Journal
 from share_server.store.records import Merging, UpdateRow
 from share_server.store.store import Store
-from share_server.store.updates import accept_updates, find_update
+from share_server.store.updates import accept_update, accept_updates, find_update
 
 _LATER_S = 0.4
 _TRANSACTIONS = 40
@@ -88,16 +89,11 @@ def _no_dedupe() -> None:
     """An update that is known already is taken once more."""
     honest = Intake.receive
 
-    async def receive(self: Intake, caller: Any, messages: Any, go_ahead: Any) -> Any:
-        await go_ahead()
-        kept = [message async for message in messages]
-        row, duplicate = await honest(self, caller, _replay(kept))
+    async def receive(self: Intake, *arguments: Any) -> Any:
+        row, duplicate = await honest(self, *arguments)
         if duplicate:
-            header = hub_pb2.SubmitHeader()
-            header.CopyFrom(kept[0].header)
-            header.update_id = secrets.token_hex(16)
-            again = [hub_pb2.SubmitRequest(header=header), *kept[1:]]
-            await honest(self, caller, _replay(again))
+            again = replace(row.new, update_id=secrets.token_hex(16), sequence=0)
+            await self._store.do(lambda journal: accept_update(journal, again, row.received_ms))
         return row, duplicate
 
     replace_step(Intake, "receive", receive)

@@ -20,13 +20,13 @@ import torch
 
 from share_core.errors import DigestError, FedshareError, UnavailableError
 from share_core.fingerprint import describe_space
-from share_core.identity import Identity
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
 from share_core.wire import encode_snapshot, encode_update
 from share_proto.v1 import hub_pb2
 from share_server.config import LimitConfig, MergeConfig, RetentionConfig, ServerConfig
 from share_server.hub.access import Caller
 from share_server.hub.engine import Engine
+from share_server.local import member_of_no_hub, sign_header, submit_header
 from share_server.store import journal
 from share_server.store.records import UpdateState
 from share_server.store.updates import list_updates
@@ -49,6 +49,8 @@ class Letter:
     """``organisation/name``."""
     payload: bytes
     """The update on the wire."""
+    header: hub_pb2.SubmitHeader
+    """Its header, signed."""
 
     @property
     def sha256(self) -> str:
@@ -134,8 +136,14 @@ def write_letters(
         task = f"{member.split('/')[0]}/t{draw.randrange(tasks)}"
         base = space if number % 2 else None
         payload = make_payload(spec, draw.randrange(2**31), base)
-        letters.append(Letter(f"{draw.getrandbits(128):032x}", member, task, payload))
+        letters.append(write_letter(spec, f"{draw.getrandbits(128):032x}", member, task, payload))
     return tuple(letters)
+
+
+def write_letter(spec: SpaceSpec, update_id: str, member: str, task_id: str, payload: bytes) -> Letter:
+    """Return one update, signed once: whoever sends it, in whatever process, sends the same bytes."""
+    header = submit_header(spec, task_id, payload, update_id=update_id)
+    return Letter(update_id, member, task_id, payload, sign_header(header, member_of_no_hub(member)))
 
 
 def make_payload(spec: SpaceSpec, seed: int, space: Space | None = None) -> bytes:
@@ -209,7 +217,7 @@ async def _send_all(engine: Engine, plan: Plan, say: Callable[[str], None]) -> N
     letters = plan.letters
     if plan.orderly:
         for letter in letters:
-            await send(engine, plan.spec, letter, say)
+            await send(engine, letter, say)
             engine.loop.wake()
             await settle(engine)
         return
@@ -218,49 +226,45 @@ async def _send_all(engine: Engine, plan: Plan, say: Callable[[str], None]) -> N
     await _send_together(engine, plan, (*letters[:half], letters[0]), say)
     engine.loop.wake()
     together = _send_together(engine, plan, (*letters[half:-1], letters[0]), say)
-    await asyncio.gather(together, send_in_two(engine, plan.spec, letters[-1], say))
+    await asyncio.gather(together, send_in_two(engine, letters[-1], say))
     engine.loop.wake()
     await settle(engine)
 
 
 async def _send_together(engine: Engine, plan: Plan, letters: tuple[Letter, ...], say: Callable[[str], None]) -> None:
-    await asyncio.gather(*(send(engine, plan.spec, letter, say) for letter in letters))
+    await asyncio.gather(*(send(engine, letter, say) for letter in letters))
 
 
-async def send(
-    engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None], offset: int = 0
-) -> bool | FedshareError:
+async def send(engine: Engine, letter: Letter, say: Callable[[str], None], offset: int = 0) -> bool | FedshareError:
     """Send one update from ``offset`` on; say it when it is acknowledged.
 
     Returns:
         Whether it was known, or the refusal.
     """
     try:
-        _, duplicate = await engine.intake.receive(caller_of(letter.member), messages_of(spec, letter, offset))
+        _, duplicate = await engine.intake.receive(caller_of(letter.member), messages_of(letter, offset))
     except FedshareError as error:
         return error
     say(f"ack {letter.update_id} {letter.sha256}")
     return duplicate
 
 
-async def resume(
-    engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None] = lambda _: None
-) -> bool | FedshareError:
+async def resume(engine: Engine, letter: Letter, say: Callable[[str], None] = lambda _: None) -> bool | FedshareError:
     """Send one update from where an earlier connection left off, else from the start; see :func:`send`."""
     offset, row = await engine.intake.progress(caller_of(letter.member), letter.update_id)
-    answer = await send(engine, spec, letter, say, 0 if row is not None else min(offset, len(letter.payload) - 1))
+    answer = await send(engine, letter, say, 0 if row is not None else min(offset, len(letter.payload) - 1))
     if isinstance(answer, DigestError | UnavailableError) and offset:
-        answer = await send(engine, spec, letter, say)
+        answer = await send(engine, letter, say)
     return answer
 
 
-async def send_in_two(engine: Engine, spec: SpaceSpec, letter: Letter, say: Callable[[str], None]) -> None:
+async def send_in_two(engine: Engine, letter: Letter, say: Callable[[str], None]) -> None:
     """Lose the connection in the middle of an upload, then go on over another one."""
-    half = messages_of(spec, letter, 0, len(letter.payload) // 2)
+    half = messages_of(letter, 0, len(letter.payload) // 2)
     with contextlib.suppress(FedshareError):
         await engine.intake.receive(caller_of(letter.member), half)
     with contextlib.suppress(FedshareError):
-        await resume(engine, spec, letter, say)
+        await resume(engine, letter, say)
 
 
 async def settle(engine: Engine) -> None:
@@ -295,26 +299,15 @@ def digest_of(space: Space) -> str:
 
 
 def caller_of(member: str) -> Caller:
-    """Return a caller as the interceptor would make it; the engine asks only who it is."""
-    organisation, name = member.split("/")
-    return Caller(Identity("trainer", organisation, name), b"")
+    """Return a caller as the interceptor would make it; the engine asks only who it is and what key it has."""
+    return member_of_no_hub(member).caller
 
 
-async def messages_of(
-    spec: SpaceSpec, letter: Letter, offset: int = 0, end: int | None = None
-) -> AsyncIterator[hub_pb2.SubmitRequest]:
+async def messages_of(letter: Letter, offset: int = 0, end: int | None = None) -> AsyncIterator[hub_pb2.SubmitRequest]:
     """Yield the messages of one Submit: a header and two chunks of ``payload[offset:end]``."""
-    yield hub_pb2.SubmitRequest(
-        header=hub_pb2.SubmitHeader(
-            update_id=letter.update_id,
-            space_id=spec.space_id,
-            task_id=letter.task_id,
-            create=True,
-            payload_size=len(letter.payload),
-            payload_sha256=letter.sha256,
-            offset=offset,
-        )
-    )
+    message = hub_pb2.SubmitRequest(header=letter.header)
+    message.header.offset = offset
+    yield message
     rest = letter.payload[offset:end]
     middle = len(rest) // 2
     for part in (rest[:middle], rest[middle:]):

@@ -290,6 +290,17 @@ def test_export_with_heads(run: Any, adapter: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def test_export_for_vllm_says_the_rank_it_needs_or_leaves_nothing(run: Any, adapter: Any, tmp_path: Path) -> None:
+    source = adapter(tmp_path / "in", extra={"base_model.model.bert.layer.0.query.bias": torch.ones(12)})
+    run("merge", source, "-o", tmp_path / "m")
+    answer = run("export", tmp_path / "m", "in", "-o", tmp_path / "a", "--for", "vllm")
+    assert (answer.code, "start vLLM with --max-lora-rank 8 or more" in answer.out) == (0, True)
+    answer = run("export", tmp_path / "m", "in", "-o", tmp_path / "b", "--for", "vllm", "--heads")
+    assert (answer.code, "layer.0.query.bias' has another name" in answer.err) == (1, True)
+    assert not (tmp_path / "b").exists()
+    assert run("export", tmp_path / "m", "in", "-o", tmp_path / "c", "--for", "tgi").code == 2
+
+
 def test_diff(run: Any, space: Path, three: list[Path], adapter: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.space"
     run("merge", three[0], three[1], adapter(tmp_path / "four", 4), "-o", other, "--cap", 5)

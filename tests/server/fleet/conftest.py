@@ -20,7 +20,7 @@ import uvicorn
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
+from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, public_key_pem, sign_csr
 from share_core.types import SpaceSpec
 from share_server.config import ServerConfig
 from share_server.fleet import superlink
@@ -29,6 +29,7 @@ from share_server.fleet.gateway import serve
 from share_server.fleet.hub_link import EnrolledNode
 from share_server.layout import Layout
 from share_server.provision import create_server, free_ports
+from share_server.store.members import key_digest
 
 
 def new_node_key() -> bytes:
@@ -93,7 +94,9 @@ class Stand:
         path.write_bytes(certificate + key)
         node_key = new_node_key()
         if enrolled:
-            self.nodes.append(EnrolledNode(member, node_key, len(self.nodes) + 1, False))
+            self.nodes.append(
+                EnrolledNode(member, node_key, len(self.nodes) + 1, False, key_digest(public_key_pem(key)))
+            )
         return Caller(node_key, path)
 
     def fetch(self) -> list[EnrolledNode]:

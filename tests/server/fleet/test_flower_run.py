@@ -124,7 +124,7 @@ class Link:
 
     def bind_node(self, member: str, node_id: int) -> None:
         self.bound.append((member, node_id))
-        self.nodes[member] = EnrolledNode(member, self.nodes[member].public_key, node_id, False)
+        self.nodes[member] = EnrolledNode(member, self.nodes[member].public_key, node_id, False, "")
 
 
 def settle(link: Link, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> registrar.Registrar:
@@ -136,7 +136,7 @@ def settle(link: Link, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> r
 
 
 def test_an_enrolled_node_is_registered_once_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    link, commands = Link(EnrolledNode("acme/ann", KEY, 0, False)), Commands()
+    link, commands = Link(EnrolledNode("acme/ann", KEY, 0, False, "")), Commands()
     settle(link, commands, monkeypatch)
     assert commands.asked == ["register acme/ann"]
     assert link.bound == [("acme/ann", 2**63)]
@@ -146,7 +146,7 @@ def test_an_enrolled_node_is_registered_once_and_bound(monkeypatch: pytest.Monke
 def test_a_key_that_flower_has_already_is_bound_without_registering(
     monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
-    link, commands = Link(EnrolledNode("acme/ann", KEY, bound, False)), Commands()
+    link, commands = Link(EnrolledNode("acme/ann", KEY, bound, False, "")), Commands()
     commands.known[KEY] = 2**63 + 9
     settle(link, commands, monkeypatch)
     assert commands.asked == []
@@ -154,13 +154,13 @@ def test_a_key_that_flower_has_already_is_bound_without_registering(
 
 
 def test_a_lost_database_has_every_node_registered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    link, commands = Link(EnrolledNode("acme/ann", KEY, 5, False)), Commands()
+    link, commands = Link(EnrolledNode("acme/ann", KEY, 5, False, "")), Commands()
     settle(link, commands, monkeypatch)
     assert link.bound == [("acme/ann", 2**63)]
 
 
 def test_revoked_and_nodeless_members_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    link = Link(EnrolledNode("acme/ann", KEY, 0, True), EnrolledNode("acme/reader", b"", 0, False))
+    link = Link(EnrolledNode("acme/ann", KEY, 0, True, ""), EnrolledNode("acme/reader", b"", 0, False, ""))
     commands = Commands()
     settle(link, commands, monkeypatch)
     assert commands.asked == []

@@ -152,6 +152,11 @@ REFUSALS: dict[str, tuple[str, int, Probe]] = {
         401,
         lambda s, a, b, p: ask_as(s.caller("acme/new", enrolled=False), p),
     ),
+    "certificate over a replaced key": (
+        "check_certificate",
+        401,
+        lambda s, a, b, p: (old := s.caller("acme/ann", enrolled=False), p.post(old, HEARTBEAT, key=a.key)),
+    ),
     "own certificate, another's key": ("check_key", 401, lambda s, a, b, p: (a, p.post(a, HEARTBEAT, key=b.key))),
     "own certificate, fresh key": (
         "check_key",
@@ -177,6 +182,7 @@ def test_refusals(
     if planted:
         monkeypatch.setattr(guards, guard, lambda *_: None)
         if guard == "check_enrolment":  # a gateway that forgets to ask takes whatever key is shown
+            monkeypatch.setattr(guards, "check_certificate", lambda *_: None)
             monkeypatch.setattr(guards, "check_key", lambda *_: None)
             stand.nodes.append(replace(stand.nodes[0], member="acme/new", revoked=True))
     before = len(stand.seen)
@@ -230,6 +236,21 @@ def test_expiry_bites_on_an_open_connection(stand: Any, ann: Any, probe: Any, mo
         assert probe.exchange(connection, probe.post(ann, HEARTBEAT)) == 200
         monkeypatch.setattr(guards, "utc_now", lambda: datetime.now(UTC) + timedelta(days=11))
         assert probe.exchange(connection, probe.post(ann, HEARTBEAT)) == 401
+
+
+def test_a_certificate_that_is_due_ends_its_connections(
+    stand: Any, ann: Any, probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next request comes with the renewed one, and no request meets the end of the old one."""
+
+    def ended() -> bool:
+        with stand.connect(ann) as connection:
+            assert probe.exchange(connection, probe.post(ann, HEARTBEAT)) == 200
+            return probe.exchange(connection, probe.post(ann, HEARTBEAT)) is None
+
+    assert not ended()
+    monkeypatch.setattr(guards, "utc_now", lambda: datetime.now(UTC) + timedelta(days=6))
+    assert ended()
 
 
 def test_a_new_member_is_known_at_once(stand: Any, probe: Any) -> None:

@@ -237,6 +237,8 @@ def read_steps() -> Callable[..., Steps]:
         found: Steps = []
         header, payload = None, b""
         for message in stream:
+            if message.WhichOneof("part") == "heartbeat":
+                continue
             if message.WhichOneof("part") == "delta":
                 header, payload = message.delta, message.delta.data
             else:

@@ -19,6 +19,7 @@ from share_core.errors import ConfigError
 from share_core.lifeline import children
 from share_core.wire import decode_update
 from share_proto.v1 import hub_pb2
+from share_server.local import member_of_no_hub
 from share_simulations.bench.hub import HubOptions, run_hub
 from share_simulations.bench.limits import durable_files_per_second
 from share_simulations.bench.payloads import Prepared, Source, upload_space
@@ -27,6 +28,7 @@ from share_simulations.bench.stats import percentile, slope_per_minute
 from share_simulations.bench.worker import Worker
 from share_simulations.processes import ProcessFailedError
 
+SENDER = member_of_no_hub("org/one")
 KEYS = {
     "acks_per_s",
     "ack_p50_ms",
@@ -73,10 +75,10 @@ def test_a_small_run_has_every_key_and_keeps_every_promise(tmp_path: Path) -> No
 def test_updates_are_honest_all_different_and_just_below_the_size() -> None:
     spec = upload_space(2**20)
     source = Source(spec, rank=32, seed=1)
-    one, other = source.prepare("org/a"), source.prepare("org/a")
+    one, other = source.prepare("org/a", SENDER), source.prepare("org/a", SENDER)
     assert _payload(one) != _payload(other)
     source.rebase(7)
-    later = source.prepare("org/a")
+    later = source.prepare("org/a", SENDER)
     for prepared, version in ((one, 0), (other, 0), (later, 7)):
         payload = _payload(prepared)
         header = hub_pb2.SubmitRequest.FromString(prepared.header).header
@@ -89,7 +91,7 @@ def test_updates_are_honest_all_different_and_just_below_the_size() -> None:
 
 def test_a_payload_of_several_chunks_is_whole_too() -> None:
     source = Source(upload_space(5 * 2**19), rank=32, seed=1)
-    prepared = source.prepare("org/a")
+    prepared = source.prepare("org/a", SENDER)
     assert len(prepared.chunks()) == 3
     assert hashlib.sha256(_payload(prepared)).hexdigest() == prepared.sha256
 
