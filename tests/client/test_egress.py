@@ -30,7 +30,7 @@ from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 
 RUNNER = CliRunner()
-OPTIONS = SessionOptions(linger_s=0.2, poll_s=0.02, lock_s=5.0)
+OPTIONS = SessionOptions(linger_s=1.0, poll_s=0.02, lock_s=5.0)
 NEVER = threading.Event()
 
 

@@ -229,9 +229,11 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
     optimizer = adamw(head, backbone.width, (), options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
     for _ in range(options.epochs):
-        for rows in torch.randperm(len(train_y), generator=draw).split(options.batch_size):
+        order = torch.randperm(len(train_y), generator=draw)
+        for begin in range(0, len(order), options.batch_size):
+            rows = order[begin : begin + options.batch_size]
             optimizer.zero_grad()
-            task.kind.loss(head(train_x[rows]), train_y[rows]).backward()
+            task.kind.loss(head(train_x[rows]), train_y[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     with torch.no_grad():
