@@ -62,6 +62,8 @@ class ReplayOptions:
     """Also show that the planted bugs are caught."""
     folder: Path | None = None
     """Where the store lies; default: the system's place for temporary files."""
+    stride: int = 1
+    """Of the payloads every so-manieth byte is changed; of the headers always every one."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def honest(letter: Letter) -> Attempt:
     return Attempt("as it was", member_of_no_hub(letter.member).caller, header, letter.payload)
 
 
-def changed_bytes(letter: Letter, draw: random.Random) -> Iterator[Attempt]:
+def changed_bytes(letter: Letter, draw: random.Random, stride: int = 1) -> Iterator[Attempt]:
     """Yield the submission with every byte changed, one at a time: the header's message first, then the payload.
 
     A number may be written in several ways. What still says the same is the same submission, and changed otherwise.
@@ -167,7 +169,7 @@ def changed_bytes(letter: Letter, draw: random.Random) -> Iterator[Attempt]:
         while _says(header) == letter.header:
             header = _changed(whole.header, at, draw)
         yield Attempt(f"byte {at} of the header", whole.caller, header, whole.payload)
-    for at in range(len(whole.payload)):
+    for at in range(0, len(whole.payload), stride):
         yield Attempt(f"byte {at} of the payload", whole.caller, whole.header, _changed(whole.payload, at, draw))
 
 
@@ -194,7 +196,7 @@ def run_replay(options: ReplayOptions) -> dict[str, Any]:
         return assemble("replay", options.seed, _figures(answers), tally, caught, began)
 
     with reporting(report):
-        _on_a_hub(options, lambda scene: _campaign(scene, options.replays, tally, answers))
+        _on_a_hub(options, lambda scene: _campaign(scene, options, tally, answers))
         for mutant in MUTANTS if options.mutants else ():
             caught.append(hunt(mutant, options))
     return report()
@@ -223,11 +225,11 @@ def hunt(mutant: Mutant, options: ReplayOptions) -> Caught:
     return Caught(mutant.name, mutant.what, after, sign)
 
 
-async def _campaign(scene: Scene, count: int, tally: Tally, answers: dict[str, Counter[str]]) -> None:
+async def _campaign(scene: Scene, options: ReplayOptions, tally: Tally, answers: dict[str, Counter[str]]) -> None:
     attempts: list[tuple[str, Iterator[Attempt]]] = [
-        ("bytes of a known submission", changed_bytes(scene.taken[0], scene.draw)),
-        ("bytes of an unseen submission", changed_bytes(scene.unseen, scene.draw)),
-        ("replays", (attempt for attempt, _ in zip(replays(scene), range(count), strict=False))),
+        ("bytes of a known submission", changed_bytes(scene.taken[0], scene.draw, options.stride)),
+        ("bytes of an unseen submission", changed_bytes(scene.unseen, scene.draw, options.stride)),
+        ("replays", (attempt for attempt, _ in zip(replays(scene), range(options.replays), strict=False))),
     ]
     with Meter("attempts") as meter:
         for name, source in attempts:

@@ -188,6 +188,17 @@ def test_whoever_is_not_there_cannot_be_forgotten(past: Any) -> None:
         forget(past.layout, "../etc")
 
 
+def test_a_running_hub_is_left_alone(past: Any) -> None:
+    async def meanwhile(engine: Engine) -> None:
+        with pytest.raises(ConfigError, match="stop it first"):
+            await engine.store.io(lambda: forget(past.layout, "cord"))
+        with pytest.raises(ConfigError, match="stop it first"):
+            await engine.store.io(lambda: forget(past.layout, "cord", dry_run=True))
+
+    past.open(meanwhile)
+    assert verify(past.layout).versions == len(past.groups)
+
+
 def test_what_the_retention_policy_makes_impossible_is_refused(tmp_path: Path, forgetting: Any) -> None:
     """A step of FedBuff is the difference to what the task was in its base: where that is gone, so is the step."""
     config = replace(forgetting.config, merge=MergeConfig(mixing="fedbuff"))
