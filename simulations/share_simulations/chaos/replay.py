@@ -121,11 +121,8 @@ class Scene:
         """Send one submission as gRPC hands it over: a message that cannot be read ends the call before it begins."""
         try:
             first = read_submit_request(attempt.header)
-        except DecodeError:
-            return Answer("DecodeError")
-        try:
             row, _ = await self.engine.intake.receive(attempt.caller, _messages(first, attempt.payload))
-        except FedshareError as error:
+        except (DecodeError, FedshareError) as error:
             return Answer(type(error).__name__)
         return Answer("", (row.new.update_id, row.ingest_seq, row.entry_hash))
 
