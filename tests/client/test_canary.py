@@ -32,7 +32,7 @@ from share_client.training import load_backbone
 from share_core import lifeline
 from share_core.errors import ConfigError, FedshareError
 from share_core.fingerprint import describe_space
-from share_core.lease import LEASE_RECORD, MESSAGE_ACTION, REPORT_RECORD
+from share_core.lease import LEASE_RECORD, MESSAGE_ACTION, REPORT_RECORD, LeaseReport
 from share_core.types import SpaceSpec, Update
 from share_core.wire import encode_update
 
@@ -287,7 +287,7 @@ def test_errors_name_the_place_and_not_the_data(life: Life) -> None:
 def test_what_a_library_raises_stays_here(
     life: Life, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def trip(*_: object) -> None:
+    def trip(*_: object, **__: object) -> None:
         raise ValueError(f"could not train on {SENTENCE!r} of {life.tasks}")
 
     monkeypatch.setattr("share_client.training.train_in_space", trip)
@@ -336,6 +336,16 @@ def test_planted_leaks_are_found(leak: str, life: Life, monkeypatch: pytest.Monk
     life.work()
     found = life.marks.found({**life.outside(), **life.own()})
     assert any(one == mark and where.startswith(place) for one, where in found), found
+
+
+def test_a_reply_that_tells_the_error_is_found(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: the reply says what went wrong, and so names the file."""
+    life.write(*GOOD)
+    next(life.tasks.parent.rglob("*-train.jsonl")).unlink()
+    assert life.marks.found({"reply": life.lease()}) == set()
+    told = lambda lease, error: LeaseReport(lease.lease_id, 0, True, str(error))  # noqa: E731
+    monkeypatch.setattr("share_client.fleet.client_app._failed", told)
+    assert life.marks.found({"reply": life.lease()}) >= {("file", "reply"), ("folder", "reply")}
 
 
 def test_every_form_of_a_mark_is_found() -> None:

@@ -198,6 +198,15 @@ def test_another_table_asks_for_another_training(tmp_path: Path) -> None:
     assert len(hashes) == 3
 
 
+def test_a_missing_package_refuses_the_file_and_not_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}\n')
+    body = '[[task]]\nname = "t"\nkind = "text-classification"\ntrain = "a.jsonl"\ntest = "a.jsonl"\n'
+    (tmp_path / "tasks.toml").write_text(f'backbone = "minilm"\n[privacy]\nepsilon = 1\n{body}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"opacus and dp_accounting: pip install"):
+        BackboneTrainer(tmp_path / "tasks.toml").tasks()
+
+
 def test_a_budget_names_what_was_spent(tmp_path: Path) -> None:
     spending = Spending(tmp_path)
     task = TaskConfig("t", "text-classification", Path("a"), Path("b"), privacy=replace(PRIVACY, budget=100.0))
