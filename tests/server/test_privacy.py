@@ -40,10 +40,7 @@ from share_server.store.versions import head_version, list_tasks
 
 NOISE = CoefficientNoise(noise_multiplier=4.0, clip=1.0, delta=1e-6)
 TEXT = declaration_to_text(NOISE)
-<<<<<<< HEAD
 SENDER = member_of_no_hub("acme/alice")
-=======
->>>>>>> privacy
 
 
 def noisy_payload(space: Space, seed: int) -> bytes:
@@ -65,20 +62,11 @@ async def submit(engine: Engine, payload: bytes, privacy: str = "", task: str = 
         privacy=privacy,
     )
 
-    sender = member_of_no_hub("acme/alice")
-
     async def messages() -> Any:
-<<<<<<< HEAD
         yield hub_pb2.SubmitRequest(header=sign_header(header, SENDER))
         yield memoryview(payload)
 
     await engine.intake.receive(SENDER.caller, messages())
-=======
-        yield hub_pb2.SubmitRequest(header=sign_header(header, sender))
-        yield memoryview(payload)
-
-    await engine.intake.receive(sender.caller, messages())
->>>>>>> privacy
     return header.update_id
 
 
