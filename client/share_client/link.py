@@ -56,14 +56,14 @@ class HubLink:
 
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
-        self.credentials = credentials
-        """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
         self._egress = credentials.egress
         self._old: list[tuple[threading.Timer, grpc.Channel]] = []
         self._open(credentials)
 
     def _open(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+        """Who calls: what is submitted here must be signed with this key."""
         self._channel = open_channel(self.address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)

@@ -224,6 +224,7 @@ def bench_attacks(
         Path | None, typer.Option(help="Folder for what was trained: a run with the same options finds it again.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the picture.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Settings that are run side by side.")] = 2,
     as_json: Json = False,
 ) -> None:
     """What hostile organisations can do to shared tasks and to what is stored, with the defence and without it.
@@ -237,7 +238,7 @@ def bench_attacks(
     from share_simulations.bench.attacks.options import AttackOptions
     from share_simulations.bench.attacks.report import table, write_plot
 
-    report = run_attacks(AttackOptions(data, adapters, rows=rows), keep, _note)
+    report = run_attacks(AttackOptions(data, adapters, rows=rows), keep, processes, _note)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_plot(report, out)

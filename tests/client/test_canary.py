@@ -287,7 +287,7 @@ def test_errors_name_the_place_and_not_the_data(life: Life) -> None:
 def test_what_a_library_raises_stays_here(
     life: Life, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def trip(*_: object) -> None:
+    def trip(*_: object, **__: object) -> None:
         raise ValueError(f"could not train on {SENTENCE!r} of {life.tasks}")
 
     monkeypatch.setattr("share_client.training.train_in_space", trip)

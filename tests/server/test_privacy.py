@@ -17,7 +17,6 @@ import torch
 from google.protobuf.json_format import MessageToDict
 
 from share_core.errors import RequestError, StorageError
-from share_core.identity import Identity
 from share_core.privacy import (
     CoefficientNoise,
     SampleNoise,
@@ -29,9 +28,9 @@ from share_core.types import SiteUpdate, Space, Update
 from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server import tables
-from share_server.hub.access import Caller
 from share_server.hub.convert import task_record
 from share_server.hub.engine import Engine
+from share_server.local import member_of_no_hub, sign_header
 from share_server.store import versions
 from share_server.store.journal import Journal
 from share_server.store.privacy import chained_privacy, privacy_problems, read_privacy, record_spend, restore_privacy
@@ -41,7 +40,7 @@ from share_server.store.versions import head_version, list_tasks
 
 NOISE = CoefficientNoise(noise_multiplier=4.0, clip=1.0, delta=1e-6)
 TEXT = declaration_to_text(NOISE)
-CALLER = Caller(Identity("trainer", "acme", "alice"), b"")
+SENDER = member_of_no_hub("acme/alice")
 
 
 def noisy_payload(space: Space, seed: int) -> bytes:
@@ -64,10 +63,10 @@ async def submit(engine: Engine, payload: bytes, privacy: str = "", task: str = 
     )
 
     async def messages() -> Any:
-        yield hub_pb2.SubmitRequest(header=header)
+        yield hub_pb2.SubmitRequest(header=sign_header(header, SENDER))
         yield memoryview(payload)
 
-    await engine.intake.receive(CALLER, messages())
+    await engine.intake.receive(SENDER.caller, messages())
     return header.update_id
 
 

@@ -30,6 +30,7 @@ from google.protobuf.message import DecodeError
 
 from share_core.errors import FedshareError
 from share_core.identity import Identity, make_authority, make_signer
+from share_core.privacy import SampleNoise, declaration_to_text
 from share_proto.v1 import hub_pb2
 from share_server.hub.access import Caller
 from share_server.hub.chunks import SubmitPart, read_submit_request
@@ -48,6 +49,7 @@ _MUTANT_ROUNDS = 5
 """How often every byte is changed before a planted bug counts as unnoticed."""
 _CHUNK = 256
 _SCHEMA = "5c" * 32
+_DECLARED = SampleNoise(epsilon=8.0, delta=1e-5, noise_multiplier=1.1, max_grad_norm=1.0, steps=100, sample_rate=0.01)
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,8 @@ class Scene:
         """Send one submission as gRPC hands it over: a message that cannot be read ends the call before it begins."""
         try:
             first = read_submit_request(attempt.header)
-        except DecodeError:
-            return Answer("DecodeError")
-        try:
             row, _ = await self.engine.intake.receive(attempt.caller, _messages(first, attempt.payload))
-        except FedshareError as error:
+        except (DecodeError, FedshareError) as error:
             return Answer(type(error).__name__)
         return Answer("", (row.new.update_id, row.ingest_seq, row.entry_hash))
 
@@ -292,7 +291,7 @@ def _write(draw: random.Random, number: int) -> Letter:
         rows=draw.randrange(1, 1000),
         sharing=hub_pb2.TaskSharing(open=True, organisations=["bolt", "east"]),
         schema_sha256=_SCHEMA,
-        privacy='{"clip":1.0}',
+        privacy=declaration_to_text(_DECLARED),
     )
     sign_header(header, member_of_no_hub(member))
     return Letter(header.update_id, member, header.task_id, payload, header)

@@ -107,7 +107,7 @@ def test_every_stranger_is_refused_by_every_method(
         stream = stub.FollowVersions(hub_pb2.FollowVersionsRequest(space_id=hub.spec.space_id), timeout=60)
         revoke(hub.layout, "acme/alice")
         with pytest.raises(grpc.RpcError) as caught:
-            next(stream)
+            list(stream)
         assert isinstance(caught.value, grpc.Call)
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 

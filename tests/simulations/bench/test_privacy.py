@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from share_core.errors import ConfigError
+from share_core.privacy import gaussian_epsilon
 from share_simulations.bench import accountants
 from share_simulations.bench.accountants import compare_accountants
 from share_simulations.bench.privacy import PrivacyOptions, run_privacy
@@ -64,6 +65,6 @@ def test_accountants_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     good = compare_accountants(10)
     assert good["schedules"] == 10
     assert good["largest_difference"] <= 1e-9
-    honest = accountants.gaussian_epsilon
+    honest = gaussian_epsilon
     monkeypatch.setattr(accountants, "gaussian_epsilon", lambda *arguments: honest(*arguments) - 1e-3)
     assert compare_accountants(10)["largest_optimism"] > 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import shutil
 import tempfile
@@ -58,15 +59,15 @@ class Campaign:
         self._crew = Crew(options, folder, self._backbone, told)
         self._spec = find_spec("minilm")
         self._key = signing_key()
-        self._base = self._crew.folder / "base"
+        self._base = self._crew.folder / "base" / "store"
         self._ground: Outcome
         self._firsts: dict[str, Work] = {}
         self._dense: dict[tuple[str, int], Dense] = {}
 
     def prepare(self) -> None:
         """Make the space that is attacked: stored tasks of others, then a first adapter of every shared task."""
-        shutil.rmtree(self._base, ignore_errors=True)
-        self._base.mkdir(parents=True)
+        shutil.rmtree(self._base.parent, ignore_errors=True)
+        self._base.parent.mkdir(parents=True)
         old = [Sent("archive", stored_id(task), self._finished(task), 0) for task in self._options.stored]
         first = run_store(self._base, self._spec, ServerConfig(), self._key, old)
         self._firsts = {task: self._crew.first(task, first.space) for task in self._options.shared}
@@ -76,15 +77,34 @@ class Campaign:
         ]
         self._ground = run_store(self._base, self._spec, ServerConfig(), self._key, owned)
 
-    def settings(self) -> list[Setting]:
-        """Run and measure everything."""
-        found = [self._measured("none", 0.0, name, None) for name in DEFENCES]
-        for fraction in FRACTIONS:
-            for attack in ATTACKS:
-                found += [self._measured(attack, fraction, name, found[0]) for name in DEFENCES]
+    def settings(self, processes: int) -> list[Setting]:
+        """Run and measure everything, ``processes`` settings side by side; the figures do not depend on how many."""
+        wanted = [("none", 0.0, name) for name in DEFENCES]
+        wanted += [(attack, share, name) for share in FRACTIONS for attack in ATTACKS for name in DEFENCES]
+        self._train_all()
+        with multiprocessing.get_context("fork").Pool(processes, _RUNNING.append, (self,)) as pool:
+            found = []
+            for setting in pool.imap(_measured, wanted):
+                self._told(
+                    f"{setting.attack} {setting.fraction:.0%}, defence {setting.defence}: "
+                    f"accuracy {setting.accuracy:.3f}, {setting.seconds:.0f} s"
+                )
+                found.append(setting)
         return found
 
-    def _measured(self, attack: str, fraction: float, defence: str, plain: Setting | None) -> Setting:
+    def _train_all(self) -> None:
+        """Train whatever is not there yet, before the settings are run side by side."""
+        for task in self._options.shared:
+            self._crew.prepared(task, OWNER, TRIGGERED)
+            for client in range(self._options.clients):
+                self._change(task, client)
+            for client in self._options.most_hostile:
+                for kind in (FLIPPED, TRIGGERED):
+                    self._trained(task, client, kind)
+
+    def measured(self, wanted: tuple[str, float, str]) -> Setting:
+        """Run one setting: (attack, share of hostile organisations, defence)."""
+        attack, fraction, defence = wanted
         began = time.monotonic()
         hostile = self._options.hostile(fraction)
         config = ServerConfig(robust=DEFENCES[defence])
@@ -92,11 +112,11 @@ class Campaign:
             root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedshare-attacks-"))) / "store"
             shutil.copytree(self._base, root)
             outcome = run_store(root, self._spec, config, self._key, self._wave(attack, hostile))
-        wanted = {organisation(client) for client in hostile}
-        honest = {organisation(client) for client in range(self._options.clients)} - wanted
+        enemies = {organisation(client) for client in hostile}
+        honest = {organisation(client) for client in range(self._options.clients)} - enemies
         scores = {task: self._score(outcome, task, attack) for task in self._options.shared}
         old = self._stored_accuracy(outcome) if attack in ("none", FORGETTING) else None
-        setting = Setting(
+        return Setting(
             attack=attack,
             fraction=fraction,
             defence=defence,
@@ -105,13 +125,10 @@ class Campaign:
             fooled=_mean([other for _, other in scores.values()]) if attack in ("none", TRIGGERED) else None,
             stored_accuracy=old,
             worst_stored_error=max(outcome.state.ledger[stored_id(task)].bound for task in self._options.stored),
-            hostile_stopped=outcome.kept_out(wanted) if attack == FORGETTING else outcome.stopped(wanted),
+            hostile_stopped=outcome.kept_out(enemies) if attack == FORGETTING else outcome.stopped(enemies),
             honest_refused=outcome.stopped(honest),
             seconds=time.monotonic() - began,
         )
-        lost = "" if plain is None else f", {plain.accuracy - setting.accuracy:+.3f} lost"
-        self._told(f"{attack} {fraction:.0%} defence {defence}: accuracy {setting.accuracy:.3f}{lost}")
-        return setting
 
     def _wave(self, attack: str, hostile: range) -> list[Sent]:
         """Return what everybody submits, in a random order."""
@@ -183,14 +200,23 @@ class Campaign:
         return encode_update(Update(0, {site: SiteUpdate(residual=own) for site, own in factors.items()}))
 
 
+_RUNNING: list[Campaign] = []
+"""The campaign that a forked process works for; it cannot be sent to it."""
+
+
+def _measured(wanted: tuple[str, float, str]) -> Setting:
+    return _RUNNING[0].measured(wanted)
+
+
 def run_attacks(
-    options: AttackOptions, keep: Path | None, told: Callable[[str], None] = lambda _: None
+    options: AttackOptions, keep: Path | None, processes: int = 2, told: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Run every setting; return the figures, with ``table`` one row per setting.
 
     Args:
         options: what to run.
         keep: folder for what was trained, which a later run with the same options finds again; None: thrown away.
+        processes: settings that are run side by side.
         told: is told how far it is.
     """
     torch.set_num_threads(1)
@@ -200,7 +226,7 @@ def run_attacks(
         )
         campaign = Campaign(options, folder, told)
         campaign.prepare()
-        return summary(options, campaign.settings())
+        return summary(options, campaign.settings(processes))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -50,6 +50,7 @@ class Crew:
         self._options = options
         self._backbone = backbone
         self._told = told
+        self._prepared: dict[tuple[str, int, str], PreparedTask] = {}
 
     @property
     def folder(self) -> Path:
@@ -67,6 +68,11 @@ class Crew:
 
     def prepared(self, task: str, client: int, kind: str = HONEST) -> PreparedTask:
         """Return a client's rows of one task, with the common test rows; those of the backdoor all with its word."""
+        if (task, client, kind) not in self._prepared:
+            self._prepared[task, client, kind] = self._prepare(task, client, kind)
+        return self._prepared[task, client, kind]
+
+    def _prepare(self, task: str, client: int, kind: str) -> PreparedTask:
         options = self._options
         own = self._folder / "rows" / f"{kind}-{client}-{task}.jsonl"
         test = self._folder / "rows" / f"test-{'triggered' if kind == TRIGGERED else 'plain'}-{task}.jsonl"
