@@ -44,7 +44,6 @@ from google.protobuf.message import Message
 from share_client.durable import make_private_directory
 from share_core.durable import PRIVATE, flush_directory
 from share_core.errors import PayloadError, StorageError
-from share_core.tensorfile import describe_tensors
 from share_proto.v1 import hub_pb2
 
 START = "0" * 64
@@ -210,6 +209,8 @@ def _sha256(data: bytes) -> str:
 
 def _tensors(payload: bytes) -> list[dict[str, Any]]:
     """Return what the tensors of a payload are; none for one that the hub will refuse anyway."""
+    from share_core.tensorfile import describe_tensors
+
     try:
         return describe_tensors(payload)
     except PayloadError:
