@@ -25,6 +25,7 @@ from share_core.lifeline import children
 from share_core.types import Space, SpaceSpec, Update
 from share_core.wire import UPDATE, encode_update, update_limits
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.hub.options import MESSAGE_BYTES
 from share_server.local import Holder, LocalHub, sign_header, submit_header, submit_messages
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.stats import rss_mib
@@ -194,7 +195,9 @@ BOMBS: Mapping[str, Bomb] = {
         ("UNIMPLEMENTED", "RESOURCE_EXHAUSTED"),
     ),
     "large message": Bomb(
-        "a message of 5 MiB", lambda stand: stand.raw(_DESCRIBE, bytes(5 * _MIB)), ("RESOURCE_EXHAUSTED",)
+        "a message just above the limit",
+        lambda stand: stand.raw(_DESCRIBE, bytes(MESSAGE_BYTES + 2**16)),
+        ("RESOURCE_EXHAUSTED",),
     ),
     "million submessages": Bomb(
         "a million empty submessages in one request", lambda stand: stand.raw(_REPORT, _EMPTY_PARTS), ("RequestError",)

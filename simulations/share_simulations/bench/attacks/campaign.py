@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import random
 import shutil
@@ -220,6 +221,7 @@ def run_attacks(
         told: is told how far it is.
     """
     torch.set_num_threads(1)
+    logging.getLogger("share_server.hub").addHandler(logging.NullHandler())  # what it warns of is counted
     with ExitStack() as stack:
         folder = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedshare-attacks-"))) if keep is None else keep
