@@ -62,8 +62,10 @@ import os
 from share_client.cli import main
 from share_client.fleet import forwarder
 
-async def copy(reader, writer):
+async def copy(reader, writer, before=None):
     while piece := await reader.read(65536):
+        if before is not None:
+            await before(piece)
         with open(os.path.join({wire!r}, "fleet"), "ab") as file:
             file.write(piece)
         writer.write(piece)
