@@ -13,11 +13,8 @@ import secrets
 import struct
 from dataclasses import dataclass
 
-import torch
-
 from share_core.fingerprint import space_id_of
 from share_core.types import Factors, SiteSpec, SiteUpdate, SpaceSpec, Update
-from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2
 from share_server.local import Holder, sign_header
 
@@ -51,6 +48,8 @@ def _space(name: str, d_out: int, d_in: int, rank: int, k_max: int, tau: float) 
 
 def random_sites(spec: SpaceSpec, rank: int, seed: int) -> dict[str, SiteUpdate]:
     """Return random factors of ``rank`` at every site."""
+    import torch
+
     draw = torch.Generator().manual_seed(seed)
     return {
         name: SiteUpdate(
@@ -130,6 +129,8 @@ class Source:
         return Prepared(header.update_id, header.payload_sha256, message, self._body, tail)
 
     def _encode(self, version: int) -> _Body:
+        from share_core.wire import encode_update
+
         payload = encode_update(Update(base_version=version, sites=self._sites))
         body = payload[: -4 * _TAIL_FLOATS]
         pieces = [body[start : start + _CHUNK] for start in range(0, len(body), _CHUNK)]

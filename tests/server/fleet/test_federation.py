@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from share_core.identity import Identity
+from share_core.lifeline import children
 from share_core.spec_file import builtin_spec
 from share_server.config import LeaseConfig, ServerConfig
 from share_server.fleet.superlink import SERVER_DIRECTORY
@@ -126,6 +127,11 @@ class Federation:
         return found
 
 
+def below(pid: int) -> set[int]:
+    """Return the living descendants of a process."""
+    return {found for child in children(pid) for found in ({child} | below(child))}
+
+
 def _pixels() -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(5).random((20, 8, 8), dtype=np.float32)
 
@@ -212,13 +218,13 @@ def test_a_run_cannot_be_submitted_through_the_public_port(federation: Federatio
 def test_a_killed_superlink_comes_back_and_the_same_node_works_on(federation: Federation) -> None:
     federation.wait(lambda: federation.state()["run_id"])
     before = federation.state()
-    left = federation.processes()
+    left, of_the_hub = federation.processes(), below(before["processes"]["hub"])
     os.kill(before["processes"]["superlink"], signal.SIGKILL)
     federation.wait(lambda: federation.state()["run_id"] not in {None, before["run_id"]})
     federation.next_lease()
     assert federation.state()["processes"]["hub"] == before["processes"]["hub"]
     assert len(federation.events("node bound")) == 1
-    workers = left - set(before["processes"].values()) - {before["pid"]}
+    workers = left - set(before["processes"].values()) - {before["pid"]} - of_the_hub
     assert workers
     assert not workers & federation.processes()
 

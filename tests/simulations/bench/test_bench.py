@@ -84,7 +84,7 @@ def test_compress_of_a_folder_without_adapters_is_refused(tmp_path: Path) -> Non
 
 
 def test_ten_thousand_merges_keep_the_bases_the_ledger_and_the_memory() -> None:
-    options = EnduranceOptions(merges=10_000, shape=Shape(1, 14, 12, 1, 5), tasks=9, window=2, checks=10)
+    options = EnduranceOptions(merges=10_000, shape=Shape(1, 14, 12, 1, 3), tasks=6, window=2, checks=10)
     report = run_endurance(options)
     assert report["orthonormal_departure"] < 1e-5
     assert report["ledger_gap"] < 1e-6
