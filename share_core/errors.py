@@ -8,7 +8,8 @@
     │   ├── TensorNameError            a tensor that does not belong here, or is missing INVALID_ARGUMENT
     │   ├── TensorShapeError           a shape or rank that does not fit the space       INVALID_ARGUMENT
     │   ├── TensorTypeError            a dtype that is not allowed                       INVALID_ARGUMENT
-    │   ├── NonFiniteError             NaN or infinity                                   INVALID_ARGUMENT
+    │   ├── NonFiniteError             NaN, infinity, or values whose products are        INVALID_ARGUMENT
+    │   ├── ParserError                reading it ends the reader, or takes too much     INVALID_ARGUMENT
     │   ├── DigestError                bytes do not match their announced SHA-256        DATA_LOSS
     │   ├── ManifestError              a statement of the hub that is not signed or does not follow  DATA_LOSS
     │   └── PayloadTooLargeError       larger than the space allows                      RESOURCE_EXHAUSTED
@@ -79,7 +80,11 @@ class TensorTypeError(PayloadError):
 
 
 class NonFiniteError(PayloadError):
-    """NaN or infinity in a tensor."""
+    """NaN or infinity in a tensor, or values so large that their products are infinite."""
+
+
+class ParserError(PayloadError):
+    """A payload that ended every process that tried to read it, or took more memory or time than a payload may."""
 
 
 class DigestError(PayloadError):

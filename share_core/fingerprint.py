@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from share_core.errors import SpaceMismatchError, TensorShapeError
 from share_core.types import SiteSpec, SpaceSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fingerprint_weight(name: str, weight: Tensor) -> str:
@@ -30,6 +31,8 @@ def fingerprint_weight(name: str, weight: Tensor) -> str:
     """
     if weight.ndim != 2:
         raise TensorShapeError(f"site {name!r}: expected a matrix, got a weight of shape {tuple(weight.shape)}")
+    import torch
+
     digest = hashlib.sha256(b"fedshare/site/1\0" + name.encode() + b"\0")
     digest.update(struct.pack("<QQ", *weight.shape))
     bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)

@@ -20,8 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # processes that only hand such values on do without PyTorch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ always gives float32.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,17 @@ from torch import Tensor
 from share_core.errors import HeaderError, TensorNameError, TensorShapeError
 from share_core.names import split_task_id
 from share_core.space import check_core
-from share_core.tensorfile import MAX_HEADER_BYTES, TensorFile, read_shapes, read_tensors, tensor_sizes
+from share_core.tensorfile import (
+    MAX_HEADER_BYTES,
+    Limits,
+    Source,
+    TensorFile,
+    parse_object,
+    read_shapes,
+    read_tensors,
+    shown,
+    tensor_sizes,
+)
 from share_core.types import (
     Adapter,
     Core,
@@ -55,6 +65,10 @@ from share_core.types import (
 UPDATE, DELTA, SNAPSHOT, ADAPTER = (f"fedshare/{kind}/1" for kind in ("update", "delta", "snapshot", "adapter"))
 MAX_HEAD_BYTES = 16 << 20
 """Most bytes of shared heads in one update."""
+MAX_NORM = 2.0**63
+"""Largest Frobenius norm of one tensor of an update: the product of two of them then is finite in float32."""
+_ENTRY_BYTES = 160
+"""Most bytes of one entry of a header beside its name: digits of four dimensions and two offsets, and the words."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +85,36 @@ class PayloadSplit:
     """Header and length prefix."""
 
 
-def payload_bytes(payload: bytes | memoryview) -> PayloadSplit:
+@dataclass(frozen=True)
+class UpdateFacts:
+    """What can be said of an update without its values."""
+
+    base_version: int
+    """The version it was trained in."""
+    cores: Mapping[str, tuple[int, int]]
+    """By site: coordinates (k_out, k_in) of its core; sites without a core are left out."""
+    split: PayloadSplit
+    """What its bytes are for."""
+
+
+def payload_bytes(payload: Source) -> PayloadSplit:
     """Split the bytes of an update payload by purpose.
 
     Raises:
         PayloadError: if the header is not acceptable.
     """
+    return _split(tensor_sizes(payload), len(payload))
+
+
+def _split(sizes: Mapping[str, int], whole: int) -> PayloadSplit:
     totals = {"E_o": 0, "E_i": 0, "B": 0, "A": 0, "head": 0}
-    for name, size in tensor_sizes(payload).items():
+    for name, size in sizes.items():
         totals[_part(name, totals)[0]] += size
-    tensors = sum(totals.values())
     return PayloadSplit(
         coefficients=totals["E_o"] + totals["E_i"],
         directions=totals["B"] + totals["A"],
         heads=totals["head"],
-        envelope=len(payload) - tensors,
+        envelope=whole - sum(totals.values()),
     )
 
 
@@ -93,6 +122,12 @@ def max_payload_bytes(spec: SpaceSpec) -> int:
     """Return the largest update payload that can be legitimate in this space."""
     per_rank = sum(site.d_out + site.d_in + 2 * spec.k_max for site in spec.sites.values())
     return per_rank * spec.rank_limit * 4 + MAX_HEAD_BYTES + MAX_HEADER_BYTES
+
+
+def update_limits(spec: SpaceSpec) -> Limits:
+    """Return what an update of this space may have: a header for four tensors at every site and 64 KiB for the rest."""
+    entries = sum(4 * (len(site) + _ENTRY_BYTES) for site in spec.sites)
+    return Limits(header_bytes=min(MAX_HEADER_BYTES, entries + (64 << 10)), norm=MAX_NORM)
 
 
 def encode_update(update: Update, dtype: torch.dtype = torch.float32) -> bytes:
@@ -117,16 +152,32 @@ def decode_update(payload: bytes | memoryview, spec: SpaceSpec) -> Update:
     Raises:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
-    return _update(_read(payload, UPDATE), spec)
+    return _update(_open(read_tensors(payload, update_limits(spec)), UPDATE), spec)
 
 
-def check_update(payload: bytes | memoryview, spec: SpaceSpec) -> Update:
+def check_update(payload: Source, spec: SpaceSpec) -> Update:
     """Check an update as :func:`decode_update` does and return it without values: its tensors only have shapes.
 
     Raises:
         PayloadError: as :func:`decode_update`.
     """
-    return _update(_read(payload, UPDATE, read_shapes), spec)
+    return _update(_open(read_shapes(payload, update_limits(spec)), UPDATE), spec)
+
+
+def examine_update(payload: Source, spec: SpaceSpec) -> UpdateFacts:
+    """Check an update as :func:`decode_update` does and return what the hub writes down of it.
+
+    Raises:
+        PayloadError: as :func:`decode_update`.
+    """
+    file = read_shapes(payload, update_limits(spec))
+    update = _update(_open(file, UPDATE), spec)
+    cores = {
+        site: (int(part.core.out.shape[0]), int(part.core.in_.shape[0]))
+        for site, part in update.sites.items()
+        if part.core is not None
+    }
+    return UpdateFacts(update.base_version, cores, _split(file.sizes, len(payload)))
 
 
 def _update(file: _Payload, spec: SpaceSpec) -> Update:
@@ -161,7 +212,7 @@ def decode_delta(payload: bytes, spec: SpaceSpec) -> Delta:
     Raises:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
-    file = _read(payload, DELTA)
+    file = _open(read_tensors(payload), DELTA)
     steps: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, owner = _part(name, ("Q_o", "Q_i", "P_o", "P_i", "E_o", "E_i"))
@@ -195,7 +246,7 @@ def decode_snapshot(payload: bytes, spec: SpaceSpec) -> Space:
     Raises:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
-    file = _read(payload, SNAPSHOT)
+    file = _open(read_tensors(payload), SNAPSHOT)
     for name, tensor in file.tensors.items():
         part, owner = _part(name, ("L", "R", "E_o", "E_i"))
         if part in ("L", "R"):
@@ -229,7 +280,7 @@ def decode_adapter(payload: bytes, spec: SpaceSpec) -> Adapter:
     Raises:
         PayloadError: a leaf of it, naming the tensor, the expected and the got.
     """
-    file = _read(payload, ADAPTER)
+    file = _open(read_tensors(payload), ADAPTER)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, owner = _part(name, ("B", "A"))
@@ -256,24 +307,18 @@ class _Payload:
     header: Mapping[str, object]
 
 
-def _read(
-    payload: bytes | memoryview, expected: str, reader: Callable[[bytes | memoryview], TensorFile] = read_tensors
-) -> _Payload:
-    file = reader(payload)
-    try:
-        header = json.loads(file.metadata.get("fedshare", "{}"))
-    except (ValueError, RecursionError):
-        raise HeaderError("metadata 'fedshare' is not JSON") from None
-    got = header.get("format") if isinstance(header, dict) else None
+def _open(file: TensorFile, expected: str) -> _Payload:
+    header = parse_object(file.metadata.get("fedshare", "{}"), "metadata 'fedshare'")
+    got = header.get("format")
     if got != expected:
-        raise HeaderError(f"expected a payload of format {expected!r}, got {str(got)[:80]!r}")
+        raise HeaderError(f"expected a payload of format {expected!r}, got {shown(got)}")
     return _Payload(file.tensors, header)
 
 
 def _number(file: _Payload, key: str) -> int:
     value = file.header.get(key)
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise HeaderError(f"header {key!r}: expected a whole number, got {str(value)[:40]!r}")
+        raise HeaderError(f"header {key!r}: expected a whole number, got {shown(value)}")
     return value
 
 

@@ -1,8 +1,48 @@
-"""Settings for every test."""
+"""Settings for every test, and Python programs in processes of their own."""
 
 from __future__ import annotations
 
+import multiprocessing
+import runpy
+import subprocess
+from collections.abc import Callable
+
+import pytest
 import torch
 
 # Two test workers on two cores: threads inside a test would only fight each other, and one thread is deterministic.
 torch.set_num_threads(1)
+
+# As with LocalHub: forked from a server that has imported everything, because importing takes longer than the rest.
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["share_server.hub.__main__"])
+
+PROGRAM = """
+import os, sys, torch
+for number, path in ((1, {output!r}), (2, {errors!r})):
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(file, number)
+    os.close(file)
+torch.set_num_threads(1)
+sys.argv = {words!r}
+"""
+
+
+@pytest.fixture(scope="session")
+def run_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function (Python program, arguments) that runs it in a process of its own and waits for its end."""
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("program")
+        script, output, errors = folder / "program.py", folder / "output", folder / "errors"
+        words = ["program", *map(str, arguments)]
+        script.write_text(PROGRAM.format(output=str(output), errors=str(errors), words=words) + program)
+        process = WARM.Process(target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"})
+        process.start()
+        process.join(240)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{words} did not end: {errors.read_text()}")
+        return subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
+
+    return run

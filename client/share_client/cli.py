@@ -100,7 +100,7 @@ def watch(directory: Directory, as_json: Json = False, follow: Follow = None) ->
     from share_client.sources import Sources, open_relay
     from share_client.status import watch_versions
 
-    with plain_errors("share-client"), _connected(directory) as link:
+    with plain_errors("share-client"), _linked(directory) as link:
         layout = ClientLayout(directory)
         address = load_member(layout).follow_address if follow is None else follow_address(follow)
         credentials = load_credentials(layout, datetime.now(UTC))
@@ -222,18 +222,24 @@ def _tell(text: str) -> None:
 
 
 @contextmanager
-def _connected(directory: Path) -> Iterator[Any]:
-    """Open a link to the hub with the identity of a client directory, which is renewed if it is due."""
+def _linked(directory: Path) -> Iterator[Any]:
+    """Open a link to the hub with the identity of a client directory."""
     from share_client.link import HubLink
     from share_client.member import ClientLayout, load_credentials, load_member
-    from share_client.renewal import kept_renewed
 
     layout = ClientLayout(directory)
     member = load_member(layout)
-    with (
-        HubLink(member.hub_address, load_credentials(layout, datetime.now(UTC))) as link,
-        kept_renewed(layout, [link], _tell),
-    ):
+    with HubLink(member.hub_address, load_credentials(layout, datetime.now(UTC))) as link:
+        yield link
+
+
+@contextmanager
+def _connected(directory: Path) -> Iterator[Any]:
+    """Open such a link for a command that ends soon; an identity that is due is renewed meanwhile."""
+    from share_client.member import ClientLayout
+    from share_client.renewal import kept_renewed
+
+    with _linked(directory) as link, kept_renewed(ClientLayout(directory), [link], _tell):
         yield link
 
 

@@ -43,8 +43,7 @@ from google.protobuf.message import Message
 
 from share_client.durable import make_private_directory
 from share_core.durable import PRIVATE, flush_directory
-from share_core.errors import StorageError
-from share_core.tensorfile import describe_tensors
+from share_core.errors import PayloadError, StorageError
 from share_proto.v1 import hub_pb2
 
 START = "0" * 64
@@ -95,7 +94,7 @@ class EgressLog:
             payload_bytes=len(payload),
             payload_sha256=_sha256(payload),
             privacy=header.privacy,
-            tensors=describe_tensors(payload),
+            tensors=_tensors(payload),
         )
 
     def receipt(self, to: str, receipt: hub_pb2.SubmitResponse) -> None:
@@ -206,6 +205,16 @@ def _path(directory: Path, number: int) -> Path:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _tensors(payload: bytes) -> list[dict[str, Any]]:
+    """Return what the tensors of a payload are; none for one that the hub will refuse anyway."""
+    from share_core.tensorfile import describe_tensors
+
+    try:
+        return describe_tensors(payload)
+    except PayloadError:
+        return []
 
 
 def _shown(message: Message) -> dict[str, Any]:

@@ -119,7 +119,8 @@ class VersionFeed:
             if not self._sources.is_relay(link) and self._sources.relay_is_due:
                 continue
             if self._behind:
-                reason = UnavailableError(f"it is still at version {self._version}, and the hub has published more")
+                missed = "it has not told which version is the newest" if self._silent else "the hub has published more"
+                reason = UnavailableError(f"it is still at version {self._version}, and {missed}")
             self._sources.failed(link, reason, at_once=self._behind)
             if self._on_wait is not None:
                 self._on_wait(reason)

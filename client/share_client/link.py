@@ -56,14 +56,14 @@ class HubLink:
 
     def __init__(self, address: str, credentials: Credentials, deadline: float = 30.0) -> None:
         self.address = address
-        self.credentials = credentials
-        """Who calls: what is submitted here must be signed with this key."""
         self._deadline = deadline
         self._egress = credentials.egress
         self._old: list[tuple[threading.Timer, grpc.Channel]] = []
         self._open(credentials)
 
     def _open(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+        """Who calls: what is submitted here must be signed with this key."""
         self._channel = open_channel(self.address, credentials)
         self._hub = hub_pb2_grpc.HubStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
@@ -134,7 +134,7 @@ class HubLink:
             # The hub answers the header before the payload: one that it refuses costs nobody a byte more.
             if any(key == GO_AHEAD_KEY for key, _ in call.initial_metadata()):
                 admitted.set()
-            return self._received(call.result())
+            return call.result()
         except grpc.RpcError as error:
             raise error_from_rpc(error, action) from error
         finally:
@@ -148,10 +148,7 @@ class HubLink:
         """
         request = hub_pb2.GetUploadRequest(update_id=update_id)
         try:
-            answer = self._hub.GetUpload(request, timeout=self._deadline)
-            if answer.HasField("receipt"):
-                self._received(answer.receipt)
-            return answer
+            return self._hub.GetUpload(request, timeout=self._deadline)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return hub_pb2.GetUploadResponse()
@@ -168,7 +165,10 @@ class HubLink:
         on_wait: Callable[[FedshareError], None] | None = None,
     ) -> hub_pb2.SubmitResponse | None:
         """Send one update until the hub has answered; see :func:`share_client.uploading.upload`."""
-        return upload(self, submission, payload, stop, on_wait)
+        receipt = upload(self, submission, payload, stop, on_wait)
+        if receipt is not None and self._egress is not None:
+            self._egress.receipt(self.address, receipt)
+        return receipt
 
     def get_update(self, update_id: str) -> hub_pb2.UpdateRecord:
         """Return what became of an update."""
@@ -224,12 +224,6 @@ class HubLink:
         finally:
             stream.cancel()
         return header.version, payload
-
-    def _received(self, receipt: hub_pb2.SubmitResponse) -> hub_pb2.SubmitResponse:
-        """Write down a receipt and return it."""
-        if self._egress is not None:
-            self._egress.receipt(self.address, receipt)
-        return receipt
 
     def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
         try:

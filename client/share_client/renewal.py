@@ -35,9 +35,12 @@ def renew_if_due(layout: ClientLayout, link: HubLink, now: datetime) -> bool:
     if now < renewal_moment(present.certificate):
         return False
     fresh = link.renew()
-    if identity_of(fresh) != identity_of(present.certificate):
-        raise CertificateError(f"the hub certified another name than {identity_of(present.certificate).uri}")
-    check_credentials(layout, replace(present, certificate=fresh), now)
+    try:
+        if identity_of(fresh) != identity_of(present.certificate):
+            raise CertificateError(f"it names {identity_of(fresh).uri}")
+        check_credentials(layout, replace(present, certificate=fresh), now)
+    except CertificateError as error:
+        raise CertificateError(f"what the hub gave is no certificate of ours: {error}; nothing was kept") from error
     if not_after(fresh) <= not_after(present.certificate):  # our clock is ahead of the hub's: later
         return False
     write_atomic(layout.certificate, fresh, PUBLIC)

@@ -407,8 +407,7 @@ class _Session:
             if task_id
         ]
         # Reported first, remembered after: a crash in between repeats the same value, which the hub replaces.
-        told = not evaluations or patiently(lambda: self._link.report(evaluations), self._stop, self._waiting)
-        if told is not None:
+        if not evaluations or patiently(lambda: self._link.report(evaluations), self._stop, self._waiting) is not None:
             for _, line in reports:
                 self._records.add_history(line["task"], {"event": "evaluation", **line})
                 self._log.write("evaluation", **line)

@@ -6,6 +6,7 @@ The real one, :class:`BackboneTrainer`, wraps :mod:`share_client.training`; test
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from share_client.data.content import content_hash
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
-from share_core.privacy import COEFFICIENTS, Declaration
+from share_core.errors import ConfigError
+from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.types import Adapter, Space, Update
 
 if TYPE_CHECKING:
@@ -150,6 +152,8 @@ class BackboneTrainer:
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
+        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in file.tasks):
+            _require_packages(str(self._path))
         return [LocalTask(task.name, self._hash(task), task) for task in file.tasks]
 
     def rows(self, task: LocalTask) -> int:
@@ -204,3 +208,14 @@ class BackboneTrainer:
             known = (task.config, task.content_hash, prepare_task(task.config, self._backbone()))
             self._prepared[task.name] = known
         return known[2]
+
+
+def _require_packages(where: str) -> None:
+    """Refuse a tasks file that asks for DP-SGD where it cannot be done: it must not count as a refusal of the task.
+
+    Raises:
+        ConfigError: naming the packages and how to install them.
+    """
+    missing = [name for name in ("opacus", "dp_accounting") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{where}: [privacy] needs {' and '.join(missing)}: pip install 'fedshare[privacy]'")

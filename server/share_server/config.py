@@ -76,6 +76,14 @@ class LimitConfig:
     """Enrolment calls per minute and peer address."""
     free_space_bytes: int = 256 * 2**20
     """Uploads are refused below this much free disk, so that merges can always commit."""
+    parsers: int = 2
+    """Processes that look at payloads; what a payload does to one of them does not touch the hub."""
+    parser_memory_bytes: int = 256 * 2**20
+    """Memory that one of them may take for a payload, beside what it begins with."""
+    parser_cpu_s: float = 10.0
+    """Processor time that one payload may take."""
+    parser_wall_s: float = 30.0
+    """Longest wait for one of them; after it the sender is told to come again."""
     drain_s: float = 20.0
     """Longest wait for calls in progress when the hub is asked to stop."""
 

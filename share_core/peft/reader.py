@@ -36,7 +36,6 @@ TENSOR_FILE = "adapter_model.safetensors"
 _LONGEST_NAME = 64
 """As :mod:`share_core.names` has it."""
 _LFS = b"version https://git-lfs"
-_MAX_MODULE = 512
 _WRAPPED = re.compile(r"\.base_layer(\.|$)")
 
 
@@ -182,8 +181,6 @@ def _sorted_out(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _M
             refuse_tensor(key, str(path))
             extra[key] = tensor
             continue
-        if len(place.module) > _MAX_MODULE:
-            raise AdapterError(f"{path}: module {place.module[:60]!r} has a name of more than {_MAX_MODULE} characters")
         if _WRAPPED.search(place.module):
             raise UnsupportedAdapterError(
                 f"{path}: tensor {key[:160]!r} adapts a part of a layer that PEFT wraps twice (MultiheadAttention): "

@@ -177,6 +177,7 @@ def bench_privacy(
     test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task.")] = 1000,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 100,
+    max_length: Annotated[int, typer.Option(min=4, help="Longest text in tokens.")] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
     accountant_schedules: Annotated[
         int, typer.Option(min=0, help="Random schedules on which our accountant is compared with dp-accounting.")
@@ -200,6 +201,7 @@ def bench_privacy(
         test_rows=test_rows,
         epochs=epochs,
         batch_size=batch_size,
+        max_length=max_length,
         seeds=seeds,
     )
     compared = compare_accountants(accountant_schedules)

@@ -54,7 +54,7 @@ def syscalls(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_syscalls(SyscallOptions(count, own_seed, plant, folder))
 
-    _campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
+    run_campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -81,7 +81,7 @@ def disk(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_disk(DiskOptions(count, own_seed, plant, folder, every))
 
-    _campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
+    run_campaign(lambda: run_in_parts(part, points, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -105,7 +105,7 @@ def power(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_power(PowerOptions(count, own_seed, plant, folder))
 
-    _campaign(lambda: run_in_parts(part, cuts, seed, mutants, jobs), as_json)
+    run_campaign(lambda: run_in_parts(part, cuts, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -129,7 +129,7 @@ def bitflip(
     def part(count: int, own_seed: int, plant: bool) -> dict[str, Any]:
         return run_bitflip(BitflipOptions(count, own_seed, plant, folder))
 
-    _campaign(lambda: run_in_parts(part, flips, seed, mutants, jobs), as_json)
+    run_campaign(lambda: run_in_parts(part, flips, seed, mutants, jobs), as_json)
 
 
 @chaos_app.command()
@@ -149,7 +149,7 @@ def replay(
     """
     from share_simulations.chaos.replay import ReplayOptions, run_replay
 
-    _campaign(lambda: run_replay(ReplayOptions(replays, seed, mutants, folder)), as_json)
+    run_campaign(lambda: run_replay(ReplayOptions(replays, seed, mutants, folder)), as_json)
 
 
 @chaos_app.command()
@@ -179,7 +179,7 @@ def kill(
 
     crowd = Crowd(clients=clients, twice=twice)
     options = KillOptions(acks, kills, per_round, crowd, seed, replay, mutants, folder)
-    _campaign(lambda: run_kill(options), as_json)
+    run_campaign(lambda: run_kill(options), as_json)
 
 
 @chaos_app.command()
@@ -202,7 +202,7 @@ def network(
     from share_simulations.chaos.network import NetworkOptions, run_network
 
     options = NetworkOptions(seconds, clients, followers, seed=seed, mutants=mutants, directory=folder)
-    _campaign(lambda: run_network(options), as_json)
+    run_campaign(lambda: run_network(options), as_json)
 
 
 @chaos_app.command()
@@ -224,10 +224,27 @@ def day(
     from share_simulations.chaos.day import DayOptions, run_day
 
     options = DayOptions(minutes, clients, hub_kills=hub_kills, seed=seed, directory=folder)
-    _campaign(lambda: run_day(options, out), as_json)
+    run_campaign(lambda: run_day(options, out), as_json)
 
 
-def _campaign(run: Callable[[], dict[str, Any]], as_json: bool) -> None:
+@chaos_app.command()
+def bombs(
+    throws: Annotated[int, typer.Option(min=1, help="How often each bomb is thrown; the worst counts.")] = 5,
+    mutants: Mutants = False,
+    folder: Disk = None,
+    as_json: Json = False,
+) -> None:
+    """Throw what wants to become large at a real hub: gzip, headers, shapes, ranks, a million submessages.
+
+    Each must be refused within 100 ms, while hub and parsers grow by at most 16 MiB, and the hub must serve after it.
+    Needs a machine that does nothing else. Quick look: --throws 1.
+    """
+    from share_simulations.chaos.bombs import BombOptions, run_bombs
+
+    run_campaign(lambda: run_bombs(BombOptions(throws, mutants=mutants, directory=folder)), as_json)
+
+
+def run_campaign(run: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Run a campaign and print its report; exit code 1 if a promise was broken or a planted bug survived.
 
     After Ctrl-C or SIGTERM its processes are ended, what was reached is printed, and the exit code is 130.

@@ -17,6 +17,7 @@ import typer
 from share_core.command_line import run_command
 from share_simulations.bench_cli import bench_app
 from share_simulations.chaos_cli import chaos_app
+from share_simulations.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ app.add_typer(run_app, name="run")
 app.add_typer(bench_app, name="bench")
 app.add_typer(chaos_app, name="chaos")
 app.add_typer(data_app, name="data")
+app.command()(fuzz)
 
 Seed = Annotated[int, typer.Option(help="Seed of data, initial values and order of the rows.")]
 Json = Annotated[bool, typer.Option("--json", help="Progress to standard error; the last line is one JSON object.")]

@@ -239,18 +239,27 @@ def later() -> datetime:
 
 
 @pytest.fixture
-def run_script() -> Callable[..., dict[str, Any]]:
-    """Run a script that lies beside this file; return the JSON object it prints as its last line."""
+def run_script(run_program: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., dict[str, Any]]:
+    """Run a script that lies beside this file; return the JSON object it prints as its last line.
 
-    def run(name: str, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, str(HERE / name), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
+    ``small`` is for a script that imports little and forks often: forks of a process that has everything are slow.
+    """
+
+    def run(name: str, *arguments: str, small: bool = False) -> dict[str, Any]:
+        script = str(HERE / name)
+        if small:
+            path = os.pathsep.join(p for p in sys.path if p)
+            command = [sys.executable, script, *arguments]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        else:
+            done = run_program(f"import runpy\nrunpy.run_path({script!r}, run_name='__main__')\n", *arguments)
         assert done.returncode == 0, done.stderr + done.stdout
         answer = json.loads(done.stdout.splitlines()[-1])
         assert isinstance(answer, dict)

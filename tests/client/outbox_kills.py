@@ -14,29 +14,53 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from share_client import outbox as module
+from share_client.member import Credentials
 from share_client.outbox import Entry, Outbox, Training
+from share_client.signing import SubmissionSigner, sign_submission
+from share_client.uploading import Submission
 from share_core.errors import FedshareError
+from share_core.identity import Identity, make_authority, make_csr, new_private_key_pem, sign_csr
 
 PAYLOAD, HEAD, ADAPTER = b"p" * 5000, b"h" * 300, b"a" * 700
 SECOND = b"q" * 4000
+NOW = datetime.now(UTC)
+KEY, AUTHORITY = new_private_key_pem(), make_authority("test", NOW)
+CREDENTIALS = Credentials(KEY, sign_csr(*AUTHORITY, make_csr(KEY), Identity("trainer", "org", "one"), NOW, 1), b"")
 TRAINING = Training("task", "hash", base_version=0, loss=0.1, steps=1, seconds=1.0, rows=5)
 
 
+def signer(box: Outbox, step: Callable[[str], None] = lambda name: None) -> SubmissionSigner:
+    return SubmissionSigner(box._directory / "sequence.json", lambda: CREDENTIALS, step)
+
+
+def send(box: Outbox, entry: Entry, say: Callable[[str], None], step: Callable[[str], None]) -> Entry:
+    """Sign an entry unless it is signed, and let it leave: from here on the world knows the signature."""
+    if not signer(box).has_signed(entry.submission):
+        entry = box.sign(entry, signer(box, step).sign(entry.submission))
+    say(f"sent {entry.update_id} {entry.submission.sequence} {entry.submission.signature}")
+    return entry
+
+
 def life(box: Outbox, say: Callable[[str], None], end: str) -> None:
-    """Put an update in, acknowledge it, and take it to one of its ends."""
+    """Put an update in, sign and acknowledge it, and take it to one of its ends."""
     entry = box.put(PAYLOAD, HEAD, TRAINING, space_id="s", task_id="org/task", create=True, adapter=ADAPTER)
     say(f"put {entry.update_id}")
+    entry = send(box, entry, say, box._step)
     entry = box.acknowledge(entry, {"ingest_seq": 1})
     say("acknowledged")
     if end == "remove":
         box.remove(entry)
         say("removed")
     elif end == "rebase":
-        say(f"rebased {box.rebase(entry, SECOND, 9, False).update_id}")
+        entry = box.rebase(entry, SECOND, 9, False)
+        say(f"rebased {entry.update_id}")
+        send(box, entry, say, box._step)
     else:
         box.refuse(entry, "AccessError", "no")
         say("refused")
@@ -85,7 +109,7 @@ def violations(directory: Path, said: list[str], end: str) -> list[str]:
             check(entry)
     except (FedshareError, OSError, ValueError, AssertionError) as error:
         return [f"unreadable: {type(error).__name__}: {error}"]
-    wrong = []
+    wrong = signed_twice(box, waiting, said)
     put = next((line.split()[1] for line in said if line.startswith("put ")), None)
     over = "removed" in said or (end == "remove" and "acknowledged" in said)
     if put is not None and end == "rebase":
@@ -102,6 +126,24 @@ def violations(directory: Path, said: list[str], end: str) -> list[str]:
         wrong.append("a removed update is back")
     if "refused" in said and not refused:
         wrong.append("a refused update is gone")
+    return wrong
+
+
+def signed_twice(box: Outbox, waiting: list[Entry], said: list[str]) -> list[str]:
+    """Go on after the crash: everything that waits is sent, then one update more. No number may be another's."""
+    again: list[str] = []
+    for entry in waiting:
+        send(box, entry, again.append, lambda name: None)
+    more = signer(box).sign(Submission(uuid.uuid4().hex, "s", "org/more", True, 4, "ab" * 32))
+    again.append(f"sent {more.update_id} {more.sequence} {more.signature}")
+    by_id: dict[str, tuple[str, str]] = {}
+    by_number: dict[str, str] = {}
+    wrong = []
+    for update_id, number, signature in (line.split()[1:] for line in [*said, *again] if line.startswith("sent ")):
+        if by_id.setdefault(update_id, (number, signature)) != (number, signature):
+            wrong.append(f"update {update_id} was sent with two signatures")
+        if by_number.setdefault(number, update_id) != update_id:
+            wrong.append(f"number {number} signs two updates")
     return wrong
 
 
@@ -143,6 +185,19 @@ def plant(bug: str) -> None:
     elif bug == "a new id that the old one does not tell":
         known: dict[str, str] = {}
         broken._next_id = lambda update_id: known.setdefault(update_id, uuid.uuid4().hex)
+    elif bug == "a number is counted after its use":
+        unsafe: Any = SubmissionSigner
+        unsafe.sign = lambda self, submission: sign_submission(submission, CREDENTIALS, self._last() + 1)
+        keep = broken.Outbox.sign
+
+        def keep_and_count(box: Any, entry: Any, signed: Any) -> Any:
+            made = keep(box, entry, signed)
+            signer(box, box._step).move(1)
+            return made
+
+        broken.Outbox.sign = keep_and_count
+    elif bug == "a signature is not kept":
+        broken.Outbox.sign = lambda box, entry, signed: replace(entry, submission=signed)
 
 
 BUGS = (
@@ -152,6 +207,8 @@ BUGS = (
     "refused are deleted",
     "the old one goes first",
     "a new id that the old one does not tell",
+    "a number is counted after its use",
+    "a signature is not kept",
 )
 ENDS = ("remove", "refuse", "rebase")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import json
 import socket
 import ssl
 import sys
@@ -22,10 +23,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from share_client.egress import EgressLog, read_egress
 from share_client.fleet.deactivate import deactivate
 from share_client.fleet.forwarder import Forwarder
 from share_client.member import ClientLayout
 from share_core.durable import write_atomic
+from share_core.errors import StorageError
 from share_core.identity import Identity, identity_of, make_authority, make_csr, new_private_key_pem, sign_csr
 
 
@@ -223,3 +226,52 @@ def test_a_stop_while_the_copies_end_still_closes_the_way_to_the_gateway(
     assert copies_end.wait(30)
     forwarder.stop()
     assert [writer.transport.is_closing() for writer in opened] == [True]
+
+
+def test_each_connection_shows_the_newest_certificate_that_can_be_used(
+    gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes]
+) -> None:
+    layout, authority, authority_key = offline
+
+    def renewed(name: str) -> bytes:
+        identity = Identity("trainer", "org", name)  # another name, so that the gateway can tell
+        return sign_csr(authority, authority_key, make_csr(layout.key.read_bytes()), identity, datetime.now(UTC), 1)
+
+    called = []
+    for certificate in (None, renewed("two"), b"torn", renewed("three")):
+        if certificate is not None:
+            write_atomic(layout.certificate, certificate)
+        with local_client(forwarder) as client:
+            assert client.post("/v1/fleet/pull-messages", content=b"x").content == b"x"
+        called.append(gateway.requests[-1][3])
+    assert called == ["org/one", "org/two", "org/two", "org/three"]
+
+
+def test_what_goes_through_is_in_the_egress_log_first(
+    gateway: Gateway, forwarder: Forwarder, offline: tuple[ClientLayout, bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    honest = EgressLog.fleet
+
+    def watched(log: EgressLog, to: str, piece: bytes) -> None:
+        seen.append(len(gateway.requests))
+        honest(log, to, piece)
+
+    monkeypatch.setattr(EgressLog, "fleet", watched)
+    body = bytes(range(256)) * 1024
+    with local_client(forwarder) as client:
+        client.post("/v1/fleet/pull-messages", content=body)
+    lines = [json.loads(line) for line in read_egress(offline[0].egress)]
+    assert {(line["event"], line["to"]) for line in lines} == {("fleet", f"127.0.0.1:{gateway.port}")}
+    assert lines[0]["request"] == "POST /v1/fleet/pull-messages"
+    ((_, headers, received, _),) = gateway.requests
+    assert sum(line["bytes"] for line in lines) > len(received) + sum(len(k) + len(v) for k, v in headers.items())
+    assert set(seen) == {0}, "a piece left before it was written down"
+    monkeypatch.setattr(EgressLog, "fleet", refuse)
+    with local_client(forwarder) as client, pytest.raises(httpx.TransportError):
+        client.post("/v1/fleet/pull-messages", content=b"never")
+    assert len(gateway.requests) == 1
+
+
+def refuse(*_: object) -> None:
+    raise StorageError("the egress log cannot be written")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from share_client.egress_check import look
 from share_client.link import HubLink
 from share_client.member import ClientLayout, load_member, save_member
 from share_client.records import Records
@@ -156,6 +157,7 @@ def test_a_killed_session_is_continued(
             and answer["merged"] == [at_hub[0].update_id]
             and answer["left"] == []
             and at_hub[0].version in answer["evaluated"]
+            and look(layout, None, connect(layout)).problems == []
         )
         if not good:
             wrong.append((step, len(at_hub), answer))

@@ -17,6 +17,7 @@ import torch
 from share_client import link as link_module
 from share_client import uploading
 from share_client.channel import CHUNK_BYTES
+from share_client.egress_check import look
 from share_client.link import HubLink, patiently
 from share_client.member import load_credentials, load_member
 from share_client.signing import sign_submission
@@ -263,6 +264,10 @@ def test_a_real_hub_goes_on_where_the_line_was_cut(
         receipt = link.submit_until_answered(signed, payload, NEVER, on_wait)
         assert receipt is not None
         assert link.get_update(submission.update_id).payload_sha256 == digest
+        sent = look(layout, None, link)
+    assert (sent.problems, sent.updates) == ([], 1)
+    offsets = [one["offset"] for one in sent.lines if one["event"] == "upload"]
+    assert offsets[0] == 0 < offsets[-1], "what was sent again is a line again"
     assert len(waited) >= 3
     # What was on the way when the line was cut is sent twice; from the beginning each time it would be all of it.
     assert killed or wire.forwarded < len(payload) + 3 * 4 * MIB - 2 * MIB

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,9 +12,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from share_core import identity as ids
-from share_core.errors import CertificateError, TokenError
+from share_core.errors import CertificateError, ConfigError, TokenError
+from share_core.identity import token as token_module
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 AUTHORITY, AUTHORITY_KEY = ids.make_authority("test authority", NOW)
@@ -215,3 +219,75 @@ def test_no_field_can_be_changed(field: str, value: object) -> None:
 def test_damaged_tokens_have_a_named_error(text: str) -> None:
     with pytest.raises(TokenError):
         ids.token_decode(text)
+
+
+def _changed(**changes: object) -> str:
+    body = _token()[len(ids.TOKEN_PREFIX) :]
+    fields = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))) | changes
+    return ids.TOKEN_PREFIX + base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mac": "é" * 64}, {"mac": ""}, {"mac": "AB" * 32}, {"expires": -(10**300)}, {"expires": 10**12}, {"nonce": ""}],
+)
+def test_fields_that_no_token_has_are_damage(changes: dict[str, object]) -> None:
+    with pytest.raises(TokenError, match="damaged"):
+        ids.check_token(_changed(**changes), b"k" * 32, NOW)
+
+
+@pytest.mark.parametrize("key", [b"", b"k" * 16, b"k" * 31, b"k" * 33])
+def test_tokens_are_made_and_taken_under_256_bits_only(key: bytes) -> None:
+    with pytest.raises(ConfigError, match="expected 32"):
+        _token(key=key)
+    with pytest.raises(ConfigError, match="expected 32"):
+        ids.check_token(_token(), key, NOW)
+
+
+def _compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether a forged token is compared, whole, by the function that takes as long for every difference."""
+    seen: list[tuple[str, str]] = []
+
+    def compared(one: str, other: str) -> bool:
+        seen.append((one, other))
+        return False
+
+    monkeypatch.setattr(hmac, "compare_digest", compared)
+    with pytest.raises(TokenError):
+        ids.check_token(_changed(mac="0" * 64), b"k" * 32, NOW)
+    return [told for _, told in seen] == ["0" * 64]
+
+
+def test_the_mac_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _compared_in_constant_time(monkeypatch)
+
+
+def test_a_comparison_that_stops_at_the_first_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(text: str, key: bytes, now: datetime) -> ids.JoinToken:
+        token = ids.token_decode(text)
+        if token.mac != token_module._mac(key, token):
+            raise TokenError("forged")
+        return token
+
+    monkeypatch.setattr(ids, "check_token", careless)
+    assert not _compared_in_constant_time(monkeypatch)
+
+
+@settings(max_examples=20)
+@given(days=st.floats(0.01, 400))
+def test_a_certificate_is_due_when_half_of_its_life_is_over(days: float) -> None:
+    error = ids.renewal_moment(_member(days=days)) - NOW - timedelta(days=days) / 2
+    assert abs(error) <= timedelta(seconds=1)  # certificates know whole seconds only
+
+
+def test_a_certificate_is_issued_again_over_the_same_key_and_name() -> None:
+    certificate = _member()
+    later = NOW + timedelta(days=20)
+    again = ids.reissue(AUTHORITY, AUTHORITY_KEY, ids.certificate_to_der(certificate), later, 30)
+    assert ids.identity_of(again) == ALICE
+    assert ids.public_key_pem_of_certificate(again) == ids.public_key_pem_of_certificate(certificate)
+    assert ids.not_after(again) == later + timedelta(days=30)
+    serving = ids.reissue(AUTHORITY, AUTHORITY_KEY, certificate, later, 30, ["relay.example"])
+    for none_of_a_caller in (serving, AUTHORITY):
+        with pytest.raises(CertificateError):
+            ids.reissue(AUTHORITY, AUTHORITY_KEY, none_of_a_caller, later, 30)

@@ -38,14 +38,14 @@ SAMPLES = SampleNoise(2.0, 1e-5, 1.1, 1.0, 60, 0.05)
 
 
 def schedules(count: int, seed: int) -> list[tuple[Releases, float]]:
+    """Return random releases, one to eight kinds of up to 1,000, whose epsilons reach from hundredths to hundreds."""
     draw = random.Random(seed)
-    return [
-        (
-            [(10 ** draw.uniform(-0.5, 2.5), int(10 ** draw.uniform(0, 3))) for _ in range(draw.randint(1, 8))],
-            10 ** draw.uniform(-12, -2),
-        )
-        for _ in range(count)
-    ]
+    made = []
+    for _ in range(count):
+        kinds = [(10 ** draw.uniform(-1, 1), int(10 ** draw.uniform(0, 3))) for _ in range(draw.randint(1, 8))]
+        scale = math.sqrt(sum(number / (2 * noise**2) for noise, number in kinds) / 10 ** draw.uniform(-4, 1.5))
+        made.append(([(noise * scale, number) for noise, number in kinds], 10 ** draw.uniform(-12, -2)))
+    return made
 
 
 def theirs(releases: Releases, delta: float) -> float:
@@ -65,8 +65,8 @@ def test_the_accountant_is_that_of_dp_accounting() -> None:
 
 
 def test_an_optimistic_accountant_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accountant, "ORDERS", (*accountant.ORDERS, 90.0, 700.0))
-    assert worst_difference(gaussian_epsilon, 40) > 1e-9, "orders that dp-accounting does not have go below it"
+    monkeypatch.setattr(accountant, "ORDERS", (*accountant.ORDERS, *(n + 0.55 for n in range(1, 200))))
+    assert worst_difference(gaussian_epsilon, 20) > 1e-9, "orders that dp-accounting does not have go below it"
     monkeypatch.undo()
     honest = accountant.epsilon_at
     monkeypatch.setattr(accountant, "epsilon_at", lambda order, rdp, delta: honest(order, rdp, 2 * delta))

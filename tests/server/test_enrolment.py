@@ -9,10 +9,16 @@ import grpc
 import pytest
 
 from share_core import identity as ids
-from share_core.errors import CertificateError, RequestError, TokenError, UnavailableError
+from share_core.errors import CertificateError, OverloadError, RequestError, TokenError, UnavailableError
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc, fleet_pb2, fleet_pb2_grpc, hub_pb2
 from share_server.config import LimitConfig
-from share_server.hub.enrolment_service import RateLimit, canonical_node_key
+from share_server.hub.enrolment_service import (
+    WRONG_PER_PEER,
+    RateLimit,
+    WrongTokens,
+    canonical_node_key,
+    peer_network,
+)
 from share_server.local import LocalHub
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.provision import invite_member
@@ -128,6 +134,90 @@ def test_the_rate_limit_refills_and_keeps_addresses_apart() -> None:
         limit.take("a", 100.5)
     limit.take("b", 100.5)
     limit.take("a", 101.5)
+
+
+def _told(wrong: WrongTokens, network: str, count: int, now_s: float = 100.0) -> int:
+    """Show ``count`` wrong tokens; return of how many it is told what is wrong."""
+    told = 0
+    for _ in range(count):
+        try:
+            with wrong.counted(network, now_s):
+                raise TokenError("forged")
+        except TokenError:
+            told += 1
+        except OverloadError:
+            pass
+    return told
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["real", "planted"])
+def test_wrong_tokens_are_counted_for_each_peer_and_for_all(counts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second case is a planted bug: nobody counts."""
+    if not counts:
+        monkeypatch.setattr(RateLimit, "take", lambda self, name, now_s: None)
+    wrong = WrongTokens(per_peer=10, overall=25)
+    told = [_told(wrong, network, 20) for network in ("a", "b", "c")]
+    assert (told == [10, 10, 5]) is counts
+    assert (_told(wrong, "d", 5) == 0) is counts, "the share of all is used up"
+    with wrong.counted("a", 100.0):
+        pass  # a right token is let through, even from there
+    assert (_told(wrong, "a", 20, now_s=112.0) == 2) is counts, "a fifth of a minute later"
+
+
+def test_a_right_token_is_taken_from_where_wrong_ones_came(new_hub: Callable[..., LocalHub]) -> None:
+    server = new_hub()
+    server.start()
+    refused: list[type[Exception]] = []
+    right, key = server.invite("acme/alice"), ids.new_private_key_pem()
+    wrong = ids.token_encode(
+        b"guesses!" * 4,
+        server.config.enrol_address,
+        "ab" * 32,
+        ids.Identity("trainer", "acme", "alice"),
+        datetime.now(UTC) + timedelta(hours=1),
+        "aa" * 16,
+    )
+    for _ in range(WRONG_PER_PEER + 20):
+        with pytest.raises((TokenError, OverloadError)) as caught:
+            server.enrol_with(wrong, key)
+        refused.append(caught.type)
+    assert refused[:WRONG_PER_PEER] == [TokenError] * WRONG_PER_PEER
+    assert OverloadError in refused[WRONG_PER_PEER:]
+    assert server.enrol_with(right, key)
+
+
+def test_a_used_token_brings_nobody_back(shared_hub: LocalHub) -> None:
+    token, key = shared_hub.invite("acme/ivan"), ids.new_private_key_pem()
+    first = shared_hub.enrol_with(token, key)
+    assert shared_hub.enrol_with(token, key).certificate == first.certificate, "the same request gets the same answer"
+    for other in ((ids.new_private_key_pem(), b""), (key, _node_key())):
+        with pytest.raises(TokenError, match="used already"):
+            shared_hub.enrol_with(token, *other)
+    newer = shared_hub.enrol("acme/ivan")
+    with pytest.raises(TokenError, match="used already"):  # whoever stole the old key may have the old token as well
+        shared_hub.enrol_with(token, key)
+    with shared_hub.hub(newer) as hub:
+        hub.GetStatus(hub_pb2.GetStatusRequest(), timeout=30)
+
+
+def test_only_trainers_have_a_node(shared_hub: LocalHub) -> None:
+    with pytest.raises(RequestError, match="a reader has no Flower node"):
+        shared_hub.enrol("acme/judy", "reader", _node_key())
+
+
+@pytest.mark.parametrize(
+    ("peer", "network"),
+    [
+        ("ipv4:203.0.113.9:5000", "203.0.113.9"),
+        ("ipv6:%5B2001:db8:1:2:3:4:5:6%5D:5000", "2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2:ffff::1]:5000", "2001:db8:1:2::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:5000", "fe80::/64"),
+        ("ipv6:%5B::ffff:203.0.113.9%5D:5000", "203.0.113.9"),
+        ("unix:/run/x:1", "/run/x"),
+    ],
+)
+def test_callers_are_counted_by_what_one_of_them_has(peer: str, network: str) -> None:
+    assert peer_network(peer) == network
 
 
 def test_node_keys_have_one_form() -> None:

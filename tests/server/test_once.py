@@ -287,8 +287,9 @@ def test_what_fails_while_the_hub_drains_is_no_clean_stop(
         )
         monkeypatch.setattr("share_server.hub.interceptor._LOOK_S", 0.001)
         stop.set()
-        renewing = asyncio.Event()
-        broken = await process._run(cast(Any, hub), ServerConfig(), stop, cast(Any, renewing.wait()))
+        never = asyncio.Event()
+        others = cast(Any, never.wait()), cast(Any, never.wait())
+        broken = await process._run(cast(Any, hub), ServerConfig(), stop, *others)
         assert flushed == ([] if late else ["traffic"])
         return broken
 

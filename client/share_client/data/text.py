@@ -1,4 +1,7 @@
-"""Text as JSON lines, plain or gzip: ``text``, optional ``text_b``, and an integer or string ``label``."""
+"""Text as JSON lines, plain or gzip: ``text``, optional ``text_b``, and an integer or string ``label``.
+
+What is wrong with a row is told by its line and never by what it holds: errors are written into logs.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,8 @@ def read_text(path: Path, rows: int | None = None) -> TextRows:
             pairs.append(pair)
         if type(label) is not type(labels[0]):
             raise ConfigError(
-                f"{path}: line {number}: label: expected {type(labels[0]).__name__} as in the first row, got {label!r}"
+                f"{path}: line {number}: label: expected {type(labels[0]).__name__} as in the first row, "
+                f"got {type(label).__name__}"
             )
         if pairs and len(pairs) != len(texts):
             raise ConfigError(f"{path}: line {number}: text_b: expected it in all rows or in none")
@@ -72,17 +76,19 @@ def _row(line: str, where: str) -> tuple[str, str | None, Label]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: expected one JSON object, got {line.strip()[:60]!r} ({error.msg})") from error
+        # Not chained: the error holds the whole line.
+        raise ConfigError(f"{where}: expected one JSON object: {error.msg}, column {error.colno}") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected a JSON object with text and label, got {type(row).__name__}")
     for key in ("text", "label"):
         if key not in row:
-            raise ConfigError(f"{where}: key {key!r} is missing; got {', '.join(map(str, row)) or 'no keys'}")
+            found = ", ".join(name for name in ("text", "text_b", "label") if name in row) or "neither"
+            raise ConfigError(f"{where}: key {key!r} is missing; got {found} among {len(row)} keys")
     text, pair, label = row["text"], row.get("text_b"), row["label"]
     if not isinstance(text, str):
         raise ConfigError(f"{where}: text: expected a string, got {type(text).__name__}")
     if pair is not None and not isinstance(pair, str):
         raise ConfigError(f"{where}: text_b: expected a string, got {type(pair).__name__}")
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise ConfigError(f"{where}: label: expected an integer or a string, got {label!r} ({type(label).__name__})")
+        raise ConfigError(f"{where}: label: expected an integer or a string, got {type(label).__name__}")
     return text, pair, label

@@ -1,13 +1,15 @@
 """The ClientApp: one Flower message is one lease, and one lease is one session.
 
 The message carries no tensors and the reply a few counters. That the lease is over is told to the hub directly;
-Flower's reply may be lost without harm.
+Flower's reply may be lost without harm. Of an error only its class leaves this machine: Flower would send its whole
+text, which may name files or quote data. The text stands in the client's own logs.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,12 +45,27 @@ app = ClientApp()
 def work(message: Message, context: Context) -> Message:
     """Work one lease and reply with what was done."""
     record = message.content[LEASE_RECORD]
-    lease = lease_from_record(dict(record))
-    root, tasks_path = read_paths(os.environ)
-    report = _session(root, tasks_path, lease)
-    _close(root, lease, report)
+    report = _work(lease_from_record(dict(record)))
     content = RecordDict({REPORT_RECORD: ConfigRecord({**report.to_record()})})
     return Message(content=content, reply_to=message)
+
+
+def _work(lease: Lease) -> LeaseReport:
+    """Run the session and close the lease; return what may be told of it, whatever happens."""
+    try:
+        root, tasks_path = read_paths(os.environ)
+        report = _session(root, tasks_path, lease)
+        _close(root, lease, report)
+        return report
+    except Exception as error:  # Flower would send the text of anything that is raised here
+        where = "".join(traceback.format_tb(error.__traceback__))
+        print(f"the session failed with {type(error).__name__}:\n{where}", flush=True)
+        return _failed(lease, error)
+
+
+def _failed(lease: Lease, error: Exception) -> LeaseReport:
+    reason = f"{type(error).__name__}: the client's own logs say why"
+    return LeaseReport(lease.lease_id, submitted=0, idle=True, reason=reason)
 
 
 def _session(root: Path, tasks_path: Path, lease: Lease) -> LeaseReport:
@@ -57,7 +74,8 @@ def _session(root: Path, tasks_path: Path, lease: Lease) -> LeaseReport:
     try:
         counters = run_session(root, tasks_path, lease, options=options)
     except FedshareError as error:
-        return LeaseReport(lease.lease_id, submitted=0, idle=True, reason=f"{type(error).__name__}: {error}")
+        print(f"the session failed: {error}", flush=True)
+        return _failed(lease, error)
     return LeaseReport(lease.lease_id, submitted=counters.submitted, idle=counters.idle)
 
 

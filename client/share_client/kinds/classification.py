@@ -40,11 +40,11 @@ def classes_of(
     """
     if type(train[0]) is not type(test[0]):
         raise ConfigError(
-            f"{paths[1]}: label: expected {type(train[0]).__name__} as in {paths[0].name}, got {test[0]!r}"
+            f"{paths[1]}: label: expected {type(train[0]).__name__} as in {paths[0].name}, got {type(test[0]).__name__}"
         )
     found = {*train, *test}
     if len(found) < 2:
-        raise ConfigError(f"{paths[0]}: label: expected at least two classes, got only {train[0]!r}")
+        raise ConfigError(f"{paths[0]}: label: expected at least two classes, got one")
     return tuple(sorted(found, key=lambda label: (str(label) if isinstance(label, str) else "", label)))
 
 

@@ -17,9 +17,8 @@ from share_client.link import HubLink
 from share_client.member import ClientLayout, load_credentials, load_member
 from share_client.records import Records
 from share_client.serving.serving import Serving
-from share_client.serving.stacks import Heads
+from share_client.serving.stacks import Heads, is_linear
 from share_client.sources import Sources, open_relay
-from share_core.errors import FedshareError
 from share_core.space import advance, empty_space
 from share_core.types import Delta, Space
 
@@ -65,11 +64,11 @@ class Follower:
         self._feed = feed
         self._heads = heads
         self._done = done
-        self._failure: FedshareError | RuntimeError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="follow-serving", daemon=True)
 
     @property
-    def failure(self) -> FedshareError | RuntimeError | None:
+    def failure(self) -> Exception | None:
         """Why no further version will come; None while the feed is followed."""
         return self._failure
 
@@ -94,7 +93,7 @@ class Follower:
                 self._serving.update(space, self._heads(space.version))
                 self._space = space
                 self._done(space.version)
-        except (FedshareError, RuntimeError) as error:  # torch tells a lack of memory by a RuntimeError
+        except Exception as error:  # whatever ends this thread must be seen: lack of memory, a damaged head, a refusal
             self._failure = error
 
 
@@ -102,7 +101,7 @@ class Follower:
 def serve_directory(
     layout: ClientLayout, model: nn.Module, tell: Callable[[str], None] = lambda text: None
 ) -> Iterator[tuple[Serving, Follower]]:
-    """Serve the newest version of a member's federation, and every later one, with the private heads it holds.
+    """Serve the newest version of a member's federation, and every later one, with its linear private heads.
 
     Args:
         layout: an enrolled client directory; ``share-client join`` may run on it at the same time.
@@ -111,7 +110,8 @@ def serve_directory(
 
     Raises:
         SpaceMismatchError: another backbone.
-        FedshareError: the directory is not enrolled, or the hub refuses.
+        ConfigError: the directory is not enrolled.
+        FedshareError: the hub refuses.
     """
     member, credentials = load_member(layout), load_credentials(layout, datetime.now(UTC))
     with HubLink(member.hub_address, credentials) as link, open_relay(member.follow_address, credentials) as relay:
@@ -133,11 +133,17 @@ def serve_directory(
 
 
 def _private_heads(layout: ClientLayout, organisation: str, version: int) -> Heads:
-    """Return the heads that belong to the cores of a version, by task id."""
+    """Return the heads that belong to the cores of a version, by task id; heads that are no linear map are left out."""
     records = Records(layout.tasks)
     heads = {}
     for record in records.all():
         head = record.head_at(version)
-        if head is not None:
-            heads[f"{organisation}/{record.task}"] = records.read_head(record.task, head)
+        if head is None:
+            continue
+        try:
+            tensors = records.read_head(record.task, head)
+        except FileNotFoundError:
+            continue  # 'share-client join' has pruned it meanwhile: a newer version, and its head, are on the way
+        if is_linear(tensors):
+            heads[f"{organisation}/{record.task}"] = tensors
     return heads

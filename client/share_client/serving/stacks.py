@@ -156,15 +156,21 @@ def _device(place: Place) -> torch.device:
 def _heads(heads: Heads, beside: Place | None) -> Heads:
     """Return heads that were looked at, where an adapted module is."""
     for task, tensors in heads.items():
-        weight, bias = tensors.get("weight"), tensors.get("bias")
-        fits = weight is not None and weight.ndim == 2 and (bias is None or bias.shape == weight.shape[:1])
-        if not fits or set(tensors) - {"weight", "bias"}:
+        if not is_linear(tensors):
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise TensorShapeError(
                 f"head of task {task!r}: expected weight (classes, width) and perhaps bias (classes,), got {shapes}"
             )
     device, dtype = (None, None) if beside is None else (_device(beside), _dtype(beside))
     return {task: {name: t.to(device, dtype) for name, t in tensors.items()} for task, tensors in heads.items()}
+
+
+def is_linear(head: Mapping[str, Tensor]) -> bool:
+    """Return whether head tensors are those of one linear map."""
+    weight, bias = head.get("weight"), head.get("bias")
+    if weight is None or weight.ndim != 2 or set(head) - {"weight", "bias"}:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -8,7 +8,6 @@ epsilon larger. Rows are added or removed (not exchanged): the neighbouring rela
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from share_client.tasks_file import PrivacyConfig, TaskConfig
 from share_core.errors import ConfigError
@@ -86,23 +85,20 @@ def _event(declared: Declaration) -> tuple[float, float, int]:
 
 
 def _epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Return epsilon of (noise multiplier, sample rate, steps) one after the other."""
+    """Return epsilon of (noise multiplier, sample rate, steps) one after the other.
+
+    Raises:
+        ConfigError: dp-accounting is not installed, and rows are sampled.
+    """
     if all(rate == 1.0 for _, rate, _ in events):
         return gaussian_epsilon([(noise, steps) for noise, _, steps in events], delta)
-    accounting = _accounting()
-    accountant = accounting.rdp.RdpAccountant(_ORDERS)
-    for noise, rate, steps in events:
-        step = accounting.PoissonSampledDpEvent(rate, accounting.GaussianDpEvent(noise))
-        accountant.compose(step, steps)
-    return float(accountant.get_epsilon(delta))
-
-
-def _accounting() -> Any:
     try:
         import dp_accounting
-        import dp_accounting.rdp
+        from dp_accounting import rdp
     except ImportError as error:
-        raise ConfigError(
-            "privacy in a tasks file needs dp-accounting and opacus: pip install 'fedshare[privacy]'"
-        ) from error
-    return dp_accounting
+        raise ConfigError("DP-SGD needs dp-accounting: pip install 'fedshare[privacy]'") from error
+    accountant = rdp.RdpAccountant(_ORDERS)
+    for noise, rate, steps in events:
+        step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+        accountant.compose(step, steps)
+    return float(accountant.get_epsilon(delta))

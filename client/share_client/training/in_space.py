@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
@@ -58,18 +58,10 @@ def train_in_space(
     """
     began = time.monotonic()
     check_sites(backbone, space)
-    sites = tuple(space.bases)
-    draw = torch.Generator().manual_seed(options.seed)
     trained_head = fresh_head(backbone, task, options.seed, head)
-    phi = 0 if isinstance(declared, CoefficientNoise) else _directions(space, options)
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
-    cores = start_cores(space, task_id, sites, options.pseudo_rank, draw)
-    if isinstance(declared, SampleNoise):
-        free = random_directions(space.bases, phi, draw)
-    else:
-        free = free_directions(backbone, task, trained_head, space.bases, phi, options)
-    changes = {site: SpaceFactors(space.bases[site], cores[site], free[site]).to(backbone.device) for site in sites}
+    changes = _start(backbone, task, space, task_id, options, trained_head, declared)
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
     else:
@@ -77,10 +69,7 @@ def train_in_space(
     submission = _submission(changes)
     if isinstance(declared, CoefficientNoise):
         submission = _with_noise(submission, space, declared, options.pseudo_rank)
-        fixed = update_adapter(Update(space.version, submission), space.bases)
-        noisy = {
-            site: FixedFactors(one.out.float(), one.in_.float()).to(backbone.device) for site, one in fixed.items()
-        }
+        noisy = _fixed(submission, space, backbone)
         trained = train(backbone, task, trained_head, noisy, options, progress)
     tensors = head_tensors(trained_head)
     return TrainResult(
@@ -132,6 +121,33 @@ def _with_noise(
     cores = {site: part.core for site, part in submission.items() if part.core is not None}
     noisy = noisy_cores(cores, space.bases, declared.clip, declared.noise_multiplier, rank, system_normal)
     return {site: SiteUpdate(core=core) for site, core in noisy.items()}
+
+
+def _start(
+    backbone: Backbone,
+    task: PreparedTask,
+    space: Space,
+    task_id: str,
+    options: TrainingOptions,
+    head: nn.Module,
+    declared: Declaration | None,
+) -> dict[str, SpaceFactors]:
+    """Return the change of every site to start from. With DP-SGD it tells nothing of the data: only its steps do."""
+    sites = tuple(space.bases)
+    draw = torch.Generator().manual_seed(options.seed)
+    cores = start_cores(space, task_id, sites, options.pseudo_rank, draw)
+    phi = 0 if isinstance(declared, CoefficientNoise) else _directions(space, options)
+    if isinstance(declared, SampleNoise):
+        free = random_directions(space.bases, phi, draw)
+    else:
+        free = free_directions(backbone, task, head, space.bases, phi, options)
+    return {site: SpaceFactors(space.bases[site], cores[site], free[site]).to(backbone.device) for site in sites}
+
+
+def _fixed(sites: Mapping[str, SiteUpdate], space: Space, backbone: Backbone) -> dict[str, FixedFactors]:
+    """Return what an update changes, for training the head alone."""
+    adapter = update_adapter(Update(space.version, sites), space.bases)
+    return {site: FixedFactors(one.out.float(), one.in_.float()).to(backbone.device) for site, one in adapter.items()}
 
 
 def check_sites(backbone: Backbone, space: Space) -> None:

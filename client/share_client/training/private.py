@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,11 @@ class PrivateLinear(nn.Module):
         """Return the trained matrices with the multiples that ``change`` has for its own."""
         multiples = [one.multiple for one in change.rated()]
         maps = (self.core_out, self.core_in, self.free_out, self.free_in)
-        return [Rated(one.weight, multiple) for one, multiple in zip(maps, multiples, strict=True) if one is not None]
+        return [
+            Rated(cast(nn.Parameter, one.weight), multiple)
+            for one, multiple in zip(maps, multiples, strict=True)
+            if one is not None
+        ]
 
     def write_to(self, change: SpaceFactors) -> None:
         """Put what was trained into ``change``."""

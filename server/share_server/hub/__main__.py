@@ -10,6 +10,8 @@ from pathlib import Path
 
 from share_core.errors import FedshareError
 from share_server.hub import log
+from share_server.hub.chunks import require_native_protobuf
+from share_server.hub.gate.nursery import Nursery
 from share_server.hub.memory import keep_flat
 from share_server.hub.process import serve
 from share_server.layout import Layout
@@ -25,9 +27,11 @@ def main(arguments: list[str]) -> int:
         return 2
     keep_flat()
     sys.setswitchinterval(_SWITCH_S)
+    nursery = Nursery.start()  # first of all: what it forks later has what this process has now, which is nothing
     log.start_logging()
     try:
-        return asyncio.run(serve(Layout(Path(arguments[0]))))
+        require_native_protobuf()
+        return asyncio.run(serve(Layout(Path(arguments[0])), nursery))
     except (FedshareError, OSError) as error:
         log.warning("cannot run", error=type(error).__name__, reason=str(error))
         print(f"share-server hub: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ and cut is the code that serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from share_server.config import ServerConfig
 from share_server.hub.collecting import Collector
 from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
+from share_server.hub.gate.parsers import ParseGate, in_this_process
 from share_server.hub.history import History
 from share_server.hub.intake import Intake
 from share_server.hub.merging import MergeLoop
@@ -48,6 +50,8 @@ class Engine:
     """What removes old versions; the loop calls it."""
     metrics: Metrics
     """Counters."""
+    gate: ParseGate
+    """What parses the payloads of others."""
 
     @classmethod
     async def open(
@@ -58,6 +62,7 @@ class Engine:
         signing_key: bytes,
         metrics: Metrics | None = None,
         verified: Verified = tell_nobody,
+        gate_of: Callable[[Store, SpaceSpec, Metrics], ParseGate] = in_this_process,
     ) -> Engine:
         """Lock and verify the store under ``root`` and build the parts around its newest state.
 
@@ -68,6 +73,7 @@ class Engine:
             signing_key: Ed25519 private key, PEM, under which versions are signed.
             metrics: where events are counted.
             verified: is told how far the verification is, on a thread.
+            gate_of: makes what parses payloads. The default parses on a thread: not for payloads of strangers.
 
         Raises:
             ConfigError: another hub runs on this directory, or the store belongs to another space.
@@ -81,21 +87,23 @@ class Engine:
             await store.do(lambda journal: sign_unsigned(journal, signing_key, spec.space_id, before))
             await sweep(store)
             feed = Feed(state, spec.space_id, await store.do(oldest_version))
+            metrics = metrics or Metrics()
+            gate = gate_of(store, spec, metrics)
         except BaseException:
             await store.close()
             raise
         history = History(store, spec, feed)
         contents = Contents(store, spec, history)
         collector = Collector(store, feed, contents, retention)
-        metrics = metrics or Metrics()
-        intake = Intake(store, spec, config, feed, history, metrics)
+        intake = Intake(store, spec, config, feed, history, metrics, gate)
         stepper = Stepper(contents, spec)
         loop = MergeLoop(
             store, feed, contents, stepper, collector, policy, config.merge, retention, signing_key, metrics
         )
         published = Published(store, feed, history, signing_key)
-        return cls(store, feed, history, published, intake, loop, collector, metrics)
+        return cls(store, feed, history, published, intake, loop, collector, metrics, gate)
 
     async def close(self) -> None:
-        """Close the store; the merge loop must have ended."""
+        """Close the store and end the parsers; the merge loop must have ended."""
+        await self.gate.close()
         await self.store.close()

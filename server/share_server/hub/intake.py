@@ -3,8 +3,8 @@
 In this order, each step refusing with its own error before the next one costs anything: header and its limits; its
 signature by the key of the caller's certificate; whether the update is known already; who may contribute to the task;
 whether the signer has used its number before; quotas; free space; then the payload into a staging file, counted and
-hashed on the way; size and digest; the strict parser; the version it was trained in and the sizes its cores
-must have there; payload durable; row durable; and only then the receipt.
+hashed on the way; size and digest; the strict parser, in a process of its own; the version it was trained in and the
+sizes its cores must have there; payload durable; row durable; and only then the receipt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from share_core.errors import (
     AccessError,
@@ -32,14 +31,15 @@ from share_core.errors import (
 from share_core.identity import check_update_signature, statement_of
 from share_core.names import check_name, check_update_id, split_task_id
 from share_core.privacy import CoefficientNoise, declaration_from_text
-from share_core.types import SpaceSpec, Update
-from share_core.wire import PayloadSplit, check_update, max_payload_bytes, payload_bytes
+from share_core.types import SpaceSpec
+from share_core.wire import PayloadSplit, UpdateFacts, max_payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig
 from share_server.hub.access import Caller
 from share_server.hub.chunks import SubmitPart
 from share_server.hub.clock import now_ms
 from share_server.hub.feed import Feed
+from share_server.hub.gate.parsers import ParseGate
 from share_server.hub.history import History
 from share_server.hub.metrics import Metrics
 from share_server.hub.options import CHUNK_BYTES
@@ -70,19 +70,18 @@ async def _no_word() -> None:
     """Tell nobody."""
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """What the parser found out."""
-
-    update: Update
-    split: PayloadSplit
-
-
 class Intake:
     """Receives updates."""
 
     def __init__(
-        self, store: Store, spec: SpaceSpec, config: ServerConfig, feed: Feed, history: History, metrics: Metrics
+        self,
+        store: Store,
+        spec: SpaceSpec,
+        config: ServerConfig,
+        feed: Feed,
+        history: History,
+        metrics: Metrics,
+        gate: ParseGate,
     ) -> None:
         self._store = store
         self._spec = spec
@@ -90,6 +89,7 @@ class Intake:
         self._feed = feed
         self._history = history
         self._metrics = metrics
+        self._gate = gate
         self._slots: Counter[str] = Counter()
         self._free = (-math.inf, 0)
         self._crowd = Crowd()
@@ -190,8 +190,10 @@ class Intake:
         staged, keep = upload.staged, False
         try:
             rest = await self._payload(messages, header, staged)
-            checked = await self._store.io(lambda: self._finish(staged, rest, header))
-            await self._check_base(checked.update)
+            await self._store.io(lambda: self._finish(staged, rest, header))
+            facts = await self._gate.examine(staged)
+            _check_privacy(header, facts.split)
+            await self._check_base(facts)
         except (asyncio.CancelledError, UnavailableError):
             keep = True
             raise
@@ -204,7 +206,7 @@ class Intake:
             if not upload.committing:
                 await asyncio.shield(self.uploads.end(upload, keep))
         # Shielded: what is being committed goes on when its caller hangs up; it will ask for the receipt.
-        return await asyncio.shield(self._commit(upload, _new_update(caller, header, checked)))
+        return await asyncio.shield(self._commit(upload, _new_update(caller, header, facts)))
 
     async def _commit(self, upload: Upload, new: NewUpdate) -> tuple[UpdateRow, bool]:
         try:
@@ -292,32 +294,27 @@ class Intake:
             self._free = (time.monotonic(), await self._store.io(self._store.blobs.free_bytes))
         return self._free[1]
 
-    def _finish(self, staged: Staged, rest: Sequence[memoryview], header: hub_pb2.SubmitHeader) -> _Checked:
-        """Write the last chunks, compare the digest and parse; runs on a thread."""
-        whole = rest[0] if not staged.size and len(rest) == 1 else None
+    def _finish(self, staged: Staged, rest: Sequence[memoryview], header: hub_pb2.SubmitHeader) -> None:
+        """Write the last chunks and compare the digest; runs on a thread."""
         staged.write(*rest)
         if staged.sha256 != header.payload_sha256:
             raise DigestError(f"payload: expected SHA-256 {header.payload_sha256}, got {staged.sha256}: send it again")
-        payload = staged.read() if whole is None else whole
-        checked = _Checked(check_update(payload, self._spec), payload_bytes(payload))
-        _check_privacy(header, checked.split)
-        return checked
 
-    async def _check_base(self, update: Update) -> None:
+    async def _check_base(self, facts: UpdateFacts) -> None:
         """Refuse what could not be merged anyway: a version nobody has, cores of another size than its bases."""
-        base = update.base_version
+        base = facts.base_version
         if base > self._feed.version:
             raise VersionError(
                 f"the update is based on version {base}, but the newest is {self._feed.version}: "
                 "it was trained against another hub or a lost state"
             )
         sizes = await self._history.sizes(base)
-        for site, part in update.sites.items():
+        for site, got in facts.cores.items():
             expected = sizes[site]
-            if part.core is not None and (part.core.out.shape[0], part.core.in_.shape[0]) != expected:
+            if got != expected:
                 raise TensorShapeError(
                     f"core at {site!r}: version {base} has {expected[0]} x {expected[1]} coordinates, "
-                    f"got {part.core.out.shape[0]} x {part.core.in_.shape[0]}"
+                    f"got {got[0]} x {got[1]}"
                 )
 
     async def _make_durable(self, staged: Staged, new: NewUpdate) -> tuple[UpdateRow, bool]:
@@ -395,19 +392,19 @@ def _same_header(known: UpdateRow, caller: Caller, header: hub_pb2.SubmitHeader)
     )
 
 
-def _new_update(caller: Caller, header: hub_pb2.SubmitHeader, checked: _Checked) -> NewUpdate:
+def _new_update(caller: Caller, header: hub_pb2.SubmitHeader, facts: UpdateFacts) -> NewUpdate:
     return NewUpdate(
         update_id=header.update_id,
         member=caller.member,
         task_id=header.task_id,
         create=header.create,
-        base_version=checked.update.base_version,
+        base_version=facts.base_version,
         sha256=header.payload_sha256,
         size=header.payload_size,
-        coefficients=checked.split.coefficients,
-        directions=checked.split.directions,
-        heads=checked.split.heads,
-        envelope=checked.split.envelope,
+        coefficients=facts.split.coefficients,
+        directions=facts.split.directions,
+        heads=facts.split.heads,
+        envelope=facts.split.envelope,
         lease_id=header.lease_id,
         rows=header.rows,
         sharing=_sharing(header),

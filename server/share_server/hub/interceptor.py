@@ -20,9 +20,16 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
-from share_core.errors import ERROR_KEY, RETRY_KEY, FedshareError, OverloadError, UnavailableError
+from share_core.errors import (
+    ERROR_KEY,
+    RETRY_KEY,
+    FedshareError,
+    OverloadError,
+    RequestError,
+    UnavailableError,
+)
 from share_server.hub import log
-from share_server.hub.chunks import DECODERS
+from share_server.hub.chunks import DECODERS, Unreadable, bounded
 from share_server.hub.metrics import Metrics
 
 SHED_RETRY_MS = 1000
@@ -125,7 +132,8 @@ class Door(aio.ServerInterceptor):
         if handler is None:
             return handler
         method = handler_call_details.method
-        codec = (DECODERS.get(method, handler.request_deserializer), handler.response_serializer)
+        decode = handler.request_deserializer
+        codec = (DECODERS.get(method) or (decode and bounded(decode)), handler.response_serializer)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._single(method, handler.unary_unary), *codec)
         if handler.stream_unary is not None:
@@ -142,6 +150,7 @@ class Door(aio.ServerInterceptor):
                 await self._pass(method)
                 with self._room(method):
                     async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
                         return await behaviour(request, context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
@@ -154,6 +163,7 @@ class Door(aio.ServerInterceptor):
                 await self._pass(method)
                 with self._room(method):
                     async with self._watched(self._admit(method, context)):
+                        _require_readable(request)
                         await self._answer(behaviour(request, context), context)
             except Exception as error:
                 await self._refusals.refuse(method, context, error)
@@ -215,6 +225,11 @@ class Door(aio.ServerInterceptor):
             raise UnavailableError(
                 f"nothing was read for {self._write_timeout_s:g} s: connect again and read faster"
             ) from error
+
+
+def _require_readable(request: Any) -> None:
+    if isinstance(request, Unreadable):
+        raise RequestError(request.reason)
 
 
 async def stop_in_order(server: aio.Server, door: Door, grace_s: float) -> None:

@@ -67,6 +67,9 @@ class Metrics:
             "fedshare_merge_latency_seconds", "From durable to published.", buckets=_SLOW, registry=on
         )
         self._merged = Counter("fedshare_merged", "Updates merged since this process started.", registry=on)
+        self._parsers = Counter(
+            "fedshare_parsers_lost", "Processes that ended over a payload and were replaced.", registry=on
+        )
         self._alarm = Gauge(
             "fedshare_certificate_reload_failed",
             "1 while a new certificate file cannot be used and the old one serves.",
@@ -85,6 +88,10 @@ class Metrics:
     def refused(self, name: str) -> None:
         """Count one call that ended in the error class ``name``."""
         self._refusals.labels(name).inc()
+
+    def parser_lost(self) -> None:
+        """Count one process that ended over a payload."""
+        self._parsers.inc()
 
     def merged(self, count: int, seconds: float, waited_s: Iterable[float] = ()) -> None:
         """Count one new version: updates it took, seconds of its merge, seconds each update waited since its ACK."""

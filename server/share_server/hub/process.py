@@ -32,6 +32,8 @@ from share_server.hub.access import CALLER, Gate, Roster, require_tls13
 from share_server.hub.engine import Engine
 from share_server.hub.enrolment_service import Authority, EnrolmentService, RateLimit, peer_network
 from share_server.hub.fleet_service import FleetService
+from share_server.hub.gate.nursery import Nursery
+from share_server.hub.gate.parsers import ParseGate, Parsers
 from share_server.hub.interceptor import Door, Recheck, backstop, stop_in_order
 from share_server.hub.membership import Membership
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
@@ -45,6 +47,7 @@ from share_server.operations.rebuild import settle
 from share_server.provision import renew_certificates
 from share_server.store.members import list_members
 from share_server.store.records import UpdateState
+from share_server.store.store import Store
 from share_server.store.updates import count_states
 
 EXIT_STOPPED = 0
@@ -95,8 +98,8 @@ class _Verification:
             log.info("verifying", bytes=done, of=total)
 
 
-async def serve(layout: Layout) -> int:
-    """Run the hub of one server directory; return the exit code.
+async def serve(layout: Layout, nursery: Nursery) -> int:
+    """Run the hub of one server directory; return the exit code. ``nursery`` makes what parses payloads.
 
     Raises:
         ConfigError: the directory cannot be used, or another hub runs on it.
@@ -112,8 +115,14 @@ async def serve(layout: Layout) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look.set)
     metrics = Metrics()
     verified = _Verification(stop)
+
+    def gate_of(store: Store, spec: SpaceSpec, metrics: Metrics) -> ParseGate:
+        return Parsers(nursery, store, spec, config.limits, metrics)
+
     try:
-        engine = await Engine.open(layout.store, spec, config, layout.signing_key.read_bytes(), metrics, verified)
+        engine = await Engine.open(
+            layout.store, spec, config, layout.signing_key.read_bytes(), metrics, verified, gate_of
+        )
     except UnavailableError:
         if not stop.is_set():
             raise
@@ -129,7 +138,7 @@ async def serve(layout: Layout) -> int:
             renewing = keep_renewed(
                 lambda: renew_certificates(layout, config, datetime.now(UTC)), hub.pair, DAY_S, look
             )
-            broken = await _run(hub, config, stop, renewing)
+            broken = await _run(hub, config, stop, renewing, nursery.ended())
     finally:
         await engine.close()
     log.info("stopped", broken=broken)
@@ -228,8 +237,16 @@ async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     return levels
 
 
-async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: Coroutine[Any, Any, None]) -> bool:
-    """Wait for the first of: asked to stop, storage failed, a background task ended. Then stop the listeners.
+async def _run(
+    hub: _Hub,
+    config: ServerConfig,
+    stop: asyncio.Event,
+    renewing: Coroutine[Any, Any, None],
+    orphaned: Coroutine[Any, Any, Any],
+) -> bool:
+    """Wait for the first of: asked to stop, storage failed, no parsers any more, a background task ended.
+
+    Then stop the listeners.
 
     Returns whether something was broken, be it only in the last merge.
     """
@@ -237,16 +254,16 @@ async def _run(hub: _Hub, config: ServerConfig, stop: asyncio.Event, renewing: C
     merging = asyncio.create_task(loop.run(), name="merge loop")
     counting = asyncio.create_task(hub.traffic.run(), name="traffic")
     looking = hub.door.keep_looking(config.limits.recheck_s)
-    others = [asyncio.create_task(work) for work in (renewing, looking, stop.wait(), store.failed.wait())]
-    failed = others[-1]
+    others = [asyncio.create_task(work) for work in (renewing, looking, stop.wait(), orphaned, store.failed.wait())]
+    parsers_gone, failed = others[-2:]
     loop.wake()
     await asyncio.wait({merging, counting, *others}, return_when=asyncio.FIRST_COMPLETED)
     await hub.health.enter_graceful_shutdown()
     feed.close()
     ended = [task for task in (merging, counting) if task.done()]
     log_failures(ended)
-    broken = failed.done() or bool(ended)
-    log.info("stopping", broken=broken)
+    broken = failed.done() or parsers_gone.done() or bool(ended)
+    log.info("stopping", broken=broken, parsers_gone=parsers_gone.done())
     loop.stop()
     for task in (counting, *others):
         task.cancel()

@@ -268,7 +268,7 @@ def _costs(before: HubState, after: HubState) -> tuple[TaskCost, ...]:
 
 def _notes(name: str, merged: bool) -> tuple[str, ...]:
     notes = [
-        f"{name} may contribute again until its certificate is revoked",
+        f"{name} may contribute again until 'share-server revoke' shuts its members out",
         f"backups made before still hold what {name} sent: remove them",
     ]
     if merged:

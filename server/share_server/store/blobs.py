@@ -81,6 +81,16 @@ class Staged:
         with self._turn, storage("reading a staged payload"):
             return os.pread(self._require_file(), self.size, 0)
 
+    def reader(self) -> int:
+        """Return a descriptor that reads what was written so far; the caller closes it.
+
+        Raises:
+            StorageError: the disk refused. UnavailableError: the payload was given up.
+        """
+        with self._turn, storage("opening a staged payload"):
+            self._require_file()
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
     def sync(self) -> None:
         """Flush the bytes to the disk; the payload has no name yet under which it would be found.
 

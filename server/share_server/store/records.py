@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from share_core.identity import SignedManifest, UpdateStatement
-from share_core.ledger import TaskLedger
+
+if TYPE_CHECKING:  # the gateway, which reads rows of nodes, does without PyTorch
+    from share_core.ledger import TaskLedger
 
 
 class UpdateState(Enum):

@@ -130,6 +130,14 @@ class Store:
         """
         return await self._loop.run_in_executor(self._file_threads, self._guarded, work)
 
+    def here(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which reads payloads, on the calling thread, which is not the event loop's.
+
+        Raises:
+            StorageError: as for :meth:`do`.
+        """
+        return self._guarded(work)
+
     async def accept(self, staged: Staged, new: NewUpdate, now_ms: int) -> tuple[UpdateRow, bool]:
         """Make one received update durable; return (its row, whether it was there before). Then it may be acknowledged.
 

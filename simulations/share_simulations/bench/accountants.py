@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -13,7 +14,8 @@ def compare_accountants(schedules: int, seed: int = 0) -> dict[str, Any]:
     """Return how far epsilon of random schedules is from dp-accounting's, and how far below it at most.
 
     Args:
-        schedules: how many; each has one to eight kinds of releases, up to 1,000 of each, at a random delta.
+        schedules: how many; each has one to eight kinds of releases, up to 1,000 of each, at a random delta, with
+            epsilons from hundredths to hundreds.
         seed: chooses them.
 
     Raises:
@@ -27,8 +29,9 @@ def compare_accountants(schedules: int, seed: int = 0) -> dict[str, Any]:
     draw = random.Random(seed)
     largest, optimistic = 0.0, 0.0
     for _ in range(schedules):
-        kinds = draw.randint(1, 8)
-        releases = [(10 ** draw.uniform(-0.5, 2.5), int(10 ** draw.uniform(0, 3))) for _ in range(kinds)]
+        kinds = [(10 ** draw.uniform(-1, 1), int(10 ** draw.uniform(0, 3))) for _ in range(draw.randint(1, 8))]
+        scale = math.sqrt(sum(count / (2 * noise**2) for noise, count in kinds) / 10 ** draw.uniform(-4, 1.5))
+        releases = [(noise * scale, count) for noise, count in kinds]
         delta = 10 ** draw.uniform(-12, -2)
         accountant = rdp.RdpAccountant()
         for noise, count in releases:

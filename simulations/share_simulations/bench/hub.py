@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from share_core.errors import ConfigError
+from share_core.lifeline import children
 from share_server.config import LimitConfig
 from share_server.local import LocalHub
 from share_simulations.bench.limits import durable_files_per_second
@@ -290,8 +291,10 @@ class Bench:
             return check_promises(self._receipts, *journal_and_newest(stub))
 
     def _cpu(self) -> list[float]:
-        """Return the processor time used by the hub and by every load process."""
-        return [cpu_seconds(pid) for pid in (self._hub.pid, *(worker.pid for worker in self._workers))]
+        """Return the processor time used by the hub with its parsers and by every load process."""
+        hub = self._hub.pid
+        tree = [hub, *(pid for nursery in children(hub) for pid in (nursery, *children(nursery)))]
+        return [sum(map(cpu_seconds, tree)), *(cpu_seconds(worker.pid) for worker in self._workers)]
 
     def _merged(self) -> int:
         from share_proto.v1 import hub_pb2

@@ -21,7 +21,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from share_client.kinds import Rows
 from share_client.noise import system_normal
 from share_client.tasks_file import PrivacyConfig, TaskConfig
 from share_client.training import (
@@ -35,8 +37,10 @@ from share_client.training import (
     train_in_space,
     train_lora,
 )
+from share_client.training.batches import sorted_batches
 from share_client.training.factors import FixedFactors
-from share_client.training.loop import fresh_head, head_tensors, train
+from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.loop import adamw, fresh_head, triangle
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
@@ -206,12 +210,37 @@ def _coefficients(bench: _Bench, task: PreparedTask, seed: int, noise: dict[str,
 
 
 def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, sites: Mapping[str, SiteUpdate]) -> float:
-    """Return the accuracy with a private head that is trained on what the noise left."""
+    """Return the accuracy with a private head that is trained on what the noise left, as a client does.
+
+    The backbone with the released change is fixed, so the features of every row are computed once.
+    """
+    backbone = bench.backbone
     adapter = update_adapter(Update(bench.space.version, sites), bench.space.bases)
-    head = fresh_head(bench.backbone, task, options.seed, None)
     fixed = {
-        site: FixedFactors(one.out.float(), one.in_.float()).to(bench.backbone.device) for site, one in adapter.items()
+        site: AdaptedLinear(backbone.linear(site), FixedFactors(one.out.float(), one.in_.float()).to(backbone.device))
+        for site, one in adapter.items()
     }
-    train(bench.backbone, task, head, fixed, options, None)
+    with injected(backbone, fixed), torch.no_grad():
+        train_x, train_y = _features(backbone, task.train)
+        test_x, test_y = _features(backbone, task.test)
+    head = fresh_head(backbone, task, options.seed, None)
+    draw = torch.Generator().manual_seed(options.seed)
+    steps = options.epochs * -(-len(train_y) // options.batch_size)
+    optimizer = adamw(head, backbone.width, (), options.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
+    for _ in range(options.epochs):
+        order = torch.randperm(len(train_y), generator=draw)
+        for begin in range(0, len(order), options.batch_size):
+            rows = order[begin : begin + options.batch_size]
+            optimizer.zero_grad()
+            task.kind.loss(head(train_x[rows]), train_y[rows]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
     with torch.no_grad():
-        return evaluate(bench.backbone, task, adapter, head_tensors(head)).value
+        return task.kind.score(head(test_x), test_y)
+
+
+def _features(backbone: Backbone, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return features (rows, width) and targets (rows,) of a split, in one order."""
+    parts = [rows.batch(chosen, backbone.device) for chosen in sorted_batches(rows, 128)]
+    return torch.cat([backbone.features(inputs) for inputs, _ in parts]), torch.cat([targets for _, targets in parts])

@@ -147,18 +147,22 @@ def every_call(lab: Lab, seed: int) -> Iterator[Experiment]:
                     yield start, plan, number, fault
 
 
-def experiments(lab: Lab, seed: int, points: int) -> Iterator[Experiment]:
-    """Yield experiments for ever: every start in turn, one at a time and all at once in turn."""
+def experiments(lab: Lab, seed: int, points: int, near: str = "") -> Iterator[Experiment]:
+    """Yield experiments for ever: every start in turn, one at a time and all at once in turn.
+
+    Of each life a random part is taken; with ``near`` the calls at such a place come first.
+    """
     share = max(1, -(-points // (2 * len(lab.starts))))
     for workload in seeds(seed):
         for orderly in (False, True):
             for start in lab.starts:
                 plan = lab.plan(start, workload, orderly=orderly)
-                calls = enumerate(trial(lab, start, plan), 1)
-                chosen = [(at, fault) for at, call in calls for fault in faults_of(call)]
+                calls = trial(lab, start, plan)
+                chosen = [(at, fault) for at, call in enumerate(calls, 1) for fault in faults_of(call)]
                 if len(chosen) > share:
-                    chosen = random.Random(workload).sample(chosen, share)
-                for number, fault in chosen:
+                    chosen = random.Random(workload).sample(chosen, len(chosen) if near else share)
+                    chosen.sort(key=lambda one: not place(calls[one[0] - 1]).startswith(near))
+                for number, fault in chosen[:share]:
                     yield start, plan, number, fault
 
 
@@ -204,10 +208,10 @@ def passed_over(call: Call) -> bool:
 
 
 def hunt(lab: Lab, mutant: Mutant, seed: int) -> Caught:
-    """Let calls of a hub with a planted bug fail until a promise is broken."""
+    """Let calls of a hub with a planted bug fail, first where it should show, until a promise is broken."""
     tried = 0
     with Meter(f"planted bug {mutant.name}", _MUTANT_POINTS) as meter:
-        for start, plan, number, fault in experiments(lab, seed, _MUTANT_POINTS):
+        for start, plan, number, fault in experiments(lab, seed, _MUTANT_POINTS, mutant.near):
             handler, _, findings = fail(lab, start, plan, number, fault, mutant)
             tried += 1
             meter.step()

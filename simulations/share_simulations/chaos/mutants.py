@@ -43,7 +43,7 @@ class Mutant:
     recovery: bool = False
     """Whether the bug is in recovery, so that the recovering process has it too."""
     near: str = ""
-    """Where it shows: calls that are tried first (syscalls), or the kind of file that is damaged (bitflip)."""
+    """Where it shows: calls that are tried first (syscalls and disk), or the kind of file that is damaged (bitflip)."""
 
 
 class _Connection(sqlite3.Connection):
@@ -310,10 +310,20 @@ MUTANTS = (
     Mutant("journal-off", "SQLite runs with synchronous=OFF", "power", lambda _: _journal_flushes("OFF")),
     Mutant("journal-normal", "SQLite runs with synchronous=NORMAL", "power", lambda _: _journal_flushes("NORMAL")),
     Mutant("sums-not-flushed", "the log is emptied before the page sums are durable", "power", _sums_not_flushed),
-    Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again),
-    Mutant("disk-full-ignored", "a write that found no room counts as done", "disk", _disk_full_ignored),
+    Mutant("flush-again", "a failed flush is tried again", "disk", _flush_again, near="fsync store/"),
     Mutant(
-        "failure-is-a-delay", "a failed flush is answered with 'try again' and forgotten", "disk", _failure_is_a_delay
+        "disk-full-ignored",
+        "a write that found no room counts as done",
+        "disk",
+        _disk_full_ignored,
+        near="write store/staging",
+    ),
+    Mutant(
+        "failure-is-a-delay",
+        "a failed flush is answered with 'try again' and forgotten",
+        "disk",
+        _failure_is_a_delay,
+        near="fsync store/",
     ),
     Mutant("trust-payloads", "recovery does not read the payloads", "bitflip", _trust_payloads, True, "update"),
     Mutant("trust-pages", "recovery does not compare pages with their sums", "bitflip", _trust_pages, True, "journal"),

@@ -47,7 +47,7 @@ def toy(seed: int = 0) -> Toy:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Toy()
-        nn.init.normal_(model.block.second.weight, std=0.4)
+        nn.init.normal_(model.get_parameter("block.second.weight"), std=0.4)
         return model.eval()
 
 

@@ -150,6 +150,30 @@ def test_a_transformer_whose_fast_path_skips_modules_is_served_all_the_same(make
         Serving(model, make_space({"self_attn.out_proj": (8, 8)}, 1, 2, 2, 1))
 
 
+def test_generation_with_a_cache_and_beams(make_space: Any, written: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).train(False)
+        ids = torch.randint(3, 50, (3, 6))
+    sites = {f"model.layers.{layer}.self_attn.{part}_proj": (32, 32) for layer in range(2) for part in "qv"}
+    space, names = make_space(sites, 2, 4, 4, 2), ["org/t1", None, "org/t0"]
+
+    def generate(own: nn.Module, rows: Tensor) -> Any:
+        options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+        return own.generate(rows, attention_mask=torch.ones_like(rows), **options)  # type: ignore[operator]
+
+    with Serving(model, space) as serving, serving.batch([name for name in names for _ in range(2)]):
+        mixed = generate(model, ids)
+    alone = [generate(written(model, space, name), ids[row : row + 1])[0] for row, name in enumerate(names)]
+    assert [row.tolist() for row in mixed] == [row.tolist() for row in alone]
+    assert len({tuple(row[6:].tolist()) for row in mixed}) == 3
+
+
 def test_a_flattened_input_counts_as_positions_and_other_rows_are_refused(
     make_toy: Any, shapes: Any, make_space: Any, expected: Any
 ) -> None:

@@ -293,7 +293,7 @@ def test_a_follower_serves_every_version_and_its_heads(
     assert head.tolist() == [24.0, 24.0]  # version 3 brought none, so those of version 2 stay
 
 
-@pytest.mark.parametrize("what", ["manifest", "skipped", "core", "memory"])
+@pytest.mark.parametrize("what", ["manifest", "skipped", "core", "memory", "disk"])
 def test_a_stream_that_fails_leaves_the_last_good_version(history: Any, backbone: torch.nn.Module, what: str) -> None:
     good: Delta = history[1][0]
     wide = {"org/t1": {"one": Core(torch.ones(99, 1), torch.ones(1, 1))}}
@@ -301,7 +301,8 @@ def test_a_stream_that_fails_leaves_the_last_good_version(history: Any, backbone
         "manifest": (ManifestError("forged"), ManifestError),
         "skipped": (history[3][0], VersionError),
         "core": (Space(2, history[2][1].bases, wide), TensorShapeError),
-        "memory": (torch.OutOfMemoryError("no room"), RuntimeError),
+        "memory": (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError),
+        "disk": (OSError("no such disk"), OSError),
     }
     event, error = bad[what]
     with Serving(backbone, history[0][1]) as serving:

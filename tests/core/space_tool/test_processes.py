@@ -9,24 +9,27 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-START = "import os, signal, sys, torch; torch.set_num_threads(1); from share_core.space_tool.cli import main; "
 
+@pytest.fixture
+def process(run_program: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Any]:
+    """Return a function (lines of Python, arguments) that runs ``share-space`` after those lines."""
 
-def process(before: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run ``share-space`` in a process of its own, after some lines of Python."""
-    command = [sys.executable, "-c", f"{START}{before}\nmain()", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    def run(before: str, *words: object) -> subprocess.CompletedProcess[str]:
+        return run_program(f"import signal\n{before}\nfrom share_core.space_tool.cli import main\nmain()\n", *words)
+
+    return run
 
 
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))"
 
 
-def test_a_full_disk(space: Path, three: list[Path], tmp_path: Path) -> None:
+def test_a_full_disk(process: Callable[..., Any], space: Path, three: list[Path], tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words in (
         ["merge", *three, "-o", tmp_path / "new.space"],
@@ -54,7 +57,9 @@ planted.write_atomic = write
 """
 
 
-def test_a_full_disk_would_show_a_file_written_in_place(space: Path, three: list[Path]) -> None:
+def test_a_full_disk_would_show_a_file_written_in_place(
+    process: Callable[..., Any], space: Path, three: list[Path]
+) -> None:
     before = space.read_bytes()
     assert process(f"{IN_PLACE}{FULL}", "add", space, f"more={three[0]}").returncode == 1
     assert space.read_bytes() != before
@@ -63,7 +68,9 @@ def test_a_full_disk_would_show_a_file_written_in_place(space: Path, three: list
 KILLED = "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def test_killed_while_writing(run: Any, space: Path, three: list[Path], tmp_path: Path) -> None:
+def test_killed_while_writing(
+    process: Callable[..., Any], run: Any, space: Path, three: list[Path], tmp_path: Path
+) -> None:
     before = space.read_bytes()
     for words in (["add", space, f"more={three[0]}"], ["export", space, "one", "-o", tmp_path / "out"]):
         assert process(KILLED, *words).returncode == -signal.SIGKILL
@@ -74,7 +81,7 @@ def test_killed_while_writing(run: Any, space: Path, three: list[Path], tmp_path
     assert run("export", space, "more", "-o", tmp_path / "out").code == 0
 
 
-def test_a_kill_would_show_a_file_written_in_place(space: Path, three: list[Path]) -> None:
+def test_a_kill_would_show_a_file_written_in_place(process: Callable[..., Any], space: Path, three: list[Path]) -> None:
     before = space.read_bytes()
     assert process(f"{IN_PLACE}{KILLED}", "add", space, f"more={three[0]}").returncode == -signal.SIGKILL
     assert space.read_bytes() != before
@@ -92,7 +99,7 @@ build.read_adapter = read
 """
 
 
-def test_interrupted(space: Path, three: list[Path]) -> None:
+def test_interrupted(process: Callable[..., Any], space: Path, three: list[Path]) -> None:
     before = {path: path.read_bytes() for path in space.parent.rglob("*") if path.is_file()}
     for words in (["merge", *three, "-o", space], ["add", space, f"x={three[0]}"]):
         done = process(INTERRUPTED, *words)
@@ -110,20 +117,31 @@ planted._target = target
 """
 
 
-def test_an_interruption_would_show_a_target_emptied_before_the_work(space: Path, three: list[Path]) -> None:
+def test_an_interruption_would_show_a_target_emptied_before_the_work(
+    process: Callable[..., Any], space: Path, three: list[Path]
+) -> None:
     before = space.read_bytes()
     assert process(f"{EMPTIED}{INTERRUPTED}", "merge", *three, "-o", space).returncode == 130
     assert space.read_bytes() != before
 
 
+GONE = """
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+"""
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_reader_that_goes_away(command: str, space: Path) -> None:
-    words = [sys.executable, "-c", f"{START}\nmain()", command, str(space)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        running.stdout.close()
-        assert "Traceback" not in running.stderr.read()
+def test_a_reader_that_goes_away(process: Callable[..., Any], command: str, space: Path) -> None:
+    done = process(GONE, command, space)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_would_show_an_error_nobody_handles(process: Callable[..., Any], space: Path) -> None:
+    planted = "import rich.console as planted; planted.Console.on_broken_pipe = lambda console: 1 / 0"
+    assert "Traceback" in process(f"{GONE}{planted}", "verify", space).stderr
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -160,7 +178,7 @@ def progress(what, task):
 
 
 peaks = []
-for count in (10, 60):
+for count in (10, int(sys.argv[2])):
     merge_sources([Source(str(i), root / "a") for i in range(count)], FilePolicy(16, 0.0), None, progress)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(json.dumps(peaks))
@@ -177,20 +195,26 @@ planted.read_adapter = read
 """
 
 
-def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
-    grown, adapter = _growth("", tmp_path)
+@pytest.fixture
+def growth(run_program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Callable[..., Any]:
+    """Return a function (planted bug, count) -> rise of the peak from 10 adapters to so many, size of one: bytes."""
+
+    def measure(planted: str, count: int) -> tuple[int, int]:
+        done = run_program(f"{planted}{GENERATED}", tmp_path, count)
+        assert done.returncode == 0, done.stderr
+        ten, last = json.loads(done.stdout)
+        return last - ten, (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+
+    return measure
+
+
+def test_memory_does_not_grow_with_the_number_of_adapters(growth: Callable[..., tuple[int, int]]) -> None:
+    grown, adapter = growth("", 60)
     assert adapter > 4e6
     assert grown < 50 * adapter / 5
 
 
-def test_memory_would_show_adapters_that_are_kept(tmp_path: Path) -> None:
-    grown, adapter = _growth(KEEPING, tmp_path)
+def test_memory_would_show_adapters_that_are_kept(growth: Callable[..., tuple[int, int]]) -> None:
+    """Ten more are enough to pass the bound for fifty."""
+    grown, adapter = growth(KEEPING, 20)
     assert grown > 50 * adapter / 5
-
-
-def _growth(planted: str, folder: Path) -> tuple[int, int]:
-    """Return by how many bytes the peak rises from 10 adapters to 60, and the bytes of one adapter."""
-    command = [sys.executable, "-c", f"{START}\n{planted}\n{GENERATED}", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
-    ten, sixty = json.loads(done.stdout)
-    return sixty - ten, (folder / "a" / "adapter_model.safetensors").stat().st_size

@@ -1,6 +1,7 @@
 """One real SuperLink, gateway, SuperNode and ClientApp, in one story told in order: leases, kills, strangers, the end.
 
-The member has one tiny task and does not linger, so each lease ends at once: the road is tested, not training.
+The member has one tiny task and does not linger, so each lease ends at once: the road is tested, not training. Its data
+bear marks, and all that it sends is recorded before TLS: in the end nothing of the data is found anywhere but there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,47 @@ from share_server.provision import create_server, free_ports, invite_member
 pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("fleet")]
 
 BIN = Path(sys.executable).parent
+
+MARKS = tuple(f"qzcanary{what}" for what in ("folder", "file", "comment", "variable"))
+"""Names of the member's folder and file, a comment in its tasks file, and the value of a variable."""
+
+RECORD_CALLS = """
+import os
+import grpc
+
+def note(details, message):
+    with open(os.path.join({wire!r}, f"calls-{{os.getpid()}}"), "ab") as file:
+        file.write(str((details.method, details.metadata)).encode() + message.SerializeToString())
+    return message
+
+class Recorder(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor):
+    def intercept_unary_unary(self, go_on, details, request):
+        return go_on(details, note(details, request))
+
+    intercept_unary_stream = intercept_unary_unary
+
+    def intercept_stream_unary(self, go_on, details, requests):
+        return go_on(details, (note(details, request) for request in requests))
+
+honest = grpc.secure_channel
+grpc.secure_channel = lambda *rest, **named: grpc.intercept_channel(honest(*rest, **named), Recorder())
+"""
+
+RECORD_FLEET = """
+import os
+from share_client.cli import main
+from share_client.fleet import forwarder
+
+async def copy(reader, writer):
+    while piece := await reader.read(65536):
+        with open(os.path.join({wire!r}, "fleet"), "ab") as file:
+            file.write(piece)
+        writer.write(piece)
+        await writer.drain()
+
+forwarder._copy = copy
+main()
+"""
 
 
 @dataclass
@@ -82,6 +124,10 @@ class Federation:
         return found
 
 
+def _pixels() -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(5).random((20, 8, 8), dtype=np.float32)
+
+
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("federation")
@@ -93,14 +139,23 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     create_server(made.layout, config, builtin_spec("digits-vit"), datetime.now(UTC))
     made.start()
     token = invite_member(made.layout, config, Identity("trainer", "acme", "ann"), 1.0, datetime.now(UTC))
-    np.savez(folder / "a.npz", x=np.zeros((20, 8, 8), np.float32), y=np.arange(20) % 10)
-    tasks = folder / "tasks.toml"
-    task = '[[task]]\nname = "t"\nkind = "image-classification"\ntrain = "a.npz"\ntest = "a.npz"\n'
-    tasks.write_text(f'backbone = "digits-vit"\n{task}')
+    private, wire = folder / MARKS[0], folder / "wire"
+    for made_now in (private, wire, wire / "python"):
+        made_now.mkdir()
+    np.savez(private / f"{MARKS[1]}.npz", x=_pixels(), y=np.arange(20) % 10)
+    tasks = private / "tasks.toml"
+    data = f'train = "{MARKS[1]}.npz"\ntest = "{MARKS[1]}.npz"\n'
+    tasks.write_text(
+        f'# {MARKS[2]}\nbackbone = "digits-vit"\n[[task]]\nname = "t"\nkind = "image-classification"\n{data}'
+    )
+    (wire / "python" / "sitecustomize.py").write_text(RECORD_CALLS.format(wire=str(wire)))
+    (wire / "join.py").write_text(RECORD_FLEET.format(wire=str(wire)))
+    path = os.pathsep.join([str(wire / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"FEDSHARE_LINGER_S": "0.2", "OMP_NUM_THREADS": "1", "FEDSHARE_NOTE": MARKS[3], "PYTHONPATH": path}
     with (folder / "client.log").open("wb") as log:
         client = subprocess.Popen(
-            [BIN / "share-client", "join", "-", "--tasks", tasks, "--dir", folder / "client"],
-            env={**os.environ, "FEDSHARE_LINGER_S": "0.2", "OMP_NUM_THREADS": "1"},
+            [sys.executable, wire / "join.py", "join", "-", "--tasks", tasks, "--dir", folder / "client"],
+            env={**os.environ, **own},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -197,3 +252,21 @@ def test_a_stopped_server_leaves_nothing(federation: Federation) -> None:
     federation.server = None
     assert not federation.processes()
     assert not federation.layout.run_file.exists()
+
+
+def test_nothing_of_the_members_data_has_left(federation: Federation) -> None:
+    sent = {path: path.read_bytes() for path in (federation.folder / "wire").iterdir() if path.is_file()}
+    calls = b"".join(data for path, data in sent.items() if path.name.startswith("calls"))
+    assert b"Hub/Submit" in calls and b"acme/t" in calls and b"Fleet/CloseLease" in calls  # it does see what leaves
+    assert b"/v1/fleet/" in sent[federation.folder / "wire" / "fleet"]
+    sent.pop(federation.folder / "wire" / "join.py")
+    server = {path: path.read_bytes() for path in federation.layout.root.rglob("*") if path.is_file()}
+    assert any(b"acme/t" in data for path, data in server.items() if "store" in path.parts)
+    rows = [row.astype(kind).tobytes() for row in _pixels() for kind in (np.float16, np.float32, np.float64)]
+    marks = [mark.encode(coding) for mark in MARKS for coding in ("utf-8", "utf-16-le")]
+    logs = {path: path.read_bytes() for path in (federation.folder / "client" / "logs").rglob("*") if path.is_file()}
+    logs[federation.folder / "client.log"] = (federation.folder / "client.log").read_bytes()
+    for where, data in {**sent, **server}.items():
+        assert not [mark for mark in [*marks, *rows] if mark in data], where
+    for where, data in logs.items():
+        assert not [row for row in rows if row in data], where

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -27,19 +25,6 @@ from share_server.provision import create_server, free_ports, renew_certificates
 from share_server.store.pages import PageSums
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-PROGRAM = """
-import os, sys
-for number, path in ((1, {output!r}), (2, {errors!r})):
-    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-    os.dup2(file, number)
-    os.close(file)
-sys.argv = {words!r}
-"""
-
-# As with LocalHub: forked from a server that has imported everything, because importing takes longer than the rest.
-WARM = multiprocessing.get_context("forkserver")
 
 
 class Reopened(LocalHub):
@@ -147,26 +132,6 @@ def reopen() -> Iterator[Callable[..., LocalHub]]:
     for hub in made:
         if hub.running:
             hub.kill()
-
-
-@pytest.fixture(scope="session")
-def run_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function (Python program, arguments) that runs it in a process of its own and waits for its end."""
-
-    def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        folder = tmp_path_factory.mktemp("program")
-        script, output, errors = folder / "program.py", folder / "output", folder / "errors"
-        words = ["program", *arguments]
-        script.write_text(PROGRAM.format(output=str(output), errors=str(errors), words=words) + program)
-        process = WARM.Process(target=runpy.run_path, args=(str(script),), kwargs={"run_name": "__main__"})
-        process.start()
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            raise AssertionError(f"{words} did not end: {errors.read_text()}")
-        return subprocess.CompletedProcess(words, process.exitcode, output.read_text(), errors.read_text())
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 from share_core.types import SpaceSpec
 from share_core.wire import decode_snapshot
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
+from share_server.relay.verify import Checker
 
 IMPATIENT = (
     "import dataclasses\nfrom share_server.relay import process\nreal = process._build\n"
@@ -39,6 +40,11 @@ def test_late_readers_begin_with_a_whole_version(
     with stand.relay.stub(stand.alice) as stub:
         answers = list(stub.FollowVersions(request, timeout=60))
         assert [answer.WhichOneof("part") for answer in answers] == ["heartbeat", "snapshot_required"]
+        # The hub's own words, as only its key can sign them.
+        checker = Checker(
+            stand.hub.layout.ca_cert.read_bytes(), stand.hub.layout.signing_certificate.read_bytes(), wide_spec.space_id
+        )
+        assert stand.version <= checker.newest(answers[0].heartbeat) <= last
         header, payload = _whole(stub, wide_spec)
         assert hashlib.sha256(payload).hexdigest() == header.payload_sha256
         assert decode_snapshot(payload, wide_spec).version == header.version
