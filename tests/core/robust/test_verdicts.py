@@ -182,7 +182,8 @@ def test_colluders_cannot_make_strays_of_the_honest(monkeypatch: pytest.MonkeyPa
 
     def to_the_mean(gram: Tensor) -> Tensor:
         angles = cosines(gram) - torch.eye(len(gram), dtype=gram.dtype)
-        return angles.mean(dim=1)
+        mean: Tensor = angles.mean(dim=1)
+        return mean
 
     monkeypatch.setattr(verdicts, "agreements", to_the_mean)  # the planted bug: a sum, in which clones count fully
     assert counted(everybody, stored)[:16] != [True] * 16
