@@ -33,7 +33,7 @@ proto-check: install  ## the committed stubs are what the .proto files give
 	$(BIN)/python -m pytest -q tests/proto
 
 unit: install  ## all other tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests --ignore=tests/proto
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder tests --ignore=tests/proto
 
 format: install  ## rewrite the code in its style
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,10 @@
-"""Settings for every test, and Python programs in processes of their own."""
+"""Settings for every test, the order in which workers take them, and Python programs in processes of their own."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import runpy
 import subprocess
 from collections.abc import Callable
@@ -12,6 +14,39 @@ import torch
 
 # Two test workers on two cores: threads inside a test would only fight each other, and one thread is deterministic.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
+
+LONGEST = (
+    "server/fleet/test_federation.py",
+    "simulations/test_federation.py",
+    "simulations/bench/test_bench.py",
+    "simulations/chaos/",
+    "simulations/bench/",
+    "server/fleet/",
+    "server/operations/",
+    "core/space_tool/",
+)
+"""Where tests take longest. They come first, so that no worker has a long one left when the other has none."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file together, on one worker: what they share is made once. The longest files come first."""
+
+    def place(item: pytest.Item) -> int:
+        return next((at for at, path in enumerate(LONGEST) if item.nodeid.startswith(f"tests/{path}")), len(LONGEST))
+
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Take everything that was imported out of the collector's sight: it stays, and looking at it takes long."""
+    gc.collect()
+    gc.freeze()
+
 
 # As with LocalHub: forked from a server that has imported everything, because importing takes longer than the rest.
 WARM = multiprocessing.get_context("forkserver")

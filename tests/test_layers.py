@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,24 @@ def test_imports_follow_the_layers(package: str) -> None:
 )
 def test_planted_violation_is_caught(package: str, text: str) -> None:
     assert layer_violations(package, text, "planted.py")
+
+
+LIGHT = (
+    "share_server.fleet.gateway",
+    "share_server.fleet.supervisor",
+    "share_server.relay.process",
+    "share_client.fleet.forwarder",
+    "share_client.fleet.supernode",
+    "share_client.join",
+)
+"""Long-lived processes that compute nothing: PyTorch would cost each a second at its start and 150 MB."""
+
+
+@pytest.mark.parametrize(("modules", "loaded"), [(LIGHT, False), (("share_core.wire",), True)], ids=["", "planted"])
+def test_processes_that_compute_nothing_do_without_torch(modules: tuple[str, ...], loaded: bool) -> None:
+    code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(loaded)
 
 
 @pytest.mark.parametrize("package", ["share_core", "share_server", "share_client", "share_simulations"])

@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import grpc
 import torch
 from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from share_core.errors import ConfigError, StorageError, UnavailableError
+from share_core.errors import StorageError, UnavailableError
 from share_core.spec_file import read_spec
 from share_core.types import SpaceSpec
 from share_proto.v1 import enrolment_pb2_grpc, fleet_pb2_grpc, hub_pb2_grpc
-from share_server.config import ServerConfig, join_address, read_config
+from share_server.config import ServerConfig, read_config
 from share_server.hub import log
 from share_server.hub.access import CALLER, Gate, Roster, require_tls13
 from share_server.hub.engine import Engine
@@ -38,6 +37,7 @@ from share_server.hub.interceptor import Door, Recheck, backstop, stop_in_order
 from share_server.hub.membership import Membership
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import ENROLMENT_OPTIONS, HUB_OPTIONS
+from share_server.hub.serving import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
 from share_server.hub.streams import Streams
 from share_server.hub.tensor_service import HubService
 from share_server.hub.tls import PairFile, keep_renewed, server_credentials
@@ -50,20 +50,11 @@ from share_server.store.records import UpdateState
 from share_server.store.store import Store
 from share_server.store.updates import count_states
 
-EXIT_STOPPED = 0
-"""Asked to stop, and drained."""
-
-EXIT_FAILED = 1
-"""The storage or the merge loop failed; nothing after the failure was acknowledged."""
-
 DAY_S = 86_400.0
 """The hub looks so often, in seconds, whether its certificates are due; SIGHUP makes it look at once."""
 
 VERIFYING_LINE_S = 5.0
 """How often, in seconds, the log says how far the verification of a start is."""
-
-LAST_GRACE_S = 0.25
-"""Seconds for those who watch the health of the hub to learn of its end."""
 
 ENROLMENT_CALLS = 32
 """Most enrolment calls in progress at once."""
@@ -198,23 +189,6 @@ def _enrolment_server(config: ServerConfig, service: EnrolmentService, metrics: 
     return server
 
 
-def bind(server: aio.Server, host: str, port: int, credentials: grpc.ServerCredentials) -> None:
-    """Let ``server`` listen on one port.
-
-    Raises:
-        UnavailableError: the port is taken. ConfigError: it is not the one that was asked for.
-    """
-    address = join_address(host, port)
-    try:
-        bound = server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise UnavailableError(
-            f"cannot listen on {address}: is another server using the port? Stop it, or choose another port"
-        ) from error
-    if bound != port:
-        raise ConfigError(f"cannot listen on {address}: got port {bound}")
-
-
 async def _levels(hub: _Hub, config: ServerConfig) -> Levels:
     """Return what a scrape asks for; without the store's part once the storage has failed."""
     store, feed = hub.engine.store, hub.engine.feed
@@ -276,13 +250,3 @@ async def _run(
     if not broken:
         await hub.traffic.flush()
     return broken
-
-
-def log_failures(tasks: Iterable[asyncio.Task[None]]) -> bool:
-    """Write down why each of these tasks failed, as far as they have; return whether one did."""
-    failed = False
-    for task in tasks:
-        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            log.failure(f"{task.get_name()} failed", error)
-            failed = True
-    return failed

@@ -22,7 +22,7 @@ from share_server.hub.access import CALLER, Roster
 from share_server.hub.interceptor import Door, Recheck, backstop, stop_in_order
 from share_server.hub.metrics import Levels, Metrics, count_connections, serve_metrics
 from share_server.hub.options import HUB_OPTIONS
-from share_server.hub.process import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
+from share_server.hub.serving import EXIT_FAILED, EXIT_STOPPED, LAST_GRACE_S, bind, log_failures
 from share_server.hub.streams import Streams
 from share_server.hub.tls import PairFile, keep_renewed, server_credentials
 from share_server.relay.home import RelayHome, RelayState, split_address

@@ -51,7 +51,7 @@ KEYS = {
 
 def test_a_small_run_has_every_key_and_keeps_every_promise(tmp_path: Path) -> None:
     options = HubOptions(
-        clients=4, payload_mib=0.0625, seconds=3, overload=10, overload_seconds=3, organisations=4, limit_seconds=1
+        clients=4, payload_mib=0.0625, seconds=2, overload=10, overload_seconds=2, organisations=4, limit_seconds=0.5
     )
     notes: list[str] = []
     report = run_hub(replace(options, directory=tmp_path), notes.append)
