@@ -172,7 +172,8 @@ def splitters(stored: Tensor, said: Tensor) -> Tensor:
     changes = said - stored
     half = len(said) // 2
     made = changes[:half].sum(0) - changes[half:].sum(0)
-    return (stored + made * (changes.norm(dim=1).median() / made.norm())).expand(4, -1)
+    sent: Tensor = stored + made * (changes.norm(dim=1).median() / made.norm())
+    return sent.expand(4, -1)
 
 
 def test_colluders_cannot_make_strays_of_the_honest(monkeypatch: pytest.MonkeyPatch) -> None:
