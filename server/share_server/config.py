@@ -136,8 +136,8 @@ class RobustConfig:
     """How updates of shared tasks are judged; ``off``: not at all."""
     organisations: int = 4
     """Fewest contributing organisations that can outvote one, at least 3. Below it lengths are limited and no more."""
-    cosine: float = field(default=0.5, metadata={"most": 1.0})
-    """Set aside: a cosine to the others' centre below this share of the usual one, above 0 and below 1."""
+    cosine: float = field(default=0.4, metadata={"most": 1.0})
+    """Set aside: a cosine to the others, in the median, below this share of the usual one; above 0 and below 1."""
     clip: float = 1.5
     """Cut: a length of more than this many times the median."""
     norm: float = 10.0

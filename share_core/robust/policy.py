@@ -20,8 +20,8 @@ class RobustPolicy:
     """``cosine``: direction and length against the others' contributions; ``off``: nothing is judged."""
     organisations: int = 4
     """Fewest organisations that can outvote one; with fewer, contributions are only cut to a length."""
-    cosine: float = 0.5
-    """Least cosine to the others' centre, as a share of what is usual among them."""
+    cosine: float = 0.4
+    """Least agreement with the others, as a share of what is usual among them."""
     clip: float = 1.5
     """Longer contributions are cut to this multiple of the median length."""
     norm: float = 10.0

@@ -4,16 +4,16 @@ Every contributor is one organisation and has one voice, however many members or
 
 1. **Length.** A contribution of more than ``norm`` times the median length is set aside; one of more than ``clip``
    times is cut to that length.
-2. **Direction.** The centre is that of the best agreeing majority: the contribution whose median cosine to all others
-   is highest, and those nearest to it, half of all and one more in total. Colluders are a minority, so that the median
-   over all others keeps them from electing themselves. A contribution whose cosine to the centre of the others in that
-   majority is below ``cosine`` times the usual one (the median over all) is set aside.
+2. **Direction.** How much a contribution agrees is the median of its cosines to all others. Where that is below
+   ``cosine`` times the usual one (the median over all contributions) it is set aside. A vote and not a sum: colluders
+   who send the same agree with each other as much as they like and move nobody's median, while a centre that they are
+   part of would make strays of the honest, who agree little.
 3. **Direction of the change.** The same for what each changes in the adapter that the task began with. Everybody who
    trains a stored task starts from it, so that all contributions agree before they have learned anything; what they
    learn is mostly their own noise, and only the little that is common tells who works against the others.
 
-Where the others hardly agree among themselves (a usual cosine below :data:`TELLING`), rules 2 and 3 say nothing: honest
-organisations with unlike data look like that, and nobody can be called an outlier of no crowd. With fewer than
+Where the others hardly agree among themselves (a usual agreement below :data:`TELLING`), rules 2 and 3 say nothing:
+honest organisations with unlike data look like that, and nobody can be called an outlier of no crowd. With fewer than
 ``organisations`` contributors no majority can be told from a minority: then the owner of the task is the yardstick, and
 the others are cut to ``norm`` times its length.
 
@@ -32,8 +32,8 @@ from torch import Tensor
 from share_core.robust.agreement import Geometry, cosines, norms_of
 from share_core.robust.policy import RobustPolicy
 
-TELLING = 0.1
-"""Below this usual cosine a crowd has no common direction to measure anybody against."""
+TELLING = 0.05
+"""Below this usual agreement a crowd has no common direction to measure anybody against."""
 
 STILL = 1e-3
 """A change shorter than this share of the median change has no direction: whoever sends it repeats what is there."""
@@ -127,42 +127,24 @@ def _against_majority(said: Geometry, norms: Tensor, policy: RobustPolicy) -> li
 
 
 def _strays(gram: Tensor, what: str, share: float) -> dict[int, str]:
-    """Return which contributions point away from the centre, with the reason."""
-    agreement = to_centre(gram)
+    """Return which contributions point away from the others, with the reason."""
+    agreement = agreements(gram)
     usual = _median(agreement)
     if usual < TELLING:
         return {}
     norms = norms_of(gram)
     still = STILL * _median(norms)
     return {
-        i: f"{what} to the others' centre is {cosine:.3f}, less than {share:g} times the usual {usual:.3f}"
+        i: f"{what} to the others is {cosine:.3f} in the median, less than {share:g} times the usual {usual:.3f}"
         for i, (cosine, norm) in enumerate(zip(agreement.tolist(), norms.tolist(), strict=True))
         if cosine < share * usual and norm > still
     }
 
 
-def to_centre(gram: Tensor) -> Tensor:
-    """Return every contribution's cosine (n,) to the centre of the best agreeing majority, a sum of unit vectors.
-
-    A member of the majority is compared with the others in it, so that nobody agrees with itself.
-    """
-    members, angles = majority(gram), cosines(gram)
-    agreement = torch.zeros(len(gram), dtype=gram.dtype)
-    for i in range(len(gram)):
-        others = [j for j in members if j != i]
-        length = float(angles[others][:, others].sum().clamp_min(0).sqrt())
-        agreement[i] = float(angles[i, others].sum()) / length if length > 0 else 0.0
-    return agreement
-
-
-def majority(gram: Tensor) -> list[int]:
-    """Return the best agreeing ``n // 2 + 1`` contributions: the one with the highest median cosine and its nearest."""
+def agreements(gram: Tensor) -> Tensor:
+    """Return the median (n,) of every contribution's cosines to the others."""
     angles = cosines(gram)
-    count = len(gram)
-    medians = [_median(torch.cat([angles[i, :i], angles[i, i + 1 :]])) for i in range(count)]
-    seed = max(range(count), key=lambda i: medians[i])
-    nearest = sorted(range(count), key=lambda j: (j != seed, -float(angles[seed, j]), j))
-    return sorted(nearest[: count // 2 + 1])
+    return gram.new_tensor([_median(torch.cat([own[:i], own[i + 1 :]])) for i, own in enumerate(angles)])
 
 
 def _median(values: Tensor) -> float:

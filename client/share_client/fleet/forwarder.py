@@ -98,7 +98,7 @@ class Forwarder:
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if end.is_set():  # its handshake ended while we were stopping
-                writer.transport.abort()
+                _drop(writer)
                 return
             task = loop.create_task(self._connection(reader, writer))
             connections[task] = writer
@@ -119,7 +119,7 @@ class Forwarder:
             task.cancel()
         await asyncio.gather(*open_now, return_exceptions=True)
         for writer in open_now.values():  # a task cancelled before its first step has closed nothing
-            writer.transport.abort()
+            _drop(writer)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -227,6 +227,12 @@ def _content_length(head: bytes) -> int:
     return 0
 
 
+def _drop(writer: asyncio.StreamWriter) -> None:
+    """End a connection without a word."""
+    with contextlib.suppress(AttributeError):  # Python 3.11.2 (Debian 12) raises it where TLS has ended already
+        writer.transport.abort()
+
+
 async def _close(writer: asyncio.StreamWriter) -> None:
     """Close in order; a side that does not answer the end of TLS is left, now or when the forwarder stops."""
     writer.close()
@@ -236,4 +242,4 @@ async def _close(writer: asyncio.StreamWriter) -> None:
     except (OSError, TimeoutError):
         pass
     finally:
-        writer.transport.abort()
+        _drop(writer)

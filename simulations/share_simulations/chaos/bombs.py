@@ -3,6 +3,9 @@
 Every bomb is thrown several times at a real hub over mutual TLS. What counts is the time from its last byte to its
 refusal (from the call, where it is refused before that) and by how much the hub and its parsers together grew at their
 peak. After each the hub must say SERVING and, in the end, take and merge an honest update.
+
+A message above gRPC's limit is refused by gRPC before any of our code runs, and the caller learns it 0.1 to 1 s later,
+from a bare ``grpc.aio`` server without TLS as well (grpcio 1.85.1). Its time is told and not held against the hub.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Bomb:
     """Throws it; returns when it was accepted, raises RpcError when it was refused."""
     errors: tuple[str, ...]
     """What it may be refused as: class of the hub's error, or gRPC's own status."""
+    by_grpc: bool = False
+    """Whether gRPC refuses it by itself and in its own time; then only the memory counts."""
 
 
 @dataclass
@@ -198,6 +203,7 @@ BOMBS: Mapping[str, Bomb] = {
         "a message just above the limit",
         lambda stand: stand.raw(_DESCRIBE, bytes(MESSAGE_BYTES + 2**16)),
         ("RESOURCE_EXHAUSTED",),
+        by_grpc=True,
     ),
     "million submessages": Bomb(
         "a million empty submessages in one request", lambda stand: stand.raw(_REPORT, _EMPTY_PARTS), ("RequestError",)
@@ -375,7 +381,7 @@ def problems_of(name: str, worst: Throw, options: BombOptions) -> Iterator[str]:
         yield f"{name}: expected {' or '.join(BOMBS[name].errors)}, got {worst.error}"
     if not worst.serving:
         yield f"{name}: the hub does not serve after it"
-    if options.timed and worst.ms > MOST_MS:
+    if options.timed and worst.ms > MOST_MS and not BOMBS[name].by_grpc:
         yield f"{name}: refused after {worst.ms:.0f} ms, at most {MOST_MS:g} are allowed"
     if options.timed and worst.growth_mib > MOST_MIB:
         yield f"{name}: hub and parsers grew by {worst.growth_mib:.1f} MiB, at most {MOST_MIB:g} are allowed"
@@ -452,7 +458,7 @@ def _report(
         "throws": options.throws,
         "refused": sum("accepted" not in worst.error for worst in thrown.values()),
         "serving_after": sum(worst.serving for worst in thrown.values()),
-        "worst_ms": round(max((worst.ms for worst in thrown.values()), default=0.0), 1),
+        "worst_ms": round(max((one.ms for name, one in thrown.items() if not BOMBS[name].by_grpc), default=0.0), 1),
         "worst_growth_mib": round(max((worst.growth_mib for worst in thrown.values()), default=0.0), 2),
         "most_ms": MOST_MS,
         "most_mib": MOST_MIB,
@@ -460,6 +466,7 @@ def _report(
             name: {
                 "what": BOMBS[name].what,
                 "refused_as": worst.error,
+                "by_grpc": BOMBS[name].by_grpc,
                 "worst_ms": round(worst.ms, 1),
                 "worst_growth_mib": round(worst.growth_mib, 2),
             }

@@ -63,16 +63,19 @@ import os
 from share_client.cli import main
 from share_client.fleet import forwarder
 
-async def copy(reader, writer, before=None):
-    while piece := await reader.read(65536):
-        if before is not None:
-            await before(piece)
+honest = forwarder._copy
+
+class Recorded:
+    def __init__(self, reader):
+        self.reader = reader
+
+    async def read(self, most):
+        piece = await self.reader.read(most)
         with open(os.path.join({wire!r}, "fleet"), "ab") as file:
             file.write(piece)
-        writer.write(piece)
-        await writer.drain()
+        return piece
 
-forwarder._copy = copy
+forwarder._copy = lambda reader, *rest: honest(Recorded(reader), *rest)
 main()
 """
 

@@ -175,7 +175,7 @@ def test_attackers_are_set_aside_and_the_operator_decides(
         assert aside == {"flip", "huge"}
         assert all(state is UpdateState.MERGED for name, state in states.items() if name not in aside)
         reasons = {row.new.organisation: row.reason for row in rows}
-        assert "the cosine of what it changes" in reasons["flip"] and "less than 0.5 times" in reasons["flip"]
+        assert "the cosine of what it changes" in reasons["flip"] and "less than 0.4 times" in reasons["flip"]
         assert "its length is" in reasons["huge"] and "more than 10 times" in reasons["huge"]
         stored = task_adapter(engine.feed.state.space, TASK, torch.float64)["a"]
         wanted = expected(toy_spec, rows, "a")

@@ -16,7 +16,7 @@ from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.robust.agreement import geometry
 from share_core.robust.policy import RobustPolicy
-from share_core.robust.verdicts import Voice, judge, to_centre
+from share_core.robust.verdicts import Voice, judge
 from share_core.space import task_adapter, update_adapter
 from share_core.types import Factors, SiteBasis
 from share_core.wire import decode_update
@@ -49,7 +49,7 @@ def honest_changes(count: int) -> list[Dense]:
     return [mix((0.5, lesson), (0.4, matrix(10 + number))) for number in range(count)]
 
 
-KNOWN = Knowledge(matrix(0), honest_changes(16), COSINE)
+KNOWN = Knowledge(matrix(0), honest_changes(16), COSINE, 4)
 
 
 def change(kind: str) -> Dense:
@@ -86,9 +86,9 @@ def test_stealth_has_the_length_of_an_honest_change_and_passes_the_rule() -> Non
     said = geometry(adapters, start)
     found = judge([Voice(organisation(i)) for i in range(20)], said, RobustPolicy(filter="cosine", cosine=COSINE))
     assert all(verdict.counts for verdict in found)
-    assert said.changes is not None
-    agreement = to_centre(said.changes)
-    assert agreement[16:].max() < agreement[:16].min(), "it agrees less than anybody honest does"
+    mean = mix(*((1 / 16, one) for one in KNOWN.changes))
+    with_mean = dot(made, mean) / length(made) / length(mean)
+    assert with_mean < 0.5 * min(dot(one, mean) / length(one) / length(mean) for one in KNOWN.changes)
 
 
 def test_a_crowd_lies_in_one_subspace_of_the_size_that_is_asked_for() -> None:
@@ -174,9 +174,9 @@ def test_a_run_names_what_still_wins(tmp_path: Path) -> None:
     assert made["worst_untargeted_loss_at_20_without_defence"] == pytest.approx(1.2 / 10.5)
     assert made["honest_refused"] == pytest.approx(0.05 / 28) and made["worst_honest_refused"] == 0.05
     assert made["backdoor_success"] == pytest.approx(0.3)
-    assert made["forgetting_loss_at_20"] == pytest.approx(0.01)
+    assert made["forgetting_loss_at_20"] == pytest.approx(0.8 / 10.5)
     assert made["cost_of_the_defence_without_attack"] == pytest.approx(0.005)
-    assert made["wins_at_20"] == ["alie", "ipm", "stealth", "label-flip", "backdoor"]
+    assert made["wins_at_20"] == ["alie", "ipm", "stealth", "label-flip", "backdoor", "forgetting"]
     assert len(made["table"]) == 2 + 2 * 9 * len(FRACTIONS)
     assert table(made).row_count == 1 + 9 * len(FRACTIONS)
     assert write_plot(made, tmp_path).stat().st_size > 10_000

@@ -155,7 +155,7 @@ class Campaign:
         if client in hostile and attack in CRAFTED:
             stored = dense(task_adapter(self._ground.space, shared_id(task)), tuple(self._spec.sites))
             changes = [self._change(task, one) for one in range(self._options.clients) if one not in hostile]
-            known = Knowledge(stored, changes, RobustConfig().cosine)
+            known = Knowledge(stored, changes, RobustConfig().cosine, len(hostile))
             draw = torch.Generator().manual_seed(self._options.seed * 1000 + client)
             made = CRAFTED[attack](known, self._change(task, client), draw)
             return payload_of(made, self._ground.space.version)

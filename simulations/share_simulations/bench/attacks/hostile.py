@@ -11,8 +11,8 @@ changes, entry by entry.
 ``alie``            ``b + m - 1.5 s``: inside the spread of the honest (Baruch et al., 2019, "A Little Is Enough")
 ``ipm``             ``b - 4 m``: at one fifth hostile the mean learns nothing (Xie et al., 2019, inner product
                     manipulation)
-``stealth``         ``b + c`` with ``c`` as long as an honest change, against ``m`` as far as the cosine rule lets it
-                    pass, the same from all of them
+``stealth``         ``b + c``, the same from all of them: along just so many honest changes that with the colluders
+                    they are half of all votes, and as far against the others as that allows, as long as an honest one
 ==================  ===================================================================================================
 """
 
@@ -45,7 +45,9 @@ class Knowledge:
     changes: Sequence[Dense]
     """``c_i`` of every honest client."""
     cosine: float
-    """The share of the usual cosine that the defence asks for."""
+    """The share of the usual agreement that the defence asks for."""
+    colluders: int
+    """How many they are."""
 
 
 def dense(adapter: Adapter, sites: Sequence[str]) -> Dense:
@@ -113,29 +115,27 @@ def _ipm(known: Knowledge, own: Dense, _: torch.Generator) -> Dense:
     return mix((1.0, known.stored), (-4.0, _mean(known)))
 
 
-def _stealth(known: Knowledge, own: Dense, draw: torch.Generator) -> Dense:
-    """Against the honest mean as far as the rule allows, the rest of the length in the first principal noise.
+def _stealth(known: Knowledge, own: Dense, _: torch.Generator) -> Dense:
+    """Win half of the votes and push against the other half.
 
-    The change is ``x m' + y n'`` with unit ``m'`` and a unit ``n'`` orthogonal to it. Its cosine to the centre of the
-    honest ones is about x, and must be ``cosine`` times what an honest one has; a direction that is half noise of the
-    honest and half against them is the worst that fits.
+    ``c = sum of friends - x sum of foes`` with the largest x for which every friend still agrees with it by more than
+    the rule asks. The friends and the other colluders are half of the others.
     """
-    mean = _mean(known)
-    unit = mix((1 / length(mean), mean))
-    usual = sorted(_dot(change, unit) / length(change) for change in known.changes)[len(known.changes) // 2]
-    wanted = 1.1 * known.cosine * usual
-    # Orthogonal to the mean: the difference of two halves of the crowd, which takes back what one of them has learned.
-    half = len(known.changes) // 2
-    sides = [(1.0 if i < half else -1.0, change) for i, change in enumerate(known.changes)]
-    noise = mix(*sides)
-    noise = mix((1.0, noise), (-_dot(noise, unit), unit))
-    usual_length = sorted(length(change) for change in known.changes)[half]
-    rest = math.sqrt(1 - wanted**2) / length(noise)
-    return mix((1.0, known.stored), (usual_length * wanted, unit), (usual_length * rest, noise))
-
-
-def _dot(a: Dense, b: Dense) -> float:
-    return float(torch.stack([(a[site] * b[site]).sum() for site in a]).sum())
+    flat = torch.stack([torch.cat([change[site].flatten() for site in own]) for change in known.changes])
+    gram = flat @ flat.T
+    lengths = torch.diagonal(gram).sqrt()
+    count = len(known.changes)
+    pairs = (gram / lengths[:, None] / lengths[None, :])[torch.triu_indices(count, count, 1).unbind()]
+    wanted = 1.1 * known.cosine * float(pairs.median())
+    friends = max(1, (count + known.colluders) // 2 - known.colluders + 1)
+    weights = torch.ones(count, dtype=gram.dtype)
+    for step in range(40, -1, -1):
+        weights[friends:] = -step / 10
+        made = float((weights @ gram @ weights).clamp_min(0).sqrt())
+        if made > 0 and float(((gram @ weights)[:friends] / lengths[:friends] / made).min()) >= wanted:
+            break
+    change = mix(*((float(w), one) for w, one in zip(weights, known.changes, strict=True)))
+    return mix((1.0, known.stored), (float(lengths.median()) / length(change), change))
 
 
 CRAFTED: Mapping[str, Callable[[Knowledge, Dense, torch.Generator], Dense]] = {

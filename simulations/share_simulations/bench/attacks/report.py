@@ -57,7 +57,9 @@ def summary(options: AttackOptions, settings: Sequence[Setting]) -> dict[str, An
     open_at_20 = {attack: plain.accuracy - _find(settings, attack, 0.2, "off").accuracy for attack in UNTARGETED}
     backdoor = _find(settings, "backdoor", 0.2, "on")
     forgetting = _find(settings, "forgetting", 0.2, "on")
+    # What was stored before, and the shared tasks, which lie in the same space.
     forgotten = (plain.stored_accuracy or 0.0) - (forgetting.stored_accuracy or 0.0)
+    forgotten = max(forgotten, plain.accuracy - forgetting.accuracy)
     wins = [attack for attack, lost in at_20.items() if lost > COST]
     wins += ["backdoor"] if (backdoor.fooled or 0.0) - (plain.fooled or 0.0) > FOOLED else []
     wins += ["forgetting"] if forgotten > COST else []
