@@ -32,8 +32,9 @@ types: install  ## strict typing
 proto-check: install  ## the committed stubs are what the .proto files give
 	$(BIN)/python -m pytest -q tests/proto
 
+# A file stays on one worker, so what its tests share is made once; files are taken in the order of tests/conftest.py.
 unit: install  ## all other tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder tests --ignore=tests/proto
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests --ignore=tests/proto
 
 format: install  ## rewrite the code in its style
 	$(BIN)/ruff check --fix .

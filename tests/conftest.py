@@ -29,16 +29,12 @@ LONGEST = (
 """Where tests take longest. They come first, so that no worker has a long one left when the other has none."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file together, on one worker: what they share is made once. The longest files come first."""
+    """Put the longest files first."""
 
     def place(item: pytest.Item) -> int:
         return next((at for at, path in enumerate(LONGEST) if item.nodeid.startswith(f"tests/{path}")), len(LONGEST))
 
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=place)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("federation"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 
 def command(out: Path) -> list[str]:

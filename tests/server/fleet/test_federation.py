@@ -29,7 +29,7 @@ from share_server.fleet.superlink import SERVER_DIRECTORY
 from share_server.layout import Layout
 from share_server.provision import create_server, free_ports, invite_member
 
-pytestmark = [pytest.mark.federation, pytest.mark.xdist_group("fleet")]
+pytestmark = [pytest.mark.federation]
 
 BIN = Path(sys.executable).parent
 
