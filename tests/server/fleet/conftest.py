@@ -108,6 +108,11 @@ class Stand:
 
     def connect(self, caller: Caller, highest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLSocket:
         raw = socket.create_connection(("127.0.0.1", self.config.gateway_port), timeout=20)
+        try:
+            raw.getpeername()  # ssl loses hold of a socket that was reset before it could be wrapped
+        except OSError:
+            raw.close()
+            raise
         return caller.context(highest).wrap_socket(raw)
 
     def ask(self, caller: Caller, request: bytes, highest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> int | None:
