@@ -18,15 +18,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests sta
 
 LONGEST = (
     "server/fleet/test_federation.py",
-    "simulations/test_federation.py",
     "simulations/bench/test_bench.py",
+    "simulations/test_federation.py",
     "simulations/chaos/",
     "simulations/bench/",
     "server/fleet/",
     "server/operations/",
     "core/space_tool/",
 )
-"""Where tests take longest. They come first, so that no worker has a long one left when the other has none."""
+"""Where tests take longest. They come first, so that no worker has a long one left when the other has none.
+
+The first, third, ... file goes to the same worker: the two federations of many processes do not run side by side.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
