@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 from collections.abc import Callable
 
@@ -15,6 +16,10 @@ import torch
 # Two test workers on two cores: threads inside a test would only fight each other, and one thread is deterministic.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
+
+# A shell lets what it starts in the background ignore SIGINT, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "server/fleet/test_federation.py",
