@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 from collections.abc import Callable
 
@@ -16,17 +17,24 @@ import torch
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too
 
+# A shell lets what it starts in the background ignore SIGINT, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 LONGEST = (
     "server/fleet/test_federation.py",
-    "simulations/test_federation.py",
     "simulations/bench/test_bench.py",
+    "simulations/test_federation.py",
     "simulations/chaos/",
     "simulations/bench/",
     "server/fleet/",
     "server/operations/",
     "core/space_tool/",
 )
-"""Where tests take longest. They come first, so that no worker has a long one left when the other has none."""
+"""Where tests take longest. They come first, so that no worker has a long one left when the other has none.
+
+The first, third, ... file goes to the same worker: the two federations of many processes do not run side by side.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

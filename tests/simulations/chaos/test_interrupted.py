@@ -84,7 +84,7 @@ def test_an_interrupt_leaves_no_process_no_file_and_a_report(
             assert process.poll() is None, (tmp_path / "said").read_text()
             assert time.monotonic() < end
             time.sleep(0.05)
-        time.sleep(0.3)
+        time.sleep(1.0)
         started = _descendants(process.pid)
         assert started
         process.send_signal(number)
