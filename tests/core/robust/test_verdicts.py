@@ -168,7 +168,7 @@ def test_what_is_left_counts_when_it_is_judged_by_itself(seed: int, fresh: list[
 
 
 def splitters(stored: Tensor, said: Tensor) -> Tensor:
-    """Return what three colluders send who agree with half of the crowd and with each other, against the other half."""
+    """Return what four colluders send who agree with half of the crowd and with each other, against the other half."""
     changes = said - stored
     half = len(said) // 2
     made = changes[:half].sum(0) - changes[half:].sum(0)
