@@ -156,7 +156,9 @@ def parse_object(text: str, what: str) -> dict[str, Any]:
             # "-0" is whole for Python and a fraction for others; looking costs less than a hook for every number.
             parse_int=_whole if "-0" in text else None,
         )
-    except (ValueError, RecursionError) as error:
+    except RecursionError:  # its own words tell how deep the caller was: two readers would differ
+        raise HeaderError(f"{what} is nested too deeply") from None
+    except ValueError as error:
         raise HeaderError(f"{what} is not JSON: {str(error)[:120]}") from None
     if not isinstance(found, dict):
         raise HeaderError(f"{what} is not a JSON object")
