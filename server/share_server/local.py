@@ -62,7 +62,8 @@ def new_update(
     sharing: Sharing = PRIVATE,
     schema_sha256: str = "",
 ) -> NewUpdate:
-    """Return what intake makes of a member's payload, for an engine fed without a network; an id is drawn if none is given."""
+    """Return what intake makes of a member's payload, for an engine fed without a network."""
+    # Without an id one is drawn.
     split = payload_bytes(payload)
     return NewUpdate(
         update_id=update_id or secrets.token_hex(16),
