@@ -10,10 +10,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from share_client.data.delimited import parse_cell, settle
 from share_client.data.sources import Source, open_source
 from share_core.errors import ConfigError
 
@@ -43,9 +44,10 @@ class Field:
     """Its name; ``columns`` in ``tasks.toml`` may give it a column of another name."""
     types: tuple[type, ...]
     """What a value may be: some of str, int, float, bool, list, dict, bytes. Where float is allowed, integers are too,
-    and every number is returned as a float. All values of a column are of one type."""
+    and every number is returned as a float. All values of a column are of one type. In CSV, where all is text,
+    a column that may be int or str is int if every cell is an integer, and lists and objects are JSON in a cell."""
     required: bool = True
-    """Whether every row must have it. Otherwise all rows have it or none; an empty value counts as not having it."""
+    """Whether every row must have it. Otherwise all rows have it or none; null counts as not having it."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,33 @@ class Table:
 
     columns: Mapping[str, tuple[Any, ...]]
     """One value for each row, by name of the field; only the fields that the file has."""
-    rows: int
-    """Number of rows, at least one."""
+    path: Path
+    """Where they were read."""
+    unit: str
+    """What :attr:`numbers` count: ``line``, from 1, or ``row``, from 0."""
+    numbers: tuple[int, ...]
+    """Where each row stands in the file."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, at least one."""
+        return len(self.numbers)
+
+    def where(self, row: int) -> str:
+        """Return file and place of a row, for messages."""
+        return f"{self.path}: {self.unit} {self.numbers[row]}"
 
     def take(self, rows: Sequence[int]) -> Table:
         """Return the given rows, in the order given."""
-        return Table({name: tuple(values[row] for row in rows) for name, values in self.columns.items()}, len(rows))
+        columns = {name: tuple(values[row] for row in rows) for name, values in self.columns.items()}
+        return replace(self, columns=columns, numbers=tuple(self.numbers[row] for row in rows))
 
 
 def read_table(path: Path, fields: Sequence[Field], columns: Mapping[str, str], rows: int | None = None) -> Table:
     """Read the columns of ``fields`` from a file; the format is that of its name (see docs/data.md).
 
     Args:
-        path: ``.jsonl`` or ``.jsonl.gz``.
+        path: ``.jsonl``, ``.csv`` (both also with ``.gz``), ``.parquet``, or a directory of Hugging Face datasets.
         fields: what to read. Other columns are passed over.
         columns: name of the column for each field whose column is called otherwise, as in ``tasks.toml``.
         rows: at most the first so many rows. None: all.
@@ -78,36 +94,44 @@ def read_table(path: Path, fields: Sequence[Field], columns: Mapping[str, str], 
     known = {field.name for field in fields}
     for name in columns:
         if name not in known:
-            raise ConfigError(f"{path}: columns: unknown field {name!r}: expected some of {', '.join(sorted(known))}")
-    source = open_source(path)
-    values = _collect(source, fields, {field.name: columns.get(field.name, field.name) for field in fields}, rows)
-    return Table(values, len(next(iter(values.values()))))
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"{path}: columns: unknown field {name!r}: expected some of {', '.join(sorted(known))}{hint}"
+            )
+    names = {field.name: columns.get(field.name, field.name) for field in fields}
+    return _collect(open_source(path, list(names.values())), fields, names, rows)
 
 
-def _collect(
-    source: Source, fields: Sequence[Field], names: Mapping[str, str], rows: int | None
-) -> dict[str, tuple[Any, ...]]:
-    """Return the values of every field that the file has."""
+def _collect(source: Source, fields: Sequence[Field], names: Mapping[str, str], rows: int | None) -> Table:
+    """Read the rows of a source."""
     found: dict[str, list[Any]] = {field.name: [] for field in fields}
-    count = 0
+    numbers: list[int] = []
     for number, row in source.rows:
-        if count == rows:
+        if len(numbers) == rows:
             break
-        count += 1
+        numbers.append(number)
         where = f"{source.path}: {source.unit} {number}"
         for field in fields:
-            column = names[field.name]
-            value = row.get(column)
+            values = found[field.name]
+            value: Any = row.get(names[field.name])
+            if value is not None and not source.typed:
+                value = parse_cell(value, field.types)
             if value is None and field.required:
-                raise _missing(where, field, column, row, source)
+                raise _missing(where, field, names[field.name], row, source)
             if value is not None:
-                value = _checked(value, field, where, found[field.name])
-                found[field.name].append(value)
-            if len(found[field.name]) not in (0, count):
-                raise ConfigError(f"{where}: {_shown(field, column)}: expected it in all rows or in none")
-    if not count:
+                values.append(_checked(value, field, where, values))
+            if len(values) not in (0, len(numbers)):
+                shown = _shown(field, names[field.name])
+                raise ConfigError(f"{where}: {shown}: expected it in all rows or in none; fill it in or take it out")
+    if not numbers:
         raise ConfigError(f"{source.path}: expected at least one row, got an empty file")
-    return {name: tuple(values) for name, values in found.items() if values}
+    columns = {
+        field.name: tuple(found[field.name] if source.typed else settle(found[field.name], field.types))
+        for field in fields
+        if found[field.name]
+    }
+    return Table(columns, source.path, source.unit, tuple(numbers))
 
 
 def _shown(field: Field, column: str) -> str:
@@ -116,16 +140,18 @@ def _shown(field: Field, column: str) -> str:
 
 def _missing(where: str, field: Field, column: str, row: Mapping[str, object], source: Source) -> ConfigError:
     """Say that a row lacks a value."""
-    if column in row:
+    names = row if source.names is None else source.names
+    if column in names:
+        shown = _shown(field, column)
         return ConfigError(
-            f"{where}: {_shown(field, column)}: expected {_expected(field)}, got nothing; leave such rows out"
+            f"{where}: {shown}: expected {_expected(field)}, got nothing; fill it in or leave the row out"
         )
-    among = ", ".join(sorted(name for name in row if name in _WELL_KNOWN)) or "no name that is well known"
-    near = difflib.get_close_matches(column.lower(), {str(name).strip().lower(): name for name in row}, n=1, cutoff=0.8)
-    hint = next((str(name) for name in row if near and str(name).strip().lower() == near[0]), None)
-    remedy = f"did you mean {hint!r}? " if hint is not None else ""
+    among = ", ".join(sorted(name for name in names if name in _WELL_KNOWN)) or "no well-known name"
+    plain = {name.strip().lower(): name for name in names}
+    near = difflib.get_close_matches(column.lower(), plain, n=1, cutoff=0.8)
+    hint = f"did you mean {plain[near[0]]!r}? " if near else ""
     return ConfigError(
-        f"{where}: {source.key} {column!r} is missing; got {among} among {len(row)} {source.key}s; {remedy}name the "
+        f"{where}: {source.key} {column!r} is missing; got {among} among {len(names)} {source.key}s; {hint}name the "
         f'right one in the [[task]]: columns = {{ {field.name} = "..." }}'
     )
 
@@ -139,7 +165,9 @@ def _checked(value: Any, field: Field, where: str, before: Sequence[Any]) -> Any
     if type(value) is int and float in field.types:
         value = float(value)
     if type(value) not in field.types:
-        raise ConfigError(f"{where}: {field.name}: expected {_expected(field)}, got {type(value).__name__}")
+        gaps = type(value) is float and int in field.types
+        hint = "; integers with gaps are often saved as floats: fill the gaps and save integers" if gaps else ""
+        raise ConfigError(f"{where}: {field.name}: expected {_expected(field)}, got {type(value).__name__}{hint}")
     if before and type(value) is not type(before[0]):
         first, other = type(before[0]).__name__, type(value).__name__
         raise ConfigError(f"{where}: {field.name}: expected {first} as in the first row, got {other}")

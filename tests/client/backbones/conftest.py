@@ -28,7 +28,12 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def _save(model_type: str, folder: Path) -> None:
     import transformers as hf
 
-    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     text = {**small, "vocab_size": 8, "max_position_embeddings": 16}
     configs: dict[str, Any] = {
         "bert": lambda: hf.BertConfig(**text),
@@ -44,13 +49,14 @@ def _save(model_type: str, folder: Path) -> None:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        hf.AutoModel.from_config(configs[model_type]()).save_pretrained(folder)
+        auto: Any = hf.AutoModel
+        auto.from_config(configs[model_type]()).save_pretrained(folder)
     if model_type in ("vit", "resnet"):
         hf.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
         return
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2, "blue": 3}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     make: Any = hf.PreTrainedTokenizerFast
     make(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)

@@ -82,7 +82,7 @@ def test_a_vision_encoder_takes_images_of_its_processor(save_model: Callable[[st
 
 def test_an_encoder_without_query_and_value_needs_sites(save_model: Callable[[str], Path]) -> None:
     folder = str(save_model("resnet"))
-    with pytest.raises(ConfigError, match="sites: expected modules matching query, value.* found none; modules here"):
+    with pytest.raises(ConfigError, match=r"sites: expected modules matching query, value.* found none; modules here"):
         load_backbone(folder, "cpu")
     backbone = load_backbone(BackboneConfig(folder, sites=r"encoder\..*\.convolution"), "cpu")
     assert backbone.width == 16
