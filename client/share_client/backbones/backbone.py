@@ -67,6 +67,35 @@ class TextBackbone(Backbone):
         """Return a batch on the CPU, padded to its longest row."""
 
 
+class DecoderBackbone(TextBackbone):
+    """A text backbone that also predicts the next token."""
+
+    end: int | None
+    """The token that ends a text, where there is one."""
+    has_template: bool
+    """Whether conversations can be rendered."""
+
+    @abstractmethod
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (rows, tokens, width); each sees only the tokens up to its own."""
+
+    @abstractmethod
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return the score of every token of the vocabulary to come next, (..., vocabulary), of (..., width)."""
+
+    @abstractmethod
+    def encode(self, text: str, start: bool = True) -> list[int]:
+        """Return the tokens of a text; ``start``: with what the tokenizer puts around a whole text."""
+
+    @abstractmethod
+    def render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> list[int]:
+        """Return the tokens of a conversation; ``reply``: up to where the next reply starts.
+
+        Raises:
+            ConfigError: the template refuses such a conversation.
+        """
+
+
 def choose_device(device: str) -> torch.device:
     """Return the torch device for ``auto``, ``cpu`` or ``cuda``.
 

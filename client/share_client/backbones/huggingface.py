@@ -22,14 +22,19 @@ from share_core.errors import ConfigError
 class HuggingFaceBackbone(TextBackbone):
     """An encoder and its tokenizer, read from a local directory and never from a network."""
 
+    AUTO = "AutoModel"
+    """Class of transformers that loads the directory; what is adapted is the bare model inside what it returns."""
+
     def __init__(self, config: BackboneConfig, device: str = "auto") -> None:
         directory = packaged_minilm() if config.model == "minilm" else Path(config.model)
         self.name = directory.name if config.model != "minilm" else "minilm"
         self.device = choose_device(device)
-        module = load_model(directory, config.quantised, self.device)
+        whole = load_model(directory, config.quantised, self.device, self.AUTO)
         self._tokenizer = load_tokenizer(directory)
+        module = whole.base_model
         self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
-        self.module = module if config.quantised else freeze(module, self.device)
+        self.whole: Any = whole if config.quantised else freeze(whole, self.device)
+        self.module = module
         self.width = int(module.config.hidden_size)
 
     def features(self, batch: Batch) -> Tensor:
@@ -71,7 +76,7 @@ def packaged_minilm() -> Path:
 
 
 def load(config: BackboneConfig, device: str) -> Backbone:
-    """Return a text backbone, or one for images where the directory has an image processor and no tokenizer.
+    """Return a decoder, an encoder of text, or one of images where the directory has an image processor, no tokenizer.
 
     Raises:
         ConfigError: transformers or bitsandbytes is missing, or cannot load the directory.
@@ -82,7 +87,9 @@ def load(config: BackboneConfig, device: str) -> Backbone:
         from share_client.backbones.huggingface_vision import HuggingFaceVisionBackbone
 
         return HuggingFaceVisionBackbone(config, device)
-    return HuggingFaceBackbone(config, device)
+    from share_client.backbones.decoder import HuggingFaceDecoder, is_decoder
+
+    return HuggingFaceDecoder(config, device) if is_decoder(directory) else HuggingFaceBackbone(config, device)
 
 
 def targets_of(module: Any) -> Sequence[str] | str:
@@ -90,8 +97,10 @@ def targets_of(module: Any) -> Sequence[str] | str:
     return known_targets(module.config.model_type) or SITE_ENDINGS
 
 
-def load_model(directory: Path, quantised: str | None, device: torch.device) -> Any:
-    """Return the bare encoder, on ``device`` already where it is quantised, since it may not move afterwards.
+def load_model(directory: Path, quantised: str | None, device: torch.device, auto: str = "AutoModel") -> Any:
+    """Return the model, on ``device`` already where it is quantised, since it may not move afterwards.
+
+    ``auto`` is the class of transformers that loads it: by default one that returns the bare encoder.
 
     Raises:
         ConfigError: no model directory, a missing package, or transformers cannot load it.
@@ -99,7 +108,7 @@ def load_model(directory: Path, quantised: str | None, device: torch.device) -> 
     if not (directory / "config.json").is_file():
         raise ConfigError(f"backbone {directory}: expected a Hugging Face model directory with config.json, found none")
     try:
-        from transformers import AutoModel
+        import transformers
     except ImportError as error:
         raise ConfigError("Hugging Face backbones need transformers: pip install 'fedshare[text]'") from error
     from transformers.utils import logging
@@ -107,12 +116,14 @@ def load_model(directory: Path, quantised: str | None, device: torch.device) -> 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     more = {} if quantised is None else quantisation(quantised, device)
     try:
-        module = AutoModel.from_pretrained(
+        module = getattr(transformers, auto).from_pretrained(
             directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **more
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"backbone {directory}: transformers cannot load it: {error}") from error
     module.eval().requires_grad_(False)
+    # Nothing here is generated token by token, and a cache would be filled twice where activations are computed again.
+    module.config.use_cache = False
     for part in module.modules():
         if isinstance(part, nn.Linear) and not part.weight.is_floating_point():
             # In evaluation mode bitsandbytes repacks the weights on a CPU, and no gradient gets through them any more.
