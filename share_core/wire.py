@@ -310,7 +310,6 @@ class _Payload:
 def _open(file: TensorFile, expected: str) -> _Payload:
     header = parse_object(file.metadata.get("fedshare", "{}"), "metadata 'fedshare'")
     for key, value in header.items():
-        # How deep a parser can go depends on who calls it: what the gate can read, the merge must be able to read.
         if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
             raise HeaderError(f"header {key[:80]!r}: expected a plain value or a list of them, got {shown(value)}")
     got = header.get("format")

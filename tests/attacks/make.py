@@ -384,9 +384,10 @@ def inners() -> Iterator[Case]:
         yield Case(f"inner-{name}", inner(raw), "HeaderError", "not JSON")
     for name, raw in {"list": "[]", "number": "5", "null": "null", "string": '"x"'}.items():
         yield Case(f"inner-{name}", inner(raw), "HeaderError", "not a JSON object")
+    yield Case("inner-nested-17", inner('{"a": ' + "[" * 16 + "]" * 16 + "}"), "HeaderError", "nested too deeply")
     yield Case("inner-nested", inner('{"format": ' + "[" * 2000 + "]" * 2000 + "}"), "HeaderError", "nested too deeply")
-    for name, item in {"list": "[[]]", "table": "{}", "deep": "[" * 600 + "]" * 600}.items():
-        raw = "{" + good + ', "base_version": 3, "more": ' + item + "}"
+    for name, more in {"list": "[[]]", "table": "{}", "deep": "[" * 12 + "]" * 12}.items():
+        raw = "{" + good + ', "base_version": 3, "more": ' + more + "}"
         yield Case(f"inner-more-{name}", inner(raw), "HeaderError", "expected a plain value")
     yield Case("inner-twice", inner("{" + good + ', "base_version": 1, "base_version": 2}'), "HeaderError", "twice")
     yield Case("inner-nan", inner("{" + good + ', "base_version": NaN}'), "HeaderError", "whole numbers")

@@ -51,7 +51,7 @@ GUARDS: Mapping[str, Guard] = {
     "floats": _reader("parse_float=_no_number", "parse_float=float"),
     "constants": _reader("parse_constant=_no_number", "parse_constant=lambda text: 0"),
     "minus zero": _reader('if text == "-0" else int(text)', "if False else int(text)"),
-    "nesting": _reader("except RecursionError:", "except TimeoutError:"),
+    "nesting": _reader("if _depth(text) > MAX_DEPTH:", "if False:"),
     "broken json": _reader("except ValueError as error:", "except TimeoutError as error:"),
     "metadata is an object": _reader("if not isinstance(raw, dict) or len(raw) > 16:", "if False:"),
     "metadata entries": _reader("or len(raw) > 16:", "or False:"),
