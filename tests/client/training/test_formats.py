@@ -38,7 +38,7 @@ def _jsonl(path: Path) -> Path:
 
 def _csv(path: Path) -> Path:
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "wt", encoding="utf-8", newline="") as stream:  # type: ignore[operator]
+    with opened(path, "wt", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(ROWS[0]))
         writer.writeheader()
         writer.writerows(ROWS)
