@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from share_client.kind_names import KINDS
+from share_client.kinds import find_kind
 from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, PreparedTask, prepare_task
 from share_client.training.batches import epoch_batches, sorted_batches
@@ -60,3 +62,8 @@ def test_every_row_comes_once_an_epoch(bars: PreparedTask) -> None:
         assert sorted(row for batch in batches for row in batch) == list(range(192))
         assert sorted(map(len, batches)) == [42, 50, 50, 50]
     assert first != second
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_name_is_that_of_its_kind(name: str) -> None:
+    assert find_kind(name).name == name
