@@ -127,7 +127,7 @@ class Reader(ast.NodeVisitor):
 
 
 def _restricted(node: ast.Call) -> bool:
-    """Return whether a call of torch.load says weights_only=True: then nothing but tensors and plain values is built."""
+    """Return whether a call of torch.load says weights_only=True: it then builds tensors and plain values only."""
     return any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords)
 
 
