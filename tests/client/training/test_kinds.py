@@ -26,10 +26,15 @@ def config(tmp_path: Path) -> TaskConfig:
 
 
 def test_classes_are_the_sorted_labels_of_both_splits(config: TaskConfig, backbone: Backbone) -> None:
-    task = prepare_task(config, backbone)
+    task = prepare_task(replace(config, rows=4), backbone)
     assert task.classes == (3, 7, 9)
     _, targets = task.test.batch([0, 1], torch.device("cpu"))
     assert targets.tolist() == [0, 2]
+
+
+def test_a_class_without_training_rows_is_refused_unless_rows_cuts_them(config: TaskConfig, backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match=r"test\.npz: row 1: label: expected one of the 2 classes .*1 test row"):
+        prepare_task(config, backbone)
 
 
 def test_rows_are_cut(config: TaskConfig, backbone: Backbone) -> None:
