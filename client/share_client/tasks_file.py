@@ -44,6 +44,7 @@ from share_core.privacy import COEFFICIENTS, SAMPLES
 
 _T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16", "auto")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
 
 
@@ -114,6 +115,12 @@ class TaskConfig:
     """Whether the head's tensors leave with the update."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
+    precision: str = "fp32"
+    """``fp32``, ``bf16`` (matrix products in bfloat16), or ``auto``: bf16 on CUDA devices that can, else fp32."""
+    accumulate: int = 1
+    """Parts into which the rows of one step are cut to save memory; it changes no result."""
+    checkpointing: bool = False
+    """Whether activations are computed again instead of being kept, to save memory; it changes no result."""
     privacy: PrivacyConfig | None = None
     """Clipping and noise. None: updates carry none."""
 
@@ -288,9 +295,21 @@ def read_options(config: TaskConfig, readers: Mapping[str, values.Reader]) -> di
 
 
 def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:
-    """Return an error for each thing that would leave beside noisy coefficients without any noise."""
-    if task.privacy is None or task.privacy.mechanism != COEFFICIENTS:
+    """Return an error for each thing that would leave without noise, or that a mechanism cannot be had with."""
+    if task.privacy is None:
         return []
+    if task.privacy.mechanism != COEFFICIENTS:
+        return [
+            ConfigError(
+                f"{where}: {key}: expected {expected} with privacy mechanism {SAMPLES!r}, got {got}: its gradients of "
+                f"single rows cannot be had so; take {key} out, and save memory by accumulate"
+            )
+            for key, expected, got, wrong in (
+                ("precision", "fp32 or auto", task.precision, task.precision == "bf16"),
+                ("checkpointing", "false", "true", task.checkpointing),
+            )
+            if wrong
+        ]
     errors = []
     if task.directions:
         errors.append(
@@ -383,5 +402,8 @@ _READERS: Mapping[str, values.Reader] = {
     "max_length": values.integer(4, 8192),
     "share_head": values.boolean,
     "pace": values.number(0, 60),
+    "precision": lambda value, where: values.one_of(value, PRECISIONS, where),
+    "accumulate": values.integer(1, 65_536),
+    "checkpointing": values.boolean,
     "privacy": _privacy,
 }

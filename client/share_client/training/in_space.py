@@ -70,7 +70,8 @@ def train_in_space(
     if isinstance(declared, CoefficientNoise):
         submission = _with_noise(submission, space, declared, options.pseudo_rank)
         noisy = _fixed(submission, space, backbone)
-        trained = train(backbone, task, trained_head, noisy, options, progress)
+        if any(True for _ in trained_head.parameters()):
+            trained = train(backbone, task, trained_head, noisy, options, progress)
     tensors = head_tensors(trained_head)
     return TrainResult(
         update=Update(

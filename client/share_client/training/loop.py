@@ -15,6 +15,7 @@ from share_client.training.batches import epoch_batches
 from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import adapted, injected
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions
+from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 
 _SMOOTHING = 0.9
@@ -74,7 +75,8 @@ def train(
 ) -> Trained:
     """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
 
-    Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends.
+    Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends. Where
+    neither has a number to train, as with a kind without a head, no step is taken.
     """
     draw = torch.Generator().manual_seed(options.seed)
     per_epoch = -(-task.train_rows // options.batch_size)
@@ -84,18 +86,21 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
     mean: float | None = None
     done = 0
+    if not any(one.numel() for group in optimizer.param_groups for one in group["params"]):
+        return Trained(loss=float("nan"), steps=0)
     modules = {site: adapted(backbone.site(site), change) for site, change in changes.items()}
-    with injected(backbone, modules):
+    with injected(backbone, modules), recomputed(backbone, options.checkpointing):
         for epoch in range(1, options.epochs + 1):
             for rows in epoch_batches(task.train, options.batch_size, draw):
-                inputs, targets = task.train.batch(rows, backbone.device)
-                loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                value = 0.0
+                for loss in part_losses(backbone, task, head, rows, options):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    value += loss.item()
                 optimizer.step()
                 schedule.step()
                 done += 1
-                mean = smoothed(mean, loss.item())
+                mean = smoothed(mean, value)
                 if progress is not None:
                     progress(Progress(epoch, options.epochs, done, steps, mean))
                 if options.pace > 0:

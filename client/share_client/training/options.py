@@ -34,6 +34,12 @@ class TrainingOptions:
     """Share of the steps over which the learning rate rises from zero; then it falls linearly to zero."""
     gradient_batches: int = 4
     """Batches whose gradient chooses the free directions."""
+    precision: str = "fp32"
+    """``fp32``; ``bf16``: matrix products in bfloat16 and trained numbers in float32; ``auto``: bf16 on CUDA."""
+    accumulate: int = 1
+    """Parts into which the rows of one step are cut; the result is that of one part, the memory that of the largest."""
+    checkpointing: bool = False
+    """Whether activations are computed again in the backward pass instead of being kept."""
 
     @classmethod
     def of(cls, task: TaskConfig) -> TrainingOptions:
@@ -46,6 +52,9 @@ class TrainingOptions:
             pseudo_rank=cls.pseudo_rank if task.pseudo_rank is None else task.pseudo_rank,
             seed=task.seed,
             pace=task.pace,
+            precision=task.precision,
+            accumulate=task.accumulate,
+            checkpointing=task.checkpointing,
         )
 
 

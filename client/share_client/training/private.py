@@ -28,6 +28,7 @@ from share_client.training.factors import Rated, SpaceFactors
 from share_client.training.inject import injected
 from share_client.training.loop import Trained, adamw, smoothed, triangle
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions
+from share_client.training.steps import parts_of
 from share_core.errors import ConfigError
 from share_core.privacy import SampleNoise
 
@@ -142,7 +143,8 @@ def train_private(
     """Train ``head`` and ``changes`` in place by DP-SGD with the steps and noise that ``declared`` says.
 
     The optimizer and its schedule are those of :func:`~.loop.train`; they see only noisy gradients. Two calls never
-    give the same result. The backbone is left as it was, however this ends.
+    give the same result. The backbone is left as it was, however this ends. Matrix products are those of the weights'
+    type and activations are kept, whatever ``options`` says: the hooks that tell rows apart need both.
 
     Raises:
         ConfigError: Opacus is not installed.
@@ -160,7 +162,7 @@ def train_private(
         try:
             for step in range(1, declared.steps + 1):
                 rows = system_sample(task.train_rows, declared.sample_rate)
-                loss = _row_gradients(backbone, task, head, rows, parameters)
+                loss = _row_gradients(backbone, task, head, rows, parameters, options.accumulate)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -179,20 +181,31 @@ def train_private(
 
 
 def _row_gradients(
-    backbone: Backbone, task: PreparedTask, head: nn.Module, rows: Sequence[int], parameters: Sequence[nn.Parameter]
+    backbone: Backbone,
+    task: PreparedTask,
+    head: nn.Module,
+    rows: Sequence[int],
+    parameters: Sequence[nn.Parameter],
+    accumulate: int = 1,
 ) -> float:
-    """Fill ``grad_sample`` of every parameter, (rows, *shape); return the mean loss, 0 for no rows."""
+    """Fill ``grad_sample`` of every parameter, (rows, *shape); return the mean loss, 0 for no rows.
+
+    With more than one part it is a list of their tensors, which Opacus joins.
+    """
     if not rows:
         for parameter in parameters:
             parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         return 0.0
-    inputs, targets = task.train.batch(rows, backbone.device)
-    loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
-    with warnings.catch_warnings():
-        # The first hooked map gets no gradient for its input: nothing before it is trained.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    mean = 0.0
+    for part in parts_of(rows, accumulate):
+        inputs, targets = task.train.batch(part, backbone.device)
+        loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
+        with warnings.catch_warnings():
+            # The first hooked map gets no gradient for its input: nothing before it is trained.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            loss.backward()  # type: ignore[no-untyped-call]
+        mean += loss.item() * len(part) / len(rows)
+    return mean
 
 
 def _opacus(model: nn.Module, plain: torch.optim.Optimizer, declared: SampleNoise, expected: float) -> tuple[Any, Any]:

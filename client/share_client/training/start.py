@@ -18,6 +18,7 @@ from share_client.training.batches import epoch_batches
 from share_client.training.factors import IN_NORM
 from share_client.training.inject import injected, probed
 from share_client.training.options import TrainingOptions
+from share_client.training.steps import part_losses, recomputed
 from share_core.linalg import canonical, float64, numerical_rank, residual
 from share_core.types import Core, SiteBasis, Space
 
@@ -122,10 +123,9 @@ def weight_gradients(
     probes = {site: probed(backbone.site(site)) for site in sites}
     matrices = [probe.change for probe in probes.values()]
     total = [torch.zeros_like(matrix) for matrix in matrices]
-    with injected(backbone, probes):
+    with injected(backbone, probes), recomputed(backbone, options.checkpointing):
         for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
-            inputs, targets = task.train.batch(rows, backbone.device)
-            loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
-            for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
-                running.add_(part)
+            for loss in part_losses(backbone, task, head, rows, options):
+                for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
+                    running.add_(part)
     return {site: part.to("cpu") for site, part in zip(sites, total, strict=True)}
