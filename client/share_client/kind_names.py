@@ -7,5 +7,9 @@ from collections.abc import Mapping
 KINDS: Mapping[str, str] = {
     "image-classification": "share_client.kinds.image_classification:ImageClassification",
     "text-classification": "share_client.kinds.text_classification:TextClassification",
+    "text-multi-label": "share_client.kinds.text_multi_label:TextMultiLabel",
+    "text-regression": "share_client.kinds.text_regression:TextRegression",
+    "causal-lm": "share_client.kinds.causal_lm:CausalLanguageModelling",
+    "instruction": "share_client.kinds.instruction:Instruction",
 }
 """Where the class of each kind is, which takes no arguments."""

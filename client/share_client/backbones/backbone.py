@@ -74,6 +74,8 @@ class DecoderBackbone(TextBackbone):
     """The token that ends a text, where there is one."""
     has_template: bool
     """Whether conversations can be rendered."""
+    vocabulary: int
+    """Number of tokens that are scored."""
 
     @abstractmethod
     def hidden(self, batch: Batch) -> Tensor:
@@ -88,8 +90,8 @@ class DecoderBackbone(TextBackbone):
         """Return the tokens of a text; ``start``: with what the tokenizer puts around a whole text."""
 
     @abstractmethod
-    def render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> list[int]:
-        """Return the tokens of a conversation; ``reply``: up to where the next reply starts.
+    def render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
+        """Return a conversation as the one text that the model was taught; ``reply``: up to where the next one starts.
 
         Raises:
             ConfigError: the template refuses such a conversation.

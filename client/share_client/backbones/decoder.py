@@ -29,6 +29,7 @@ class HuggingFaceDecoder(HuggingFaceBackbone, DecoderBackbone):
         end = self._tokenizer.eos_token_id
         self.end = None if end is None else int(end)
         self.has_template = bool(getattr(self._tokenizer, "chat_template", None))
+        self.vocabulary = int(self.whole.get_output_embeddings().weight.shape[0])
         self._check_scores()
 
     def _check_scores(self) -> None:
@@ -63,15 +64,17 @@ class HuggingFaceDecoder(HuggingFaceBackbone, DecoderBackbone):
         """Return the tokens of a text, with what the tokenizer puts before a text only where it is a start."""
         return [int(token) for token in self._tokenizer(text, add_special_tokens=start)["input_ids"]]
 
-    def render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> list[int]:
-        """Return the tokens of a conversation by the tokenizer's chat template; ``reply``: up to where a reply starts.
+    def render(self, messages: Sequence[Mapping[str, str]], reply: bool) -> str:
+        """Return a conversation by the tokenizer's chat template; ``reply``: up to where the next reply starts.
 
         Raises:
             ConfigError: the template refuses such a conversation.
         """
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(one) for one in messages], add_generation_prompt=reply, tokenize=False
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [dict(one) for one in messages], add_generation_prompt=reply, tokenize=False
+                )
             )
         except Exception as error:  # templates raise errors of jinja2 and of their own
             # Not chained and not quoted: a template may show the conversation.
@@ -79,7 +82,6 @@ class HuggingFaceDecoder(HuggingFaceBackbone, DecoderBackbone):
                 f"the chat template of {self.name} refuses the conversation with {type(error).__name__}; it may want "
                 "turns of user and assistant one after the other, or no system message"
             ) from None
-        return self.encode(text, start=False)
 
 
 def is_decoder(directory: Path) -> bool:

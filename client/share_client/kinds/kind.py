@@ -82,7 +82,10 @@ class Kind(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss (a scalar) of a batch."""
+        """Return the mean over the rows of a batch of each row's own loss, a scalar.
+
+        The loss of a row may not depend on the other rows: splitting a step into parts and DP-SGD rely on it.
+        """
 
     @abstractmethod
     def judge(self, outputs: Tensor, targets: Tensor) -> Tensor:

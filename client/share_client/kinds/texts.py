@@ -1,0 +1,59 @@
+"""What kinds with texts share: tokenised rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from share_client.backbones import Backbone, Batch, TextBackbone
+from share_client.data import Field, Table
+from share_client.kinds.kind import Rows
+from share_client.tasks_file import TaskConfig
+from share_core.errors import ConfigError
+
+TEXTS = (Field("text", (str,)), Field("text_b", (str,), required=False))
+"""One text or two."""
+
+
+class TextRows(Rows):
+    """Tokenised texts, unpadded; a batch is padded to its own longest row."""
+
+    def __init__(self, rows: Sequence[Mapping[str, list[int]]], targets: Tensor, backbone: TextBackbone) -> None:
+        """Take the token columns of every row and what is to be learned of it, (rows, ...)."""
+        self._rows = rows
+        self._targets = targets
+        self._backbone = backbone
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lengths(self) -> Sequence[int]:
+        """A row costs its tokens."""
+        return [len(row["input_ids"]) for row in self._rows]
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
+        """Return the token columns (rows, tokens) and targets (rows, ...)."""
+        columns = self._backbone.collate([self._rows[row] for row in rows])
+        inputs = {name: column.to(device) for name, column in columns.items()}
+        return inputs, self._targets[torch.tensor(rows)].to(device)
+
+
+def text_backbone(config: TaskConfig, backbone: Backbone) -> TextBackbone:
+    """Return the backbone of a task with texts.
+
+    Raises:
+        ConfigError: it takes no text.
+    """
+    if isinstance(backbone, TextBackbone):
+        return backbone
+    raise ConfigError(
+        f"task {config.name!r}: kind: expected image-classification for backbone {backbone.name}, got {config.kind}"
+    )
+
+
+def text_rows(table: Table, targets: Tensor, backbone: TextBackbone, config: TaskConfig) -> TextRows:
+    """Tokenise the texts of a table, cut to the task's ``max_length``."""
+    tokens = backbone.tokenize(table.columns["text"], table.columns.get("text_b"), config.max_length)
+    return TextRows(tokens, targets, backbone)
