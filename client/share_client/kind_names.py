@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 KINDS: Mapping[str, str] = {
@@ -13,3 +14,9 @@ KINDS: Mapping[str, str] = {
     "instruction": "share_client.kinds.instruction:Instruction",
 }
 """Where the class of each kind is, which takes no arguments."""
+_IMPORTED = re.compile(r"(.*/)?[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def is_import_path(kind: str) -> bool:
+    """Return whether a kind is one of the client's own, named as ``module:object``, perhaps with a folder before it."""
+    return _IMPORTED.fullmatch(kind) is not None

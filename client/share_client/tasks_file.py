@@ -10,7 +10,7 @@
 
     [[task]]
     name = "rot90"
-    kind = "image-classification"  # or "text-classification"
+    kind = "image-classification"  # or another of docs/kinds.md, or "module:object" of your own
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
     test = "rot90/test.npz"        # or validation = 0.2: hold out a fifth of train
     columns = { label = "gold" }   # where a column is not called as its field is
@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 
 from share_client import values
 from share_client.backbone_config import BackboneConfig, read_backbone
-from share_client.kind_names import KINDS
+from share_client.kind_names import KINDS, is_import_path
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
@@ -82,7 +82,7 @@ class TaskConfig:
     name: str
     """Name inside the member's organisation; the task id is ``organisation/name``."""
     kind: str
-    """``image-classification`` or ``text-classification``."""
+    """One of :data:`~.kind_names.KINDS`, or ``FOLDER/module:object``, absolute, for one that the client's own code defines."""
     train: Path
     """Absolute path of the training rows: a file or directory in one of the formats of docs/data.md."""
     test: Path | None = None
@@ -252,6 +252,8 @@ def _task(
     for key in ("train", "test"):
         if given.get(key) is not None:
             given[key] = problems.tried(partial(_data_path, path.parent / given[key], f"{where}: {key}"), None)
+    if is_import_path(given.get("kind") or ""):
+        given["kind"] = str((path.parent / given["kind"]).resolve())
     if len(problems) > before:
         return None
     if "test" in given:
@@ -370,7 +372,9 @@ def _name(value: object, where: str) -> str:
 
 
 def _kind(value: object, where: str) -> str:
-    return values.one_of(value, tuple(KINDS), where)
+    if isinstance(value, str) and is_import_path(value):
+        return value
+    return values.one_of(value, (*KINDS, "module:object"), where)
 
 
 _PRIVACY_READERS: Mapping[str, values.Reader] = {

@@ -40,8 +40,8 @@ class Instruction(NextToken):
         template = bool(options.get("template", takes.has_template))
         if template and not takes.has_template:
             raise ConfigError(
-                f"task {config.name!r}: options: template: expected false, as the tokenizer of {takes.name} has no chat "
-                "template, got true"
+                f"task {config.name!r}: options: template: expected false, as the tokenizer of {takes.name} has no "
+                "chat template, got true"
             )
         separator = None if template else str(options.get("separator", "\n"))
         train, test = (

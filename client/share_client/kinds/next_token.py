@@ -46,7 +46,7 @@ def decoder(config: TaskConfig, backbone: Backbone) -> DecoderBackbone:
     """Return the backbone of a task with next tokens.
 
     Raises:
-        ConfigError: it predicts none, or the whole head that it has not got is to be shared.
+        ConfigError: it predicts none.
     """
     if isinstance(backbone, DecoderBackbone):
         return backbone
@@ -67,7 +67,7 @@ class NextToken(Kind):
         return nn.Identity()
 
     def outputs(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
-        """Return of each row the sum of ``-log p`` over its predicted tokens, and how many are the likeliest, (rows, 2).
+        """Return of each row the sum of ``-log p`` over its predicted tokens, and how many are likeliest, (rows, 2).
 
         Scores are made for predicted tokens only, and for at most :data:`SCORES` numbers at a time: with a large
         vocabulary they would be most of the memory. Where that takes several runs, each is computed again in the
@@ -81,7 +81,7 @@ class NextToken(Kind):
         several = len(row) > size and states.requires_grad
         judged = [
             checkpoint(_judged, backbone, *run, use_reentrant=False) if several else _judged(backbone, *run)
-            for run in zip(states.split(size), wanted.split(size), strict=True)
+            for run in zip(torch.split(states, size), torch.split(wanted, size), strict=True)
         ]
         found = hidden.new_zeros(len(hidden), 2, dtype=torch.float32)
         return found.index_add(0, row, torch.cat(judged))

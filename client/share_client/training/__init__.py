@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from share_client.backbones import Backbone, load_backbone
-from share_client.kinds import PreparedTask, find_kind
-from share_client.tasks_file import TaskConfig
+from share_client.kinds import PreparedTask, prepare_task
 from share_client.training.accounting import declare, total_epsilon
 from share_client.training.evaluation import evaluate
 from share_client.training.in_space import train_in_space
@@ -27,12 +26,3 @@ __all__ = [
     "train_in_space",
     "train_lora",
 ]
-
-
-def prepare_task(task: TaskConfig, backbone: Backbone) -> PreparedTask:
-    """Read a task's files, check them, and tokenise texts for the backbone.
-
-    Raises:
-        ConfigError: the files cannot be used, or the backbone takes no such data; names file and row.
-    """
-    return find_kind(task.kind).prepare(task, backbone)
