@@ -82,7 +82,7 @@ class TaskConfig:
     name: str
     """Name inside the member's organisation; the task id is ``organisation/name``."""
     kind: str
-    """One of :data:`~.kind_names.KINDS`, or ``FOLDER/module:object``, absolute, for one that the client's own code defines."""
+    """One of :data:`~.kind_names.KINDS`, or ``FOLDER/module:object``, absolute, for one of the client's own."""
     train: Path
     """Absolute path of the training rows: a file or directory in one of the formats of docs/data.md."""
     test: Path | None = None

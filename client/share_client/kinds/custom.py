@@ -1,8 +1,7 @@
 """Kinds that the client's own code defines: ``kind = "module:object"`` in ``tasks.toml``.
 
-The module is looked for in the directory of ``tasks.toml`` first, or in a folder below it: ``folder/module:object``. Its
-code runs in the client with all the client's
-rights, as the file that names it is the client's own.
+The module is looked for in the directory of ``tasks.toml`` first, or in a folder below it: ``folder/module:object``.
+Its code runs in the client with all the client's rights, as the file that names it is the client's own.
 """
 
 from __future__ import annotations
