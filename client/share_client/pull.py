@@ -237,7 +237,7 @@ def _own_head(
 
 
 def _frame(spec: SpaceSpec, options: PullOptions, own: PeftExport | None, changed: set[str]) -> PeftExport:
-    """Return how the adapter is to be written: as asked for, as the backbone has it, as it came, or as linear layers."""
+    """Return how the adapter is to be written: as asked for, as the backbone has it, as it came, or linear."""
     if options.like is not None:
         like = read_adapter(options.like).export
         missing = sorted(changed - set(like.sites))
