@@ -48,12 +48,10 @@ def evaluate(
             raise SpaceMismatchError(f"site {site!r}: expected factors for {expected}, got {got}")
         out, in_ = (part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_))
         modules[site] = adapted(base, FixedFactors(out, in_))
-    outputs: list[Tensor] = []
-    targets: list[Tensor] = []
+    judged: list[Tensor] = []
     with injected(backbone, modules), torch.inference_mode():
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
-            outputs.append(module(backbone.features(inputs)).cpu())
-            targets.append(target.cpu())
-    value = task.kind.score(torch.cat(outputs), torch.cat(targets))
+            judged.append(task.kind.judge(task.kind.outputs(backbone, module, inputs), target).cpu())
+    value = task.kind.score(torch.cat(judged))
     return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
