@@ -78,8 +78,8 @@ class Outcome:
     task_id: str
     """``organisation/name``."""
     state: str
-    """``merged``, ``sent`` (durable at the hub, not yet merged), ``set_aside`` (until the operator decides), ``refused``;
-    ``waiting`` while nobody has been told of it."""
+    """``merged``, ``sent`` (durable at the hub, not yet merged), ``set_aside`` (the operator decides), ``refused``, or
+    ``waiting`` as long as the hub has not answered."""
     update_id: str = ""
     """The update that held it; empty once it is merged and forgotten here."""
     version: int = 0

@@ -54,9 +54,9 @@ def read_frame(backbone: str, spec: SpaceSpec, sites: Iterable[str]) -> Frame:
                 check_backbone(_only(spec, name), {})
             place = loaded.site(name)
             check_backbone(_only(spec, name), {name: place.matrix()})
-            shape = place.module.weight.shape
-            assert not callable(shape)
-            found[name] = PeftSite(name, place.kind, tuple(int(n) for n in shape))
+            weight = place.module.weight
+            assert isinstance(weight, Tensor)
+            found[name] = PeftSite(name, place.kind, tuple(weight.shape))
         return Frame(None, found)
     files = weight_files(path)
     for name in sites:

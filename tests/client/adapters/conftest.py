@@ -31,7 +31,6 @@ def bert_config() -> BertConfig:
         num_attention_heads=2,
         intermediate_size=24,
         max_position_embeddings=8,
-        num_labels=3,
     )
 
 
@@ -63,7 +62,7 @@ def bert_spec(bert_directory: Path) -> SpaceSpec:
 @pytest.fixture
 def load_bare(bert_directory: Path) -> Callable[[], Any]:
     """Return a function that loads the backbone anew."""
-    return lambda: BertModel.from_pretrained(bert_directory).eval()
+    return lambda: seeded(lambda: BertModel.from_pretrained(bert_directory))
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def save_adapter(load_bare: Any, load_classifier: Any, tmp_path: Path) -> Callab
                 if "lora_" in key or "modules_to_save" in key:
                     parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
         directory = tmp_path / name
-        model.save_pretrained(directory)
+        model.save_pretrained(str(directory))
         return directory
 
     return save
