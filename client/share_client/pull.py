@@ -108,13 +108,7 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
         AdapterError: the adapter given as ``like`` has other sites.
         StorageError: the disk does not take it.
     """
-    if options.merged_into is not None and (options.like is not None or options.rank is not None):
-        raise ConfigError(
-            "--merged-into writes weights, which have neither a rank nor another model's names: leave --rank and "
-            "--like out, or pull an adapter"
-        )
-    if options.rank is not None and options.rank < 1:
-        raise ConfigError(f"--rank: expected at least 1, got {options.rank}")
+    _check_options(options)
     _check_target(out, options.force)
     member = load_member(layout)
     task_id = task if "/" in task else f"{member.organisation}/{check_name(task, 'task name')}"
@@ -135,6 +129,59 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
         head="none" if not head else "own" if frame is not None and options.merged_into is None else "beside",
         head_tensors=tuple(sorted(head)),
     )
+    _write(out, made, spec, factors, head, frame, options)
+    return made
+
+
+def pulled_text(made: Pulled) -> str:
+    """Return what was written as one sentence for people."""
+    heads = {
+        "none": "no head inside",
+        "own": f"with this client's own head ({', '.join(made.head_tensors)})",
+        "beside": f"this client's own head lies beside in {HEAD_FILE}, PEFT does not load it",
+    }
+    what = f"rank {made.rank}" if made.form == "adapter" else "merged into the weights"
+    cut = f", {made.cut:.2%} of its norm cut" if made.cut else ""
+    return f"{made.out}: {made.task_id} of version {made.version}, {what}{cut}, {heads[made.head]}"
+
+
+def _check_options(options: PullOptions) -> None:
+    if options.merged_into is not None and (options.like is not None or options.rank is not None):
+        raise ConfigError(
+            "--merged-into writes weights, which have neither a rank nor another model's names: leave --rank and "
+            "--like out, or pull an adapter"
+        )
+    if options.rank is not None and options.rank < 1:
+        raise ConfigError(f"--rank: expected at least 1, got {options.rank}")
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """Refuse to write over anything that was not written here.
+
+    Raises:
+        ConfigError: saying what is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise ConfigError(f"{out} is there already: choose another --out, or --force to replace what 'pull' wrote")
+    if not (out / MARKER).is_file():
+        raise ConfigError(
+            f"{out} holds no {MARKER}, so it was not written by 'share-client pull': it is not replaced, choose "
+            "another --out"
+        )
+
+
+def _write(
+    out: Path,
+    made: Pulled,
+    spec: SpaceSpec,
+    factors: Adapter,
+    head: Mapping[str, Tensor],
+    frame: PeftExport | None,
+    options: PullOptions,
+) -> None:
+    """Write everything beside ``out`` and move it there."""
     staged = out.with_name(f"{TEMPORARY}{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         if options.merged_into is not None:
@@ -153,36 +200,6 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
         ) from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return made
-
-
-def pulled_text(made: Pulled) -> str:
-    """Return what was written as one sentence for people."""
-    heads = {
-        "none": "no head inside",
-        "own": f"with this client's own head ({', '.join(made.head_tensors)})",
-        "beside": f"this client's own head lies beside in {HEAD_FILE}, PEFT does not load it",
-    }
-    what = f"rank {made.rank}" if made.form == "adapter" else "merged into the weights"
-    cut = f", {made.cut:.2%} of its norm cut" if made.cut else ""
-    return f"{made.out}: {made.task_id} of version {made.version}, {what}{cut}, {heads[made.head]}"
-
-
-def _check_target(out: Path, force: bool) -> None:
-    """Refuse to write over anything that was not written here.
-
-    Raises:
-        ConfigError: saying what is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not force:
-        raise ConfigError(f"{out} is there already: choose another --out, or --force to replace what 'pull' wrote")
-    if not (out / MARKER).is_file():
-        raise ConfigError(
-            f"{out} holds no {MARKER}, so it was not written by 'share-client pull': it is not replaced, choose "
-            "another --out"
-        )
 
 
 def _move(staged: Path, out: Path) -> None:
