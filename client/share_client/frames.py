@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from share_core.fingerprint import check_backbone, fingerprint_weight
 from share_core.peft.export import PeftSite
 from share_core.space_tool.backbone import read_weight, weight_files
 from share_core.types import SiteSpec, SpaceSpec
+
+if TYPE_CHECKING:
+    from share_client.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -45,43 +49,56 @@ def read_frame(backbone: str, spec: SpaceSpec, sites: Iterable[str]) -> Frame:
     from share_client.backbones import load_backbone
     from share_client.backbones.huggingface import packaged_minilm
 
+    wanted = replace(spec, sites={name: spec.sites[name] for name in sites})
     path = packaged_minilm() if backbone == "minilm" else Path(backbone)
-    found: dict[str, PeftSite] = {}
     if not path.exists():
-        loaded = load_backbone(backbone, "cpu")
-        for name in sites:
-            if name not in loaded.sites:
-                check_backbone(_only(spec, name), {})
-            place = loaded.site(name)
-            check_backbone(_only(spec, name), {name: place.matrix()})
-            weight = place.module.weight
-            assert isinstance(weight, Tensor)
-            found[name] = PeftSite(name, place.kind, tuple(weight.shape))
-        return Frame(None, found)
+        return Frame(None, _of_loaded(load_backbone(backbone, "cpu"), wanted))
     files = weight_files(path)
-    for name in sites:
-        try:
-            key, weight = read_weight(files, name, path)
-        except SpaceMismatchError as error:
-            raise SpaceMismatchError(f"{error}; the space is over {spec.backbone!r}") from None
-        found[name] = _layout(spec, spec.sites[name], key.removesuffix(".weight"), weight)
+    try:
+        stored = {name: read_weight(files, name, path)[0] for name in wanted.sites}
+    except SpaceMismatchError as error:
+        raise SpaceMismatchError(f"{error}; the space is over {spec.backbone!r}") from None
+    found: dict[str, PeftSite] = {}
+    for name, key in stored.items():
+        weight = read_weight(files, name, path)[1]
+        kind = _layout(spec.sites[name], weight)
+        if kind is None:
+            # Raises, and tells the cause by how many sites differ.
+            check_backbone(wanted, {n: _matrix(spec.sites[n], read_weight(files, n, path)[1]) for n in stored})
+            raise AssertionError("no layout has the fingerprint, and the weights are the space's")
+        found[name] = PeftSite(key.removesuffix(".weight"), kind, tuple(weight.shape))
     return Frame(path, found)
 
 
-def _layout(spec: SpaceSpec, site: SiteSpec, module: str, weight: Tensor) -> PeftSite:
-    """Return which layout of a stored weight has the site's fingerprint."""
-    shape = tuple(int(n) for n in weight.shape)
-    layouts = {"conv": weight.flatten(1)} if weight.ndim > 2 else {"linear": weight}
+def _of_loaded(backbone: Backbone, wanted: SpaceSpec) -> dict[str, PeftSite]:
+    """Return module and layout of each site of a backbone that is loaded and not read from files."""
+    check_backbone(wanted, backbone.site_weights())
+    found: dict[str, PeftSite] = {}
+    for name in wanted.sites:
+        place = backbone.site(name)
+        weight = place.module.weight
+        assert isinstance(weight, Tensor)
+        found[name] = PeftSite(name, place.kind, tuple(weight.shape))
+    return found
+
+
+def _layouts(site: SiteSpec, weight: Tensor) -> dict[str, Tensor]:
+    """Return the matrices of the site's shape that a stored weight may be, by layout."""
     if weight.ndim == 2:
-        layouts["conv1d_transposed"] = weight.T
-    for kind, matrix in layouts.items():
-        if tuple(matrix.shape) == (site.d_out, site.d_in) and fingerprint_weight(site.name, matrix) == site.sha256:
-            return PeftSite(module, kind, shape)
-    fitting = [matrix for matrix in layouts.values() if tuple(matrix.shape) == (site.d_out, site.d_in)]
-    # None has it, so this raises and says how they differ.
-    check_backbone(_only(spec, site.name), {site.name: (fitting or list(layouts.values()))[0]})
-    raise AssertionError("unreachable")
+        layouts = {"linear": weight, "conv1d_transposed": weight.T}
+    else:
+        layouts = {"conv": weight.flatten(1)} if weight.ndim > 2 else {}
+    return {kind: matrix for kind, matrix in layouts.items() if matrix.shape == (site.d_out, site.d_in)}
 
 
-def _only(spec: SpaceSpec, site: str) -> SpaceSpec:
-    return replace(spec, sites={site: spec.sites[site]})
+def _layout(site: SiteSpec, weight: Tensor) -> str | None:
+    """Return which layout has the site's fingerprint, if any."""
+    layouts = _layouts(site, weight).items()
+    return next((kind for kind, matrix in layouts if fingerprint_weight(site.name, matrix) == site.sha256), None)
+
+
+def _matrix(site: SiteSpec, weight: Tensor) -> Tensor:
+    """Return a stored weight as the matrix that comes nearest to the site."""
+    if (kind := _layout(site, weight)) is not None:
+        return _layouts(site, weight)[kind]
+    return next(iter(_layouts(site, weight).values()), weight.reshape(weight.shape[0], -1))
