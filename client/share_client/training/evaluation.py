@@ -36,6 +36,15 @@ def evaluate(
         SpaceMismatchError: the adapter has a site that the backbone does not, or of another shape.
         ConfigError: the head does not fit the task.
     """
+    outputs, targets = held_out_outputs(backbone, task, adapter, head)
+    value = task.kind.score(outputs, targets)
+    return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
+
+
+def held_out_outputs(
+    backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs and the targets on all test rows, always in one order. Raises as :func:`evaluate`."""
     module = fresh_head(backbone, task, 0, head)
     adapted: dict[str, AdaptedLinear] = {}
     for site, factors in (adapter or {}).items():
@@ -54,5 +63,4 @@ def evaluate(
             inputs, target = task.test.batch(rows, backbone.device)
             outputs.append(module(backbone.features(inputs)).cpu())
             targets.append(target.cpu())
-    value = task.kind.score(torch.cat(outputs), torch.cat(targets))
-    return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
+    return torch.cat(outputs), torch.cat(targets)

@@ -303,7 +303,15 @@ def _remembered(layout: ClientLayout, journal: list[hub_pb2.UpdateRecord]) -> It
 
 
 def catch(site: _Site, bug: str, seed: int) -> dict[str, Any]:
-    """Kill clients with a planted bug until it shows; return after how many, and the sign."""
+    """Kill clients with a planted bug until it shows; return after how many, and the sign.
+
+    Raises:
+        ConfigError: the bug shows without any kill: then kills are not what finds it.
+    """
+    hub, layout, organisation = site.fresh()
+    unharmed = check(hub, layout, organisation, [site.bench.live(Order(layout.root, Kill(), bug))])
+    if unharmed:
+        raise ConfigError(f"planted bug {bug} shows without a kill: {unharmed[0].text}")
     draw = random.Random(seed * 1000 + 77)
     for number in range(1, _BUG_ROUNDS + 1):
         findings = play(site, draw, _KILLS_PER_ROUND, _Tally(), bug)

@@ -39,9 +39,10 @@ def replace_step(owner: Any, name: str, value: Any) -> None:
 def _removed_before_acknowledgement() -> None:
     honest, remove = cast(Any, Sender._send), Outbox.remove
     entries: Any = Entry
+    read_payload, read_head = Entry.read_payload, Entry.read_head
 
     def send(sender: Any, entry: Entry) -> Entry | None:
-        payload, head = entry.read_payload(), entry.read_head()
+        payload, head = read_payload(entry), read_head(entry)
         box = sender._outbox
         if not sender._signer.has_signed(entry.submission):
             entry = box.sign(entry, sender._signer.sign(entry.submission))
@@ -94,7 +95,16 @@ def _new_id_at_each_start() -> None:
 
 
 def _written_in_place() -> None:
-    replace_step(outbox_module, "TEMPORARY", "")
+    honest, hidden = cast(Any, Outbox._put), outbox_module.TEMPORARY
+
+    def put(box: Any, *arguments: Any) -> Entry:
+        replace_step(outbox_module, "TEMPORARY", "")
+        try:
+            return cast(Entry, honest(box, *arguments))
+        finally:
+            replace_step(outbox_module, "TEMPORARY", hidden)
+
+    replace_step(Outbox, "_put", put)
 
 
 def _unsent_is_dropped() -> None:
