@@ -98,6 +98,8 @@ class TaskConfig:
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
     """Whether the head's tensors leave with the update."""
+    refit: bool = True
+    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
     privacy: PrivacyConfig | None = None
@@ -336,6 +338,7 @@ _READERS: Mapping[str, Callable[[object, str], object]] = {
     "test_rows": _integer(1, 2**53),
     "max_length": _integer(4, 8192),
     "share_head": _bool,
+    "refit": _bool,
     "pace": _number(0, 60),
     "privacy": _privacy,
 }

@@ -34,6 +34,9 @@ from share_core.types import Adapter, Factors, SiteBasis, Space, Update
 DRAWS = 200
 """Bootstrap draws: the standard error is then itself known to a twentieth."""
 
+REFIT_RATE = 1 / 3
+"""Share of the learning rate with which a refit starts: the core is trained already, and large steps only lose it."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -173,10 +176,15 @@ def refit_in_space(
     head: Mapping[str, Tensor],
     declared: Declaration | None = None,
 ) -> TrainResult:
-    """Train the coefficients of a stored task again in ``space``, from its core and its private head; phi = 0.
+    """Train the coefficients of a stored task again in ``space``, from its core and its private head, with phi = 0.
 
     The rank is at least that of the stored core, so nothing of the start is cut off. Raises as :func:`train_in_space`.
     """
     rank = max((core.rank for core in space.cores[task_id].values()), default=0)
-    fixed = replace(options, directions=0, pseudo_rank=max(options.pseudo_rank, rank))
+    fixed = replace(
+        options,
+        directions=0,
+        pseudo_rank=max(options.pseudo_rank, rank),
+        learning_rate=REFIT_RATE * options.learning_rate,
+    )
     return train_in_space(backbone, task, space, task_id, fixed, progress, head=head, declared=declared)

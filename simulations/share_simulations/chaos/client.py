@@ -86,7 +86,7 @@ class Finding:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What the campaign has reached."""
 
     kills: int = 0
@@ -102,14 +102,19 @@ class _Tally:
 
 
 @dataclass
-class _Site:
+class Site:
     """Where rounds are held: one hub after the other and the bench."""
 
     folder: Path
+    """Where directories are made."""
     spec: SpaceSpec
+    """The packaged backbone."""
     bench: Bench
+    """Leads the lives."""
     hub: LocalHub | None = None
+    """The hub that runs."""
     rounds: int = 0
+    """Clients made so far."""
     calls: dict[str, int] = field(default_factory=dict)
     """File-changing calls of a life without a kill, by place."""
     span_s: float = 0.0
@@ -143,18 +148,18 @@ def run_client_kills(options: ClientOptions) -> dict[str, Any]:
     require_tracer()
     if options.kills < 1:
         raise ConfigError(f"expected at least one kill, got {options.kills}")
-    began, tally = time.monotonic(), _Tally()
+    began, tally = time.monotonic(), Tally()
 
     def report() -> dict[str, Any]:
         return _report(options, tally, began)
 
-    with reporting(report), _open_site(options.directory) as site, Meter("chaos client", options.kills) as meter:
-        draw = random.Random(options.seed)
+    with reporting(report), open_site(options.directory) as site, Meter("chaos client", options.kills) as meter:
         _measure(site)
+        moments = _moments(site, random.Random(options.seed))
         while tally.kills < options.kills:
             before = tally.kills
             count = min(_KILLS_PER_ROUND, options.kills - tally.kills)
-            findings = play(site, draw, count, tally)
+            findings = play(site, moments, count, tally)
             _note(tally, findings, f"round {tally.rounds}")
             for _ in range(tally.kills - before):
                 meter.step(f"{tally.rounds} clients, {tally.updates} updates, {len(tally.problems)} broken promises")
@@ -166,14 +171,15 @@ def run_client_kills(options: ClientOptions) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open_site(directory: Path | None) -> Iterator[_Site]:
+def open_site(directory: Path | None) -> Iterator[Site]:
+    """Prepare everything below a fresh folder in ``directory``, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="fedshare-client-", dir=directory) as name:
         folder = Path(name).resolve()
         tasks_file = write_tasks(folder)
         backbone = load_backbone("digits-vit", "cpu")
         spec = describe_space(backbone.name, backbone.site_weights(), k_max=16)
         with open_bench(tasks_file, folder / "client.log") as bench:
-            site = _Site(folder, spec, bench)
+            site = Site(folder, spec, bench)
             try:
                 yield site
             finally:
@@ -195,7 +201,7 @@ def write_tasks(folder: Path) -> Path:
     return path
 
 
-def _measure(site: _Site) -> None:
+def _measure(site: Site) -> None:
     """Lead one life without any kill, to know how many calls there are to die before.
 
     Raises:
@@ -210,14 +216,14 @@ def _measure(site: _Site) -> None:
         raise ConfigError(f"the client does not even work without a kill: {findings[0].text}")
 
 
-def play(site: _Site, draw: random.Random, kills: int, tally: _Tally, bug: str = "") -> list[Finding]:
+def play(site: Site, moments: Iterator[Kill], kills: int, tally: Tally, bug: str = "") -> list[Finding]:
     """Let one new client live and die until it was killed ``kills`` times, leave it alone, and check its promises."""
     hub, layout, organisation = site.fresh()
     lives: list[Life] = []
     dead = 0
     tally.rounds += 1
     while dead < kills:
-        kill = _moment(site, draw)
+        kill = next(moments)
         life = site.bench.live(Order(layout.root, kill, bug))
         lives.append(life)
         if not life.killed:
@@ -231,16 +237,18 @@ def play(site: _Site, draw: random.Random, kills: int, tally: _Tally, bug: str =
     tally.trainings += sum(mark.startswith("trained ") for life in lives for mark in life.marks)
     sent = Counter(mark.split()[1] for life in lives for mark in life.marks if mark.startswith("sent "))
     tally.duplicates += sum(times - 1 for times in sent.values())
-    findings = check(hub, layout, organisation, lives)
-    tally.updates += len(TASKS)
-    return findings
+    tally.updates += sum(mark.startswith("put ") for life in lives for mark in life.marks)
+    return check(hub, layout, organisation, lives)
 
 
-def _moment(site: _Site, draw: random.Random) -> Kill:
-    if draw.random() < _TIMED:
-        return Kill(after_s=draw.uniform(0.01, site.span_s))
-    place = draw.choice(sorted(PLACES))
-    return Kill(place=place, call=draw.randint(1, max(1, site.calls[place])))
+def _moments(site: Site, draw: random.Random) -> Iterator[Kill]:
+    """Yield moments to die at, for ever."""
+    while True:
+        if draw.random() < _TIMED:
+            yield Kill(after_s=draw.uniform(0.01, site.span_s))
+        else:
+            place = draw.choice(sorted(PLACES))
+            yield Kill(place=place, call=draw.randint(1, max(1, site.calls[place])))
 
 
 def check(hub: LocalHub, layout: ClientLayout, organisation: str, lives: list[Life]) -> list[Finding]:
@@ -252,24 +260,18 @@ def check(hub: LocalHub, layout: ClientLayout, organisation: str, lives: list[Li
         journal = [row for row in read_journal(stub) if row.task_id.startswith(f"{organisation}/")]
     marks = [mark.split() for life in lives for mark in life.marks]
     try:
-        return [*_at_hub(journal, marks, organisation), *_again(marks), *_remembered(layout, journal)]
+        return [*_at_hub(journal, marks), *_again(marks), *_remembered(layout, journal)]
     except FedshareError as error:
         return [Finding("unrecorded", f"the client's directory cannot be read: {error}")]
 
 
-def _at_hub(journal: list[hub_pb2.UpdateRecord], marks: list[list[str]], organisation: str) -> Iterator[Finding]:
+def _at_hub(journal: list[hub_pb2.UpdateRecord], marks: list[list[str]]) -> Iterator[Finding]:
     merged = {row.update_id for row in journal if row.state == hub_pb2.UPDATE_STATE_MERGED}
     for mark in marks:
         if mark[0] == "put" and mark[1] not in merged:
             yield Finding("lost", f"update {mark[1]} of {mark[2]} was in the outbox and is not merged")
         if mark[0] == "receipt" and mark[1] not in merged:
             yield Finding("lost", f"update {mark[1]} was acknowledged and is not merged")
-    by_task = Counter(row.task_id for row in journal)
-    for task in TASKS:
-        count = by_task[f"{organisation}/{task}"]
-        if count != 1:
-            kind = "double" if count else "lost"
-            yield Finding(kind, f"the hub has {count} updates of task {task}, expected 1")
 
 
 def _again(marks: list[list[str]]) -> Iterator[Finding]:
@@ -287,22 +289,30 @@ def _remembered(layout: ClientLayout, journal: list[hub_pb2.UpdateRecord]) -> It
         yield Finding("unrecorded", f"{len(waiting)} updates wait and {len(refused)} are refused at the end")
     records = Records(layout.tasks)
     lines = [line for task in TASKS for line in records.history(task)]
-    merges = sorted(line["update_id"] for line in lines if line["event"] == "merged")
-    if merges != sorted(row.update_id for row in journal):
-        yield Finding("unrecorded", f"the history tells of the merges {merges}, the hub of others")
-    for row in journal:
-        task = row.task_id.partition("/")[2]
+    merges = [line["update_id"] for line in lines if line["event"] == "merged"]
+    at_hub = [row.update_id for row in journal]
+    for update_id in set(at_hub) - set(merges):
+        yield Finding("double", f"the hub took update {update_id}, of which the client knows nothing at the end")
+    if len(merges) != len(set(merges)) or set(merges) - set(at_hub):
+        yield Finding("unrecorded", f"the history tells of the merges {merges}, the hub of {at_hub}")
+    for task in TASKS:
+        kinds = Counter(line["refit"] for line in records.history(task) if line["event"] == "merged")
+        if kinds[False] != 1 or kinds[True] > 1:
+            kind = "double" if kinds[False] > 1 or kinds[True] > 1 else "lost"
+            yield Finding(kind, f"{task}: {kinds[False]} trainings and {kinds[True]} refits were merged, expected one")
+    newest = {row.task_id.partition("/")[2]: row.version for row in sorted(journal, key=lambda row: row.version)}
+    for task, version in newest.items():
         heads = [head.version for head in records.get(task).heads]
-        if row.version not in heads:
-            yield Finding("unrecorded", f"no head of {task} is kept for version {row.version}, only for {heads}")
-        if not records.is_evaluated(task, row.version):
-            yield Finding("unrecorded", f"{task} was not evaluated at version {row.version}")
+        if version not in heads:
+            yield Finding("unrecorded", f"no head of {task} is kept for version {version}, only for {heads}")
+        if not records.is_evaluated(task, version):
+            yield Finding("unrecorded", f"{task} was not evaluated at version {version}")
     problems = look(layout, None).problems
     if problems:
         yield Finding("egress", problems[0])
 
 
-def catch(site: _Site, bug: str, seed: int) -> dict[str, Any]:
+def catch(site: Site, bug: str, seed: int) -> dict[str, Any]:
     """Kill clients with a planted bug until it shows; return after how many, and the sign.
 
     Raises:
@@ -312,22 +322,22 @@ def catch(site: _Site, bug: str, seed: int) -> dict[str, Any]:
     unharmed = check(hub, layout, organisation, [site.bench.live(Order(layout.root, Kill(), bug))])
     if unharmed:
         raise ConfigError(f"planted bug {bug} shows without a kill: {unharmed[0].text}")
-    draw = random.Random(seed * 1000 + 77)
+    moments = _moments(site, random.Random(seed * 1000 + 77))
     for number in range(1, _BUG_ROUNDS + 1):
-        findings = play(site, draw, _KILLS_PER_ROUND, _Tally(), bug)
+        findings = play(site, moments, _KILLS_PER_ROUND, Tally(), bug)
         if findings:
             return {"what": BUGS[bug].what, "caught_after": number, "sign": findings[0].text}
     return {"what": BUGS[bug].what, "caught_after": 0, "sign": ""}
 
 
-def _note(tally: _Tally, findings: list[Finding], where: str) -> None:
+def _note(tally: Tally, findings: list[Finding], where: str) -> None:
     for kind in {finding.kind for finding in findings}:
         tally.counts[kind] += 1
     if findings and len(tally.problems) < _MOST_PROBLEMS:
         tally.problems.append(f"{where}: {findings[0].text}")
 
 
-def _report(options: ClientOptions, tally: _Tally, began: float) -> dict[str, Any]:
+def _report(options: ClientOptions, tally: Tally, began: float) -> dict[str, Any]:
     surviving = [bug for bug, found in tally.caught.items() if not found["caught_after"]]
     return {
         "campaign": "client",

@@ -7,15 +7,16 @@ one life, so the next life can be an honest one.
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from share_client import outbox as outbox_module
 from share_client.outbox import Entry, Outbox
 from share_client.sending import Sender
+from share_core.durable import TEMPORARY
 from share_proto.v1 import hub_pb2
 
 
@@ -95,14 +96,14 @@ def _new_id_at_each_start() -> None:
 
 
 def _written_in_place() -> None:
-    honest, hidden = cast(Any, Outbox._put), outbox_module.TEMPORARY
+    honest, module = cast(Any, Outbox._put), sys.modules[Outbox.__module__]
 
     def put(box: Any, *arguments: Any) -> Entry:
-        replace_step(outbox_module, "TEMPORARY", "")
+        replace_step(module, "TEMPORARY", "")
         try:
             return cast(Entry, honest(box, *arguments))
         finally:
-            replace_step(outbox_module, "TEMPORARY", hidden)
+            replace_step(module, "TEMPORARY", TEMPORARY)
 
     replace_step(Outbox, "_put", put)
 

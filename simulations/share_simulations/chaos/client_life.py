@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from share_client import session
+from share_client import refits, session
 from share_client.link import HubLink
 from share_client.outbox import Entry, Outbox
-from share_client.trainer import BackboneTrainer, LocalTask, Step, Trained
+from share_client.trainer import BackboneTrainer, LocalTask, Refit, Step, Trained
 from share_client.uploading import Submission
 from share_core.errors import ConfigError, FedshareError
 from share_core.lifeline import arm
@@ -198,6 +199,9 @@ def _live(order: Order, trainer: _TellingTrainer, tasks_file: Path, say: Callabl
     torch.set_num_threads(1)
     module: Any = session
     module.HubLink, module.Outbox = _telling_link(say), _telling_outbox(say)
+    # Few rows decide nothing: here every refit that is due is sent, so that kills hit those as well.
+    deciding: Any = refits
+    deciding.is_better = lambda found: found.trained is not None
     if order.bug:
         BUGS[order.bug].plant()
     if order.kill.after_s:
@@ -244,3 +248,15 @@ class _TellingTrainer(BackboneTrainer):
         trained = super().train(task, space, task_id, progress)
         self.say(f"trained {task.name}")
         return trained
+
+    def refit(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        head: Mapping[str, Tensor],
+        before: float | None,
+        progress: Callable[[Step], None],
+    ) -> Refit:
+        """Refit whatever the gradient says."""
+        return super().refit(task, space, task_id, head, None, progress)
