@@ -309,6 +309,9 @@ class _Payload:
 
 def _open(file: TensorFile, expected: str) -> _Payload:
     header = parse_object(file.metadata.get("fedshare", "{}"), "metadata 'fedshare'")
+    for key, value in header.items():
+        if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
+            raise HeaderError(f"header {key[:80]!r}: expected a plain value or a list of them, got {shown(value)}")
     got = header.get("format")
     if got != expected:
         raise HeaderError(f"expected a payload of format {expected!r}, got {shown(got)}")

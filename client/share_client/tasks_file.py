@@ -12,7 +12,10 @@
     name = "rot90"
     kind = "image-classification"  # or "text-classification"
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
-    test = "rot90/test.npz"
+    test = "rot90/test.npz"        # or validation = 0.2: hold out a fifth of train
+    columns = { label = "gold" }   # where a column is not called as its field is
+
+    [task.options]                 # what only this kind knows
 
     [privacy]                      # for every task; [task.privacy] after a [[task]] replaces it for that task
     mechanism = "dp-sgd"           # or "coefficients"; see docs/privacy.md
@@ -27,14 +30,18 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from share_client import values
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
 
 KINDS = ("image-classification", "text-classification")
+_T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
 
@@ -75,9 +82,15 @@ class TaskConfig:
     kind: str
     """``image-classification`` or ``text-classification``."""
     train: Path
-    """Absolute path of the training rows: ``.npz``, ``.jsonl`` or ``.jsonl.gz``."""
-    test: Path
-    """Absolute path of the test rows, in the same format. Used for evaluation only."""
+    """Absolute path of the training rows: a file or directory in one of the formats of docs/data.md."""
+    test: Path | None = None
+    """Absolute path of the test rows. Used for evaluation only. None: :attr:`validation` of the training rows."""
+    validation: float | None = None
+    """Share of the training rows that is held out as test rows, where there is no :attr:`test`."""
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Name of the column of a field, such as ``{"text": "sentence"}``, where it is not the field's own name."""
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
+    """The table ``[task.options]``, which the kind reads and checks by :func:`read_options`."""
     epochs: int = 3
     """Passes over the training rows."""
     batch_size: int = 32
@@ -120,6 +133,20 @@ class TasksFile:
     """In the order of the file, which is the order of work."""
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What a tasks file says, as far as it can be read, and everything that is wrong with it."""
+
+    backbone: str | None
+    """As in :class:`TasksFile`; None where it cannot be used."""
+    device: str
+    """As in :class:`TasksFile`; ``auto`` where it cannot be used."""
+    tasks: tuple[TaskConfig, ...]
+    """The tasks that nothing is wrong with."""
+    problems: tuple[ConfigError, ...]
+    """In the order of the file."""
+
+
 def read_tasks(path: Path) -> TasksFile:
     """Read ``tasks.toml``.
 
@@ -128,11 +155,7 @@ def read_tasks(path: Path) -> TasksFile:
     Raises:
         ConfigError: the file cannot be read, is no TOML, or a key is unknown, missing or of the wrong kind.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the tasks file: {error}") from error
-    return tasks_from_toml(text, path)
+    return _sound(examine_tasks(path), path)
 
 
 def tasks_from_toml(text: str, path: Path) -> TasksFile:
@@ -141,72 +164,155 @@ def tasks_from_toml(text: str, path: Path) -> TasksFile:
     Raises:
         ConfigError: as :func:`read_tasks`.
     """
+    return _sound(_examined(text, path), path)
+
+
+def examine_tasks(path: Path) -> Examined:
+    """Read ``tasks.toml`` to its end whatever is wrong with it: :func:`read_tasks` stops at the first problem."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return Examined(None, "auto", (), (ConfigError(f"{path}: cannot read the tasks file: {error}"),))
+    return _examined(text, path)
+
+
+def _sound(examined: Examined, path: Path) -> TasksFile:
+    for problem in examined.problems:
+        raise problem
+    assert examined.backbone is not None, "a file without a problem names a backbone"
+    return TasksFile(path=path, backbone=examined.backbone, device=examined.device, tasks=examined.tasks)
+
+
+class _Problems(list[ConfigError]):
+    """Errors met so far; the work goes on behind each."""
+
+    def tried(self, read: Callable[[], _T], instead: _T) -> _T:
+        """Return what ``read`` returns, or ``instead`` where it raises ConfigError, which is kept."""
+        try:
+            return read()
+        except ConfigError as error:
+            self.append(error)
+            return instead
+
+
+def _examined(text: str, path: Path) -> Examined:
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        return Examined(None, "auto", (), (ConfigError(f"{path}: not valid TOML: {error}"),))
     where = str(path)
-    _refuse_unknown(document, ("backbone", "device", "defaults", "privacy", "task"), where)
-    backbone = _need(document, "backbone", where, _text)
-    device = _one_of(document.get("device", "auto"), DEVICES, f"{where}: device")
-    defaults = _table(document.get("defaults", {}), f"{where}: [defaults]")
-    _refuse_unknown(defaults, [key for key in _READERS if key not in _NOT_IN_DEFAULTS], f"{where}: [defaults]")
+    problems = _Problems(values.unknown(document, ("backbone", "device", "defaults", "privacy", "task"), where))
+    backbone = problems.tried(lambda: _backbone(document, path), None)
+    device = problems.tried(
+        lambda: values.one_of(document.get("device", "auto"), DEVICES, f"{where}: device"), DEVICES[0]
+    )
+    no_defaults: dict[str, object] = {}
+    defaults = problems.tried(lambda: values.table(document.get("defaults", {}), f"{where}: [defaults]"), no_defaults)
+    known = [key for key in _READERS if key not in _NOT_IN_DEFAULTS]
+    problems.extend(values.unknown(defaults, known, f"{where}: [defaults]"))
+    defaults = {key: value for key, value in defaults.items() if key in known}
     if "privacy" in document:
         defaults = {**defaults, "privacy": document["privacy"]}
     entries = document.get("task", [])
     if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{where}: expected at least one [[task]] table, got {_show(entries)}")
-    tasks = tuple(_task(entry, defaults, path, number) for number, entry in enumerate(entries, start=1))
-    _refuse_twins(tasks, where)
-    return TasksFile(path=path, backbone=_backbone(backbone, path), device=device, tasks=tasks)
+        problems.append(ConfigError(f"{where}: expected at least one [[task]] table, got {values.show(entries)}"))
+        entries = []
+    found = [_task(entry, defaults, path, number, problems) for number, entry in enumerate(entries, start=1)]
+    tasks = tuple(task for task in found if task is not None)
+    problems.extend(_twins(tasks, where))
+    return Examined(backbone=backbone, device=device, tasks=tasks, problems=tuple(problems))
 
 
-def _task(entry: object, defaults: Mapping[str, object], path: Path, number: int) -> TaskConfig:
-    """Build one task from its table and the defaults."""
-    table = _table(entry, f"{path}: task number {number}")
+def _task(
+    entry: object, defaults: Mapping[str, object], path: Path, number: int, problems: _Problems
+) -> TaskConfig | None:
+    """Build one task from its table and the defaults; None where something is wrong with it, told to ``problems``."""
+    before = len(problems)
+    table = problems.tried(lambda: values.table(entry, f"{path}: task number {number}"), None)
+    if table is None:
+        return None
     label = table.get("name", number)
     where = f"{path}: task {label!r}" if isinstance(label, str) else f"{path}: task number {label}"
-    _refuse_unknown(table, list(_READERS), where)
-    merged = {**defaults, **table}
-    for key in ("name", "kind", "train", "test"):
+    problems.extend(values.unknown(table, list(_READERS), where))
+    merged = {key: value for key, value in {**defaults, **table}.items() if key in _READERS}
+    for key in ("name", "kind", "train"):
         if key not in merged:
-            raise ConfigError(f'{where}: key {key!r} is missing; add {key} = "..." to this [[task]]')
-    values = {key: _READERS[key](value, f"{where}: {key}") for key, value in merged.items()}
+            problems.append(ConfigError(f'{where}: key {key!r} is missing; add {key} = "..." to this [[task]]'))
+    if ("test" in table) == ("validation" in table) and ("test" in table or "validation" not in merged):
+        problems.append(_one_test(where, both="test" in table))
+    given: dict[str, Any] = {}
+    for key, value in merged.items():
+        given[key] = problems.tried(partial(_READERS[key], value, f"{where}: {key}"), None)
     for key in ("train", "test"):
-        file = path.parent / str(values[key])
-        if not file.is_file():
-            raise ConfigError(f"{where}: {key}: expected a data file, got {file}, which does not exist")
-        values[key] = file.resolve()
-    task = TaskConfig(**values)  # type: ignore[arg-type]
-    _refuse_exposed(task, where)
-    return task
+        if given.get(key) is not None:
+            given[key] = problems.tried(partial(_data_path, path.parent / given[key], f"{where}: {key}"), None)
+    if len(problems) > before:
+        return None
+    if "test" in given:
+        given.pop("validation", None)  # from [defaults]
+    task = TaskConfig(**given)
+    problems.extend(_exposed(task, where))
+    return None if len(problems) > before else task
 
 
-def _refuse_exposed(task: TaskConfig, where: str) -> None:
-    """Refuse what would leave beside noisy coefficients without any noise.
+def _one_test(where: str, both: bool) -> ConfigError:
+    if both:
+        return ConfigError(f"{where}: expected either test or validation, got both; take one out")
+    return ConfigError(
+        f"{where}: key 'test' is missing; add test = \"...\" to this [[task]], or validation = 0.2 to hold out a fifth "
+        "of the training rows"
+    )
+
+
+def _data_path(path: Path, where: str) -> Path:
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; paths are relative to the directory of the tasks file"
+        raise ConfigError(f"{where}: expected a data file, got {path}, which does not exist{hint}")
+    return path.resolve()
+
+
+def _names_beside(path: Path) -> list[str]:
+    try:
+        return [one.name for one in path.parent.iterdir()]
+    except OSError:
+        return []
+
+
+def read_options(config: TaskConfig, readers: Mapping[str, values.Reader]) -> dict[str, Any]:
+    """Return the ``[task.options]`` of a task, read by the readers of its kind.
 
     Raises:
-        ConfigError: free directions or a shared head together with noise on coefficients.
+        ConfigError: an option that the kind does not know, or a value that its reader refuses.
     """
+    return values.read_keys(config.options, readers, f"task {config.name!r}: options of kind {config.kind!r}")
+
+
+def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:
+    """Return an error for each thing that would leave beside noisy coefficients without any noise."""
     if task.privacy is None or task.privacy.mechanism != COEFFICIENTS:
-        return
+        return []
+    errors = []
     if task.directions:
-        raise ConfigError(
-            f"{where}: directions: expected 0 with privacy mechanism {COEFFICIENTS!r}, got {task.directions}: free "
-            'directions leave without noise; leave the key out, or use mechanism = "dp-sgd"'
+        errors.append(
+            ConfigError(
+                f"{where}: directions: expected 0 with privacy mechanism {COEFFICIENTS!r}, got {task.directions}: free "
+                'directions leave without noise; leave the key out, or use mechanism = "dp-sgd"'
+            )
         )
     if task.share_head:
-        raise ConfigError(
-            f"{where}: share_head: expected false with privacy mechanism {COEFFICIENTS!r}, got true: a head leaves "
-            'without noise; keep it private, or use mechanism = "dp-sgd"'
+        errors.append(
+            ConfigError(
+                f"{where}: share_head: expected false with privacy mechanism {COEFFICIENTS!r}, got true: a head leaves "
+                'without noise; keep it private, or use mechanism = "dp-sgd"'
+            )
         )
+    return errors
 
 
 def _privacy(value: object, where: str) -> PrivacyConfig:
-    table = _table(value, where)
-    _refuse_unknown(table, list(_PRIVACY_READERS), where)
-    values = {key: _PRIVACY_READERS[key](given, f"{where}: {key}") for key, given in table.items()}
-    privacy = PrivacyConfig(**values)  # type: ignore[arg-type]
+    table = values.table(value, where)
+    privacy = PrivacyConfig(**values.read_keys(table, _PRIVACY_READERS, where))  # type: ignore[arg-type]
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         got = "neither" if privacy.epsilon is None else "both"
         raise ConfigError(f"{where}: expected either epsilon or noise_multiplier, got {got}")
@@ -216,8 +322,11 @@ def _privacy(value: object, where: str) -> PrivacyConfig:
     return privacy
 
 
-def _backbone(name: str, path: Path) -> str:
-    """Turn a relative model directory into an absolute one; packaged names stay names."""
+def _backbone(document: Mapping[str, object], path: Path) -> str:
+    """Read the backbone: a relative model directory becomes an absolute one; packaged names stay names."""
+    if "backbone" not in document:
+        raise ConfigError(f"{path}: key 'backbone' is missing; add backbone = \"...\" at the top of the file")
+    name = values.text(document["backbone"], f"{path}: backbone")
     if name in ("digits-vit", "minilm"):
         return name
     directory = path.parent / name
@@ -228,117 +337,62 @@ def _backbone(name: str, path: Path) -> str:
     return str(directory.resolve())
 
 
-def _refuse_twins(tasks: tuple[TaskConfig, ...], where: str) -> None:
+def _twins(tasks: tuple[TaskConfig, ...], where: str) -> list[ConfigError]:
+    """Return an error for each task whose name was used before."""
     seen: set[str] = set()
+    errors = []
     for task in tasks:
         if task.name in seen:
-            raise ConfigError(f"{where}: task {task.name!r}: name: expected a name used once, got it twice")
+            errors.append(ConfigError(f"{where}: task {task.name!r}: name: expected a name used once, got it twice"))
         seen.add(task.name)
+    return errors
 
 
-def _refuse_unknown(table: Mapping[str, object], known: list[str] | tuple[str, ...], where: str) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}: unknown key {key!r}: expected one of {', '.join(known)}{hint}")
-
-
-def _need(table: Mapping[str, object], key: str, where: str, read: Callable[[object, str], object]) -> str:
-    if key not in table:
-        raise ConfigError(f'{where}: key {key!r} is missing; add {key} = "..." at the top of the file')
-    return str(read(table[key], f"{where}: {key}"))
-
-
-def _show(value: object) -> str:
-    return f"{repr(value)[:80]} ({type(value).__name__})"
-
-
-def _table(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected a table, got {_show(value)}")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: expected a non-empty string, got {_show(value)}")
-    return value
+def _columns(value: object, where: str) -> dict[str, str]:
+    table = values.table(value, where)
+    return {key: values.text(column, f"{where}: {key}") for key, column in table.items()}
 
 
 def _name(value: object, where: str) -> str:
     try:
-        return check_name(_text(value, where), "task name")
+        return check_name(values.text(value, where), "task name")
     except TaskNameError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _one_of(value: object, allowed: tuple[str, ...], where: str) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{where}: expected one of {', '.join(allowed)}, got {_show(value)}")
-    return value
-
-
 def _kind(value: object, where: str) -> str:
-    return _one_of(value, KINDS, where)
+    return values.one_of(value, KINDS, where)
 
 
-def _bool(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{where}: expected true or false, got {_show(value)}")
-    return value
-
-
-def _integer(low: int, high: int) -> Callable[[object, str], int]:
-    """Return a reader of integers from ``low`` to ``high``."""
-
-    def read(value: object, where: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{where}: expected an integer from {low} to {high}, got {_show(value)}")
-        return value
-
-    return read
-
-
-def _number(low: float, high: float, above: bool = False) -> Callable[[object, str], float]:
-    """Return a reader of finite numbers from ``low`` (excluded if ``above``) to ``high``."""
-    bound = "above" if above else "from"
-
-    def read(value: object, where: str) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not low <= value <= high or (above and value == low):  # type: ignore[operator]
-            raise ConfigError(f"{where}: expected a number {bound} {low:g} to {high:g}, got {_show(value)}")
-        return float(value)  # type: ignore[arg-type]
-
-    return read
-
-
-_PRIVACY_READERS: Mapping[str, Callable[[object, str], object]] = {
-    "mechanism": lambda value, where: _one_of(value, (SAMPLES, COEFFICIENTS), where),
-    "epsilon": _number(0, 1e6, above=True),
-    "noise_multiplier": _number(1e-3, 1e6),
-    "max_grad_norm": _number(0, 1e6, above=True),
-    "clip": _number(0, 1e6, above=True),
-    "delta": _number(1e-30, 0.1),
-    "budget": _number(0, 1e9, above=True),
-    "report_metrics": _bool,
+_PRIVACY_READERS: Mapping[str, values.Reader] = {
+    "mechanism": lambda value, where: values.one_of(value, (SAMPLES, COEFFICIENTS), where),
+    "epsilon": values.number(0, 1e6, above=True),
+    "noise_multiplier": values.number(1e-3, 1e6),
+    "max_grad_norm": values.number(0, 1e6, above=True),
+    "clip": values.number(0, 1e6, above=True),
+    "delta": values.number(1e-30, 0.1),
+    "budget": values.number(0, 1e9, above=True),
+    "report_metrics": values.boolean,
 }
-_READERS: Mapping[str, Callable[[object, str], object]] = {
+_READERS: Mapping[str, values.Reader] = {
     "name": _name,
     "kind": _kind,
-    "train": _text,
-    "test": _text,
-    "epochs": _integer(1, 10_000),
-    "batch_size": _integer(1, 65_536),
-    "learning_rate": _number(0, 1, above=True),
-    "directions": _integer(0, 64),
-    "pseudo_rank": _integer(0, 64),
-    "seed": _integer(0, 2**63 - 1),
-    "rows": _integer(1, 2**53),
-    "test_rows": _integer(1, 2**53),
-    "max_length": _integer(4, 8192),
-    "share_head": _bool,
-    "refit": _bool,
-    "pace": _number(0, 60),
+    "train": values.text,
+    "test": values.text,
+    "validation": values.number(0.01, 0.9),
+    "columns": _columns,
+    "options": values.table,
+    "epochs": values.integer(1, 10_000),
+    "batch_size": values.integer(1, 65_536),
+    "learning_rate": values.number(0, 1, above=True),
+    "directions": values.integer(0, 64),
+    "pseudo_rank": values.integer(0, 64),
+    "seed": values.integer(0, 2**63 - 1),
+    "rows": values.integer(1, 2**53),
+    "test_rows": values.integer(1, 2**53),
+    "max_length": values.integer(4, 8192),
+    "share_head": values.boolean,
+    "refit": values.boolean,
+    "pace": values.number(0, 60),
     "privacy": _privacy,
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from share_client.data.content import content_hash
+from share_client.data.content import content_hash, stamps
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
@@ -35,7 +35,8 @@ class LocalTask:
     name: str
     """Name inside the organisation."""
     content_hash: str
-    """Hash of its data and of its ``[privacy]`` table: who changes either asks for another training."""
+    """Hash of its data, of how it is read (columns, options) and of its ``[privacy]`` table: who changes one of them
+    asks for another training."""
     config: TaskConfig | None = None
     """Its entry in tasks.toml; None for trainers that read no file."""
 
@@ -271,13 +272,15 @@ class BackboneTrainer:
         return Measured(metric=result.metric, value=result.value, rows=result.rows)
 
     def _hash(self, task: TaskConfig) -> str:
-        """Hash both data files, again only when size or time of one has changed."""
-        key = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (task.train, task.test))
+        """Hash the data files, again only when size or time of one has changed, and how they are to be read."""
+        paths = [task.train] if task.test is None else [task.train, task.test]
+        key = tuple(stamp for path in paths for stamp in stamps(path))
         if key not in self._hashes:
-            self._hashes[key] = content_hash(task.train, task.test)
-        if task.privacy is None:
+            self._hashes[key] = content_hash(*paths)
+        reading = [task.validation, dict(task.columns), dict(task.options)]
+        if task.privacy is None and not any(reading):
             return self._hashes[key]
-        return hashlib.sha256(f"{self._hashes[key]} {task.privacy}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._hashes[key]} {task.privacy} {reading}".encode()).hexdigest()
 
     def _prepare(self, task: LocalTask) -> PreparedTask:
         """Read and tokenise a task's files, once for each content and configuration."""

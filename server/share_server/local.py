@@ -36,18 +36,52 @@ from share_core.identity import (
 from share_core.identity.statement import MOST_SEQUENCE
 from share_core.lifeline import arm
 from share_core.types import SpaceSpec
+from share_core.wire import payload_bytes
 from share_proto.v1 import enrolment_pb2, enrolment_pb2_grpc, hub_pb2, hub_pb2_grpc
 from share_server.config import LeaseConfig, LimitConfig, ServerConfig
 from share_server.hub.access import Caller
 from share_server.layout import Layout
 from share_server.operator import CHANNEL_OPTIONS, named_error
 from share_server.provision import create_server, free_ports, invite_member
+from share_server.store.records import PRIVATE, NewUpdate, Sharing
 
 _START_S = 60.0
 
 # Hubs are forked from a server that has imported everything and opened nothing: importing takes longer than a restart.
 _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload(["share_server.hub.__main__"])
+
+
+def new_update(
+    payload: bytes,
+    member: str,
+    task_id: str,
+    *,
+    base_version: int = 0,
+    update_id: str = "",
+    sharing: Sharing = PRIVATE,
+    schema_sha256: str = "",
+) -> NewUpdate:
+    """Return what intake makes of a member's payload, for an engine fed without a network."""
+    # Without an id one is drawn.
+    split = payload_bytes(payload)
+    return NewUpdate(
+        update_id=update_id or secrets.token_hex(16),
+        member=member,
+        task_id=task_id,
+        create=True,
+        base_version=base_version,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        size=len(payload),
+        coefficients=split.coefficients,
+        directions=split.directions,
+        heads=split.heads,
+        envelope=split.envelope,
+        lease_id="",
+        rows=0,
+        sharing=sharing,
+        schema_sha256=schema_sha256,
+    )
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,8 @@ def jsons() -> Iterator[Case]:
     )
     yield lie("metadata-twice", raw.replace('"E_o/q":', '"__metadata__":{},"E_o/q":'), "twice")
     yield lie("metadata-key-twice", raw.replace('{"fedshare":', '{"fedshare":"","fedshare":'), "twice")
-    yield lie("arrays-2000-deep", '{"a":' + "[" * 2000 + "]" * 2000 + "}", "not JSON")
-    yield lie("objects-2000-deep", '{"a":' * 2000 + "1" + "}" * 2000, "not JSON")
+    yield lie("arrays-2000-deep", '{"a":' + "[" * 2000 + "]" * 2000 + "}", "nested too deeply")
+    yield lie("objects-2000-deep", '{"a":' * 2000 + "1" + "}" * 2000, "nested too deeply")
 
 
 def entries() -> Iterator[Case]:
@@ -384,7 +384,11 @@ def inners() -> Iterator[Case]:
         yield Case(f"inner-{name}", inner(raw), "HeaderError", "not JSON")
     for name, raw in {"list": "[]", "number": "5", "null": "null", "string": '"x"'}.items():
         yield Case(f"inner-{name}", inner(raw), "HeaderError", "not a JSON object")
-    yield Case("inner-nested", inner('{"format": ' + "[" * 2000 + "]" * 2000 + "}"), "HeaderError", "not JSON")
+    yield Case("inner-nested-17", inner('{"a": ' + "[" * 16 + "]" * 16 + "}"), "HeaderError", "nested too deeply")
+    yield Case("inner-nested", inner('{"format": ' + "[" * 2000 + "]" * 2000 + "}"), "HeaderError", "nested too deeply")
+    for name, more in {"list": "[[]]", "table": "{}", "deep": "[" * 12 + "]" * 12}.items():
+        raw = "{" + good + ', "base_version": 3, "more": ' + more + "}"
+        yield Case(f"inner-more-{name}", inner(raw), "HeaderError", "expected a plain value")
     yield Case("inner-twice", inner("{" + good + ', "base_version": 1, "base_version": 2}'), "HeaderError", "twice")
     yield Case("inner-nan", inner("{" + good + ', "base_version": NaN}'), "HeaderError", "whole numbers")
     yield Case("inner-float", inner("{" + good + ', "base_version": 3.0}'), "HeaderError", "whole numbers")

@@ -24,7 +24,8 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 
 from share_client import session as session_module
-from share_client.data import text as text_module
+from share_client.data import Field
+from share_client.data import table as table_module
 from share_client.kinds.classification import Classification
 from share_client.member import ClientLayout
 from share_client.session import SessionOptions, run_session
@@ -300,8 +301,8 @@ def test_what_a_library_raises_stays_here(
     assert life.marks.found({**life.own(), "output": (told.out + told.err).encode()}, names=False) == set()
 
 
-def _says_line(line: str, where: str) -> Any:
-    raise ConfigError(f"{where}: expected better data, got {line!r}")
+def _says_value(value: object, field: Field, where: str, before: Sequence[object]) -> Any:
+    raise ConfigError(f"{where}: expected better data, got {value!r}")
 
 
 def _head_of_ids(update: Update) -> bytes:
@@ -315,7 +316,7 @@ def _leak(leak: str, life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     if leak == "metric":
         monkeypatch.setattr(Classification, "metric", ROWS["label"])
     elif leak == "exception":
-        monkeypatch.setattr(text_module, "_row", _says_line)
+        monkeypatch.setattr(table_module, "_checked", _says_value)
     elif leak == "head":
         monkeypatch.setattr(session_module, "encode_update", _head_of_ids)
 

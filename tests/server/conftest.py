@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.util
-import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,13 +20,12 @@ from grpc import aio
 from share_core.fingerprint import describe_space
 from share_core.identity import Identity, make_authority, make_signer
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
-from share_core.wire import encode_update, payload_bytes
+from share_core.wire import encode_update
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.config import ServerConfig
 from share_server.hub.engine import Engine
-from share_server.local import Holder, LocalHub
+from share_server.local import Holder, LocalHub, new_update
 from share_server.operator import CHANNEL_OPTIONS
-from share_server.store.records import NewUpdate
 from share_server.store.store import Store
 from share_server.store.updates import accept_update
 
@@ -165,23 +162,8 @@ def accept() -> Callable[[Store, bytes], Awaitable[None]]:
     """Return a function (store, payload): it takes an update of Alice's one task as the hub does, up to its receipt."""
 
     async def run(store: Store, payload: bytes) -> None:
-        split = payload_bytes(payload)
         await store.io(lambda: store.blobs.put(payload))
-        new = NewUpdate(
-            update_id=secrets.token_hex(16),
-            member="acme/alice",
-            task_id="acme/task",
-            create=True,
-            base_version=0,
-            sha256=hashlib.sha256(payload).hexdigest(),
-            size=len(payload),
-            coefficients=split.coefficients,
-            directions=split.directions,
-            heads=split.heads,
-            envelope=split.envelope,
-            lease_id="",
-            rows=0,
-        )
+        new = new_update(payload, "acme/alice", "acme/task")
         await store.do(lambda journal: accept_update(journal, new, 1))
 
     return run

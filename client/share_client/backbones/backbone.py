@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from share_client.backbones.places import Place, place_of
 from share_core.errors import ConfigError
 
 Batch = Mapping[str, Tensor]
@@ -22,22 +23,23 @@ class Backbone(ABC):
     module: nn.Module
     """Frozen, in evaluation mode, on :attr:`device`."""
     sites: tuple[str, ...]
-    """Module paths of the adapted ``nn.Linear`` inside :attr:`module`."""
+    """Module paths of the adapted linear maps and convolutions inside :attr:`module`."""
     width: int
     """Length of one row's feature vector."""
     device: torch.device
     """Where the module lives."""
 
     def site_weights(self) -> dict[str, Tensor]:
-        """Return the frozen weight (d_out, d_in) of every site, by name, on the CPU."""
-        return {site: self.linear(site).weight.detach().to("cpu") for site in self.sites}
+        """Return the frozen weight of every site as a matrix (d_out, d_in), by name, on the CPU."""
+        return {site: self.site(site).matrix().detach().to("cpu") for site in self.sites}
 
-    def linear(self, site: str) -> nn.Linear:
-        """Return the frozen linear map at a site."""
-        found = self.module.get_submodule(site)
-        if not isinstance(found, nn.Linear):
-            raise ConfigError(f"backbone {self.name}: site {site}: expected Linear, got {type(found).__name__}")
-        return found
+    def site(self, site: str) -> Place:
+        """Return the frozen module at a site, with the shape of its weight as a matrix.
+
+        Raises:
+            ConfigError: the module there cannot be adapted.
+        """
+        return place_of(site, self.module.get_submodule(site))
 
     @abstractmethod
     def features(self, batch: Batch) -> Tensor:

@@ -1,7 +1,18 @@
-"""Reading private data: arrays of images and lines of text. Nothing read here ever leaves the client."""
+"""Reading private data: tables, texts and images. Nothing read here ever leaves the client."""
 
 from share_client.data.content import content_hash
-from share_client.data.images import ImageRows, read_images
-from share_client.data.text import TextRows, read_text
+from share_client.data.images import ImageRows, read_image_splits, read_images
+from share_client.data.splits import held_out, read_splits
+from share_client.data.table import Field, Table, read_table
 
-__all__ = ["ImageRows", "TextRows", "content_hash", "read_images", "read_text"]
+__all__ = [
+    "Field",
+    "ImageRows",
+    "Table",
+    "content_hash",
+    "held_out",
+    "read_image_splits",
+    "read_images",
+    "read_splits",
+    "read_table",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from share_client.data.splits import held_out
+from share_client.tasks_file import TaskConfig
 from share_core.errors import ConfigError
 
 
@@ -22,6 +25,28 @@ class ImageRows:
     """(n, h, w, c) float32, from 0 to 1: integers are divided by the largest value of their type, floats are kept."""
     labels: tuple[int, ...]
     """One label for each image, as in the file."""
+
+    def take(self, rows: Sequence[int]) -> ImageRows:
+        """Return the given rows, in the order given."""
+        return ImageRows(self.x[list(rows)], tuple(self.labels[row] for row in rows))
+
+
+def read_image_splits(config: TaskConfig) -> tuple[ImageRows, ImageRows]:
+    """Return the training and the test images of a task, cut to its ``rows`` and ``test_rows``.
+
+    Without ``test`` in ``tasks.toml``, the share ``validation`` of the training images is held out, by number as in
+    :func:`~.splits.held_out`.
+
+    Raises:
+        ConfigError: as :func:`read_images`, or too few images to hold some out.
+    """
+    if config.columns:
+        raise ConfigError(f"task {config.name!r}: columns: expected none for an .npz archive; its arrays are x and y")
+    if config.test is not None:
+        return read_images(config.train, config.rows), read_images(config.test, config.test_rows)
+    whole = read_images(config.train)
+    kept, held = held_out(len(whole.labels), config.validation, f"{config.train}: task {config.name!r}")
+    return whole.take(kept[: config.rows]), whole.take(held[: config.test_rows])
 
 
 def read_images(path: Path, rows: int | None = None) -> ImageRows:

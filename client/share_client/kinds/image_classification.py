@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, ImageBackbone
-from share_client.data import ImageRows, read_images
+from share_client.data import ImageRows, read_image_splits
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
@@ -51,8 +51,8 @@ class ImageClassification(Classification):
                 f"task {config.name!r}: kind: expected text-classification for backbone {backbone.name}, "
                 f"got {self.name}"
             )
-        train, test = read_images(config.train, config.rows), read_images(config.test, config.test_rows)
-        classes = classes_of(train.labels, test.labels, (config.train, config.test))
+        train, test = read_image_splits(config)
+        classes = classes_of(train.labels, test.labels, (config.train, config.test or config.train))
         return PreparedTask(
             config=config,
             kind=self,

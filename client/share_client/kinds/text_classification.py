@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, TextBackbone
-from share_client.data import read_text
+from share_client.data import Field, Table, read_splits
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
 from share_core.errors import ConfigError
+
+FIELDS = (Field("text", (str,)), Field("text_b", (str,), required=False), Field("label", (int, str)))
+"""What a row holds: one text or two, and the label."""
 
 
 class _Texts(Rows):
@@ -53,15 +56,19 @@ class TextClassification(Classification):
                 f"task {config.name!r}: kind: expected image-classification for backbone {backbone.name}, "
                 f"got {self.name}"
             )
-        train, test = read_text(config.train, config.rows), read_text(config.test, config.test_rows)
-        if (train.pairs is None) != (test.pairs is None):
-            raise ConfigError(f"task {config.name!r}: text_b: expected it in both files or in none, got it in one")
-        classes = classes_of(train.labels, test.labels, (config.train, config.test))
-        tokens = [backbone.tokenize(split.texts, split.pairs, config.max_length) for split in (train, test)]
+        train, test = read_splits(config, FIELDS)
+        labels = (train.columns["label"], test.columns["label"])
+        classes = classes_of(*labels, (config.train, config.test or config.train))
+
+        def rows(table: Table, found: Sequence[int | str]) -> Rows:
+            columns = table.columns
+            tokens = backbone.tokenize(columns["text"], columns.get("text_b"), config.max_length)
+            return _Texts(tokens, indices_of(found, classes), backbone)
+
         return PreparedTask(
             config=config,
             kind=self,
-            train=_Texts(tokens[0], indices_of(train.labels, classes), backbone),
-            test=_Texts(tokens[1], indices_of(test.labels, classes), backbone),
+            train=rows(train, labels[0]),
+            test=rows(test, labels[1]),
             classes=classes,
         )

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from share_client.serving.places import Place, find_places
+from share_client.backbones.places import Place
+from share_client.serving.places import find_places
 from share_client.serving.stacks import Heads, RowCores, ServedVersion, SiteStack, build_version
 from share_core.errors import ConfigError, TensorShapeError, UnknownTaskError
 from share_core.fingerprint import check_backbone

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from share_client.serving.places import Place
+from share_client.backbones.places import Place
 from share_core.errors import TensorShapeError
 from share_core.space import check_core
 from share_core.types import Core, SiteBasis, Space
@@ -108,7 +108,7 @@ def build_version(space: Space, places: Mapping[str, Place], heads: Heads) -> Se
         cores = [space.cores[task].get(site) for task in tasks]
         if any(core is not None for core in cores):
             what = f"version {space.version}, site {site}"
-            stacks[site] = _stack(what, space.bases[site], cores, _dtype(place), _device(place))
+            stacks[site] = _stack(what, space.bases[site], cores, place.compute_dtype(), place.device)
     return ServedVersion(
         version=space.version,
         entries={task: entry for entry, task in enumerate(tasks, start=1)},
@@ -143,16 +143,6 @@ def _stack(
     )
 
 
-def _dtype(place: Place) -> torch.dtype:
-    """Return what a module computes with; a quantised weight does not say, and its bias may not either."""
-    tensors = [*place.module.parameters(), *place.module.buffers()]
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
-def _device(place: Place) -> torch.device:
-    return next(place.module.parameters()).device
-
-
 def _heads(heads: Heads, beside: Place | None) -> Heads:
     """Return heads that were looked at, where an adapted module is."""
     for task, tensors in heads.items():
@@ -161,7 +151,7 @@ def _heads(heads: Heads, beside: Place | None) -> Heads:
             raise TensorShapeError(
                 f"head of task {task!r}: expected weight (classes, width) and perhaps bias (classes,), got {shapes}"
             )
-    device, dtype = (None, None) if beside is None else (_device(beside), _dtype(beside))
+    device, dtype = (None, None) if beside is None else (beside.device, beside.compute_dtype())
     return {task: {name: t.to(device, dtype) for name, t in tensors.items()} for task, tensors in heads.items()}
 
 

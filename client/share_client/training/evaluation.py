@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import sorted_batches
 from share_client.training.factors import FixedFactors
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
 from share_client.training.options import EvaluationResult
 from share_core.errors import SpaceMismatchError
@@ -46,19 +46,20 @@ def held_out_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs and the targets on all test rows, always in one order. Raises as :func:`evaluate`."""
     module = fresh_head(backbone, task, 0, head)
-    adapted: dict[str, AdaptedLinear] = {}
+    modules: dict[str, nn.Module] = {}
     for site, factors in (adapter or {}).items():
         if site not in backbone.sites:
             raise SpaceMismatchError(f"site {site!r} of the adapter does not exist in backbone {backbone.name}")
-        base = backbone.linear(site)
+        base = backbone.site(site)
+        expected = (base.d_out, base.d_in)
         got = (factors.out.shape[0], factors.in_.shape[0])
-        if got != tuple(base.weight.shape):
-            raise SpaceMismatchError(f"site {site!r}: expected factors for {tuple(base.weight.shape)}, got {got}")
-        change = FixedFactors(factors.out.to(base.weight), factors.in_.to(base.weight))
-        adapted[site] = AdaptedLinear(base, change)
+        if got != expected:
+            raise SpaceMismatchError(f"site {site!r}: expected factors for {expected}, got {got}")
+        out, in_ = (part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_))
+        modules[site] = adapted(base, FixedFactors(out, in_))
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
-    with injected(backbone, adapted), torch.inference_mode():
+    with injected(backbone, modules), torch.inference_mode():
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
             outputs.append(module(backbone.features(inputs)).cpu())

@@ -163,7 +163,8 @@ def check_sites(backbone: Backbone, space: Space) -> None:
                 f"{', '.join(backbone.sites[:2])}, ...; set backbone in tasks.toml to the one the space was made for"
             )
         expected = (basis.left.shape[0], basis.right.shape[0])
-        got = tuple(backbone.linear(site).weight.shape)
+        place = backbone.site(site)
+        got = (place.d_out, place.d_in)
         if expected != got:
             raise SpaceMismatchError(
                 f"site {site!r}: the space expects a weight of {expected}, backbone {backbone.name} has {got}; "

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone
+from share_client.backbones.places import Place
 from share_client.training.factors import SiteFactors
 
 
 class AdaptedLinear(nn.Module):
     """``y = base(x) + (x @ in_) @ out.T``: the frozen map plus the change, which is never formed as a matrix."""
 
-    def __init__(self, base: nn.Linear, change: SiteFactors) -> None:
+    def __init__(self, base: nn.Module, change: SiteFactors) -> None:
         super().__init__()
         self.base = base
         self.change = change
@@ -27,13 +28,35 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-class ProbedLinear(nn.Module):
-    """The frozen map plus a zero matrix, whose gradient is that of the frozen weight."""
+class AdaptedConv(nn.Module):
+    """A frozen convolution plus ``in_`` as one to r channels, followed by ``out`` at every position.
 
-    def __init__(self, base: nn.Linear) -> None:
+    ``in_`` (channels * kernel, r) is laid out as the rows of the weight are, so the two together are the convolution
+    with ``out @ in_.T`` as its weight. PEFT's ``lora_A`` and ``lora_B`` of a convolution have the same layout.
+    """
+
+    def __init__(self, base: nn.Module, change: SiteFactors) -> None:
         super().__init__()
         self.base = base
-        self.change = nn.Parameter(torch.zeros_like(base.weight))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, channels, ...) to (rows, d_out, ...)."""
+        out, in_ = self.change.factors()
+        z = _convolved(self.base, x, in_.T)
+        change = out @ z.flatten(2)
+        y: Tensor = self.base(x) + change.reshape(*change.shape[:2], *z.shape[2:])
+        return y
+
+
+class ProbedLinear(nn.Module):
+    """The frozen map plus a zero matrix (d_out, d_in), whose gradient is that of the frozen weight as a matrix."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.base = place.module
+        zeros = torch.zeros(place.d_out, place.d_in, dtype=place.compute_dtype(), device=place.device)
+        self.change = nn.Parameter(zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
@@ -41,14 +64,42 @@ class ProbedLinear(nn.Module):
         return y
 
 
+class ProbedConv(ProbedLinear):
+    """The same for a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, channels, ...) to (rows, d_out, ...)."""
+        y: Tensor = self.base(x) + _convolved(self.base, x, self.change)
+        return y
+
+
+def adapted(base: Place, change: SiteFactors) -> AdaptedLinear | AdaptedConv:
+    """Return the module that computes what ``base`` would with ``out @ in_.T`` added to its weight as a matrix."""
+    return AdaptedConv(base.module, change) if base.kind == "conv" else AdaptedLinear(base.module, change)
+
+
+def probed(base: Place) -> ProbedLinear:
+    """Return the module that computes what ``base`` does and has the gradient of its weight in ``change``."""
+    return ProbedConv(base) if base.kind == "conv" else ProbedLinear(base)
+
+
+def _convolved(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the convolution with stride, padding and dilation of ``base`` but rows (n, d_in) as its weight."""
+    kernel, convolve = base.weight, base._conv_forward
+    assert isinstance(kernel, Tensor)
+    assert callable(convolve)
+    z: Tensor = convolve(x, weight.reshape(-1, *kernel.shape[1:]), None)
+    return z
+
+
 @contextmanager
 def injected(backbone: Backbone, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the linear maps at the given sites while the context lasts.
+    """Replace the modules at the given sites while the context lasts.
 
     The original modules are put back however the context ends; they are never written to, so that one backbone
     serves any number of tasks.
     """
-    originals = {site: backbone.linear(site) for site in modules}
+    originals = {site: backbone.site(site).module for site in modules}
     try:
         for site, module in modules.items():
             _place(backbone.module, site, module)

@@ -13,7 +13,7 @@ from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
 from share_client.training.factors import Rated, SiteFactors, rate_for
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions
 from share_core.errors import ConfigError
 
@@ -84,8 +84,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
     mean: float | None = None
     done = 0
-    adapted = {site: AdaptedLinear(backbone.linear(site), change) for site, change in changes.items()}
-    with injected(backbone, adapted):
+    modules = {site: adapted(backbone.site(site), change) for site, change in changes.items()}
+    with injected(backbone, modules):
         for epoch in range(1, options.epochs + 1):
             for rows in epoch_batches(task.train, options.batch_size, draw):
                 inputs, targets = task.train.batch(rows, backbone.device)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone, Batch
+from share_client.backbones.places import Place
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal, system_sample
 from share_client.training.factors import Rated, SpaceFactors
@@ -32,22 +33,32 @@ from share_core.privacy import SampleNoise
 
 
 class PrivateLinear(nn.Module):
-    """The map of :class:`~.inject.AdaptedLinear` over :class:`SpaceFactors`, made of linear maps."""
+    """The map of :func:`~.inject.adapted` over :class:`SpaceFactors`, made of linear maps.
+
+    A convolution is laid out as a linear map of every position's patch, which costs memory but is the same sum.
+    """
 
     left: Tensor
     right: Tensor
 
-    def __init__(self, base: nn.Linear, change: SpaceFactors) -> None:
+    def __init__(self, base: Place, change: SpaceFactors) -> None:
         super().__init__()
-        self.base = base
+        self.base = base.module
+        self._patches = _patches_of(base) if base.kind == "conv" else None
         self.register_buffer("left", change.left)
         self.register_buffer("right", change.right)
         self.core_in, self.core_out = _two(change.core_in, change.core_out)
         self.free_in, self.free_out = _two(change.free_in, change.free_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out)."""
+        """Map (..., d_in) to (..., d_out), or (rows, channels, height, width) to (rows, d_out, ...)."""
         y: Tensor = self.base(x)
+        if self._patches is None:
+            return self._changed(y, x)
+        changed = self._changed(y.flatten(2).transpose(1, 2), self._patches(x).transpose(1, 2))
+        return changed.transpose(1, 2).reshape(y.shape)
+
+    def _changed(self, y: Tensor, x: Tensor) -> Tensor:
         if self.core_in is not None and self.core_out is not None:
             y = y + self.core_out(self.core_in(x @ self.right)) @ self.left.T
         if self.free_in is not None and self.free_out is not None:
@@ -74,6 +85,21 @@ class PrivateLinear(nn.Module):
                 if inner is not None and outer is not None:
                     in_.copy_(inner.weight.T)
                     out.copy_(outer.weight)
+
+
+def _patches_of(base: Place) -> Callable[[Tensor], Tensor]:
+    """Return the map of (rows, channels, height, width) to the patches (rows, d_in, positions) of a convolution.
+
+    Raises:
+        ConfigError: a convolution of other than two dimensions, or with a padding that is not zeros of a given width.
+    """
+    conv = base.module
+    if not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        raise ConfigError(
+            f"site {base.site!r} is {conv}: mechanism dp-sgd takes Conv2d with zero padding of a given width only; "
+            "leave [privacy] out or choose another backbone"
+        )
+    return nn.Unfold(conv.kernel_size, conv.dilation, conv.padding, conv.stride)
 
 
 def _two(in_: Tensor, out: Tensor) -> tuple[nn.Linear | None, nn.Linear | None]:
@@ -121,7 +147,7 @@ def train_private(
     Raises:
         ConfigError: Opacus is not installed.
     """
-    adapted = {site: PrivateLinear(backbone.linear(site), change) for site, change in changes.items()}
+    adapted = {site: PrivateLinear(backbone.site(site), change) for site, change in changes.items()}
     rated = [one for site, linear in adapted.items() for one in linear.rated(changes[site])]
     plain = adamw(head, backbone.width, rated, options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(plain, triangle(declared.steps, options.warmup))

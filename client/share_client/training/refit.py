@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone
+from share_client.backbones.places import Place
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
 from share_client.training.evaluation import held_out_outputs
 from share_client.training.factors import SiteFactors
 from share_client.training.in_space import train_in_space
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
 from share_core.linalg import float64, residual
@@ -57,13 +59,13 @@ class _Probed(SiteFactors):
     fixed_in: Tensor
     eye: Tensor
 
-    def __init__(self, shape: torch.Size, fixed: Factors | None) -> None:
+    def __init__(self, place: Place, fixed: Factors | None) -> None:
         super().__init__()
-        d_out, d_in = shape
-        self.probe = nn.Parameter(torch.zeros(d_out, d_in))
-        self.register_buffer("fixed_out", torch.zeros(d_out, 0) if fixed is None else fixed.out.float())
-        self.register_buffer("fixed_in", torch.zeros(d_in, 0) if fixed is None else fixed.in_.float())
-        self.register_buffer("eye", torch.eye(d_in))
+        kind: dict[str, Any] = {"dtype": place.compute_dtype(), "device": place.device}
+        self.probe = nn.Parameter(torch.zeros(place.d_out, place.d_in, **kind))
+        self.register_buffer("fixed_out", (torch.zeros(place.d_out, 0) if fixed is None else fixed.out).to(**kind))
+        self.register_buffer("fixed_in", (torch.zeros(place.d_in, 0) if fixed is None else fixed.in_).to(**kind))
+        self.register_buffer("eye", torch.eye(place.d_in, **kind))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``[fixed out, probe]`` and ``[fixed in_, identity]``."""
@@ -84,12 +86,11 @@ def gradients_at(
     """
     module = fresh_head(backbone, task, options.seed, head)
     draw = torch.Generator().manual_seed(options.seed)
-    probes = {
-        site: _Probed(backbone.linear(site).weight.shape, adapter.get(site)).to(backbone.device) for site in sites
-    }
+    places = {site: backbone.site(site) for site in sites}
+    probes = {site: _Probed(place, adapter.get(site)) for site, place in places.items()}
     matrices = [probe.probe for probe in probes.values()]
     total = [torch.zeros_like(matrix) for matrix in matrices]
-    with injected(backbone, {site: AdaptedLinear(backbone.linear(site), probe) for site, probe in probes.items()}):
+    with injected(backbone, {site: adapted(places[site], probe) for site, probe in probes.items()}):
         for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
             inputs, targets = task.train.batch(rows, backbone.device)
             loss = task.kind.loss(module(backbone.features(inputs)), targets)

@@ -16,7 +16,7 @@ from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
 from share_client.training.factors import IN_NORM
-from share_client.training.inject import ProbedLinear, injected
+from share_client.training.inject import injected, probed
 from share_client.training.options import TrainingOptions
 from share_core.linalg import canonical, float64, numerical_rank, residual
 from share_core.types import Core, SiteBasis, Space
@@ -119,7 +119,7 @@ def weight_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of the loss with respect to every site's frozen weight, on the CPU, over a few batches."""
     draw = torch.Generator().manual_seed(options.seed)
-    probes = {site: ProbedLinear(backbone.linear(site)) for site in sites}
+    probes = {site: probed(backbone.site(site)) for site in sites}
     matrices = [probe.change for probe in probes.values()]
     total = [torch.zeros_like(matrix) for matrix in matrices]
     with injected(backbone, probes):

@@ -39,7 +39,7 @@ from share_client.training import (
 )
 from share_client.training.batches import sorted_batches
 from share_client.training.factors import FixedFactors
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_client.training.loop import adamw, fresh_head, triangle
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
@@ -217,7 +217,7 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
     backbone = bench.backbone
     adapter = update_adapter(Update(bench.space.version, sites), bench.space.bases)
     fixed = {
-        site: AdaptedLinear(backbone.linear(site), FixedFactors(one.out.float(), one.in_.float()).to(backbone.device))
+        site: adapted(backbone.site(site), FixedFactors(one.out.float(), one.in_.float()).to(backbone.device))
         for site, one in adapter.items()
     }
     with injected(backbone, fixed), torch.no_grad():

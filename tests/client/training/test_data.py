@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from share_client.data import content_hash, read_images, read_text
+from share_client.data import content_hash, read_images, read_table
+from share_client.kinds.text_classification import FIELDS
 from share_core.errors import ConfigError
 
 
@@ -61,10 +62,10 @@ def test_text_plain_and_gzip_read_alike(tmp_path: Path) -> None:
     lines = '{"text": "a", "text_b": "x", "label": 1}\n\n{"text": "b", "text_b": "y", "label": 0}\n'
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    plain, packed = read_text(tmp_path / "a.jsonl"), read_text(tmp_path / "a.jsonl.gz")
-    assert plain == packed
-    assert (plain.texts, plain.pairs, plain.labels) == (("a", "b"), ("x", "y"), (1, 0))
-    assert read_text(tmp_path / "a.jsonl", rows=1).texts == ("a",)
+    plain, packed = (read_table(tmp_path / name, FIELDS, {}) for name in ("a.jsonl", "a.jsonl.gz"))
+    assert plain.columns == packed.columns
+    assert plain.columns == {"text": ("a", "b"), "text_b": ("x", "y"), "label": (1, 0)}
+    assert read_table(tmp_path / "a.jsonl", FIELDS, {}, rows=1).columns["text"] == ("a",)
 
 
 GOOD = '{"text": "a", "label": 1}\n'
@@ -75,8 +76,8 @@ GOOD = '{"text": "a", "label": 1}\n'
     [
         ("", "at least one row"),
         (GOOD + "{", "line 2: expected one JSON object"),
-        (GOOD + "[1]", "line 2: expected a JSON object .*got list"),
-        (GOOD + '{"text": "a"}', "line 2: key 'label' is missing; got text among 1 keys"),
+        (GOOD + "[1]", "line 2: expected a JSON object.* got list"),
+        (GOOD + '{"text": "a"}', "line 2: key 'label' is missing; got text among 1 key"),
         (GOOD + '{"text": 3, "label": 1}', "line 2: text: expected a string, got int"),
         (GOOD + '{"text": "a", "label": 1.5}', r"line 2: label: expected an integer or a string, got float"),
         (GOOD + '{"text": "a", "label": true}', "line 2: label"),
@@ -88,7 +89,7 @@ def test_bad_text_is_named(tmp_path: Path, lines: str, words: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(lines)
     with pytest.raises(ConfigError, match=words) as caught:
-        read_text(path)
+        read_table(path, FIELDS, {})
     assert str(path) in str(caught.value)
 
 
@@ -96,7 +97,7 @@ def test_broken_gzip_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl.gz"
     path.write_bytes(gzip.compress(GOOD.encode())[:-6])
     with pytest.raises(ConfigError, match="cannot read text"):
-        read_text(path)
+        read_table(path, FIELDS, {})
 
 
 def test_hash_follows_content_and_order(tmp_path: Path) -> None:

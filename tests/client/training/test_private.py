@@ -31,7 +31,7 @@ from share_client.training import (
     train_in_space,
 )
 from share_client.training.factors import SpaceFactors
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_client.training.loop import Trained, adamw, fresh_head
 from share_client.training.private import PrivateLinear
 from share_client.training.start import free_directions, random_directions
@@ -75,9 +75,9 @@ def test_four_linear_maps_are_the_change_they_stand_for(backbone: Backbone, grow
     for space in (grown, empty):
         for site, basis in space.bases.items():
             change = change_of(basis, 3)
-            linear = PrivateLinear(backbone.linear(site), change)
+            linear = PrivateLinear(backbone.site(site), change)
             x = torch.randn(5, 7, basis.right.shape[0], generator=torch.Generator().manual_seed(1))
-            torch.testing.assert_close(linear(x), AdaptedLinear(backbone.linear(site), change)(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(linear(x), adapted(backbone.site(site), change)(x), rtol=1e-4, atol=1e-4)
             other = change_of(basis, 9)
             linear.write_to(other)
             torch.testing.assert_close(
@@ -91,11 +91,11 @@ def test_four_linear_maps_are_the_change_they_stand_for(backbone: Backbone, grow
 def row_gradients(backbone: Backbone, task: PreparedTask, space: Space, rows: list[int]) -> list[Tensor]:
     """Return what Opacus says of some rows, and compare it with one backward pass for each row."""
     changes = {site: change_of(basis, 5) for site, basis in space.bases.items()}
-    adapted = {site: PrivateLinear(backbone.linear(site), changes[site]) for site in changes}
+    modules = {site: PrivateLinear(backbone.site(site), changes[site]) for site in changes}
     head = fresh_head(backbone, task, 0, None)
-    parameters = [*head.parameters(), *(r.parameter for s, a in adapted.items() for r in a.rated(changes[s]))]
+    parameters = [*head.parameters(), *(r.parameter for s, a in modules.items() for r in a.rated(changes[s]))]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    with injected(backbone, adapted):
+    with injected(backbone, modules):
         hooks, _ = private._opacus(private._Model(backbone, head), optimizer, sample_noise(1.0), 4.0)
         private._row_gradients(backbone, task, head, rows, parameters)
         got = [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]

@@ -72,12 +72,15 @@ def test_the_gradient_is_taken_where_the_adapter_is(backbone: Backbone, bars: Pr
     head = {k: v.clone() for k, v in fresh_head(backbone, bars, 3, None).state_dict().items()}
     module = fresh_head(backbone, bars, 3, None)
     site = backbone.sites[0]
-    shape = backbone.linear(site).weight.shape
+    place = backbone.site(site)
+    shape = (place.d_out, place.d_in)
     draw = torch.Generator().manual_seed(1)
     change = Factors(torch.randn(shape[0], 2, generator=draw) / 3, torch.randn(shape[1], 2, generator=draw) / 3)
     plain = weight_gradients(backbone, bars, module, (site,), options)[site]
     assert torch.allclose(gradients_at(backbone, bars, {}, head, (site,), options)[site], plain, atol=1e-5)
-    weight, kept = backbone.linear(site).weight, backbone.linear(site).weight.detach().clone()
+    weight = place.module.weight
+    assert isinstance(weight, Tensor)
+    kept = weight.detach().clone()
     with torch.no_grad():
         weight += change.out @ change.in_.T
     try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from share_client.backbones.places import Place
 from share_client.training import (
     Backbone,
     PreparedTask,
@@ -30,7 +31,7 @@ from share_client.training import (
 )
 from share_client.training.factors import IN_NORM, SpaceFactors, rate_for
 from share_client.training.in_space import canonical_factors
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import AdaptedLinear, adapted, injected
 from share_client.training.loop import train
 from share_client.training.start import outside_directions, start_cores
 from share_core.errors import ConfigError, SpaceMismatchError
@@ -75,14 +76,14 @@ def second(backbone: Backbone, inverted: PreparedTask, grown: Space) -> TrainRes
 def outputs_with_weights(backbone: Backbone, adapter: Adapter, task: PreparedTask) -> Tensor:
     """Return features of the test rows with dW written into the weights, and put the weights back."""
     inputs, _ = task.test.batch(range(task.test_rows), backbone.device)
-    kept = {site: backbone.linear(site).weight.detach().clone() for site in adapter}
+    kept = {site: backbone.site(site).matrix().detach().clone() for site in adapter}
     try:
         for site, factors in adapter.items():
-            backbone.linear(site).weight.add_((factors.out @ factors.in_.T).float())
+            backbone.site(site).matrix().add_((factors.out @ factors.in_.T).float())
         return backbone.features(inputs)
     finally:
         for site, weight in kept.items():
-            backbone.linear(site).weight.copy_(weight)
+            backbone.site(site).matrix().copy_(weight)
 
 
 def test_first_task_trains_free_directions_only(first: TrainResult) -> None:
@@ -129,8 +130,7 @@ def test_trained_forward_is_that_of_the_merged_weights(
     inputs, _ = inverted.test.batch(range(inverted.test_rows), backbone.device)
     for some in (adapter, stored):
         frozen = {
-            site: AdaptedLinear(backbone.linear(site), _Given(some[site].out.float(), some[site].in_.float()))
-            for site in some
+            site: adapted(backbone.site(site), _Given(some[site].out.float(), some[site].in_.float())) for site in some
         }
         with injected(backbone, frozen), torch.inference_mode():
             got = backbone.features(inputs)
@@ -336,10 +336,9 @@ def test_the_update_says_what_was_trained(backbone: Backbone, bars: PreparedTask
 Check = Callable[[Backbone, PreparedTask, Space], None]
 
 
-class _Thawed(AdaptedLinear):
-    def __init__(self, base: torch.nn.Linear, change: Any) -> None:
-        super().__init__(base, change)
-        base.requires_grad_(True)
+def _thawed(base: Place, change: Any) -> torch.nn.Module:
+    base.module.requires_grad_(True)
+    return adapted(base, change)
 
 
 def _without_core(change: SpaceFactors) -> tuple[Tensor, Tensor]:
@@ -363,7 +362,7 @@ def _left_in_place(backbone: Backbone, modules: Mapping[str, torch.nn.Module]) -
 
 @contextmanager
 def _removed_unless_interrupted(backbone: Backbone, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    originals = {site: backbone.linear(site) for site in modules}
+    originals = {site: backbone.site(site).module for site in modules}
     for site, module in modules.items():
         inject._place(backbone.module, site, module)
     yield
@@ -393,7 +392,7 @@ LOOP = "share_client.training.loop"
 @pytest.mark.parametrize(
     ("check", "where", "bug"),
     [
-        (test_training_leaves_the_backbone_bit_equal, f"{LOOP}.AdaptedLinear", _Thawed),
+        (test_training_leaves_the_backbone_bit_equal, f"{LOOP}.adapted", _thawed),
         (test_training_leaves_the_backbone_bit_equal, f"{LOOP}.injected", _left_in_place),
         (
             test_training_that_is_interrupted_leaves_the_backbone_bit_equal,

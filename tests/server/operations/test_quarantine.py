@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import json
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -25,13 +23,13 @@ from share_core.robust.policy import OFF
 from share_core.robust.verdicts import WHOLE
 from share_core.space import task_adapter
 from share_core.types import Adapter, Factors, SiteUpdate, SpaceSpec, Update
-from share_core.wire import encode_update, payload_bytes
+from share_core.wire import encode_update
 from share_server.cli import app
 from share_server.config import MergeConfig, RobustConfig, ServerConfig
 from share_server.hub import judging, stepping
 from share_server.hub.engine import Engine
 from share_server.layout import Layout
-from share_server.local import LocalHub
+from share_server.local import LocalHub, new_update
 from share_server.operations.backup import backup_stopped
 from share_server.operations.forget import forget
 from share_server.operations.rebuild import rebuild
@@ -64,25 +62,9 @@ def honest(spec: SpaceSpec, number: int, size: float = 1.0) -> Adapter:
     return parts(spec, (size, 1), (0.5 * size, 2), (0.4 * size, 100 + number))
 
 
-def new_update(organisation: str, task_id: str, payload: bytes, shared: bool) -> NewUpdate:
-    split = payload_bytes(payload)
-    return NewUpdate(
-        update_id=secrets.token_hex(16),
-        member=f"{organisation}/one",
-        task_id=task_id,
-        create=True,
-        base_version=0,
-        sha256=hashlib.sha256(payload).hexdigest(),
-        size=len(payload),
-        coefficients=split.coefficients,
-        directions=split.directions,
-        heads=split.heads,
-        envelope=split.envelope,
-        lease_id="",
-        rows=0,
-        sharing=Sharing(open=shared),
-        schema_sha256=SCHEMA if shared else "",
-    )
+def update_of(organisation: str, task_id: str, payload: bytes, shared: bool) -> NewUpdate:
+    schema = SCHEMA if shared else ""
+    return new_update(payload, f"{organisation}/one", task_id, sharing=Sharing(open=shared), schema_sha256=schema)
 
 
 async def send(engine: Engine, *sent: tuple[str, str, Adapter]) -> list[UpdateRow]:
@@ -91,7 +73,7 @@ async def send(engine: Engine, *sent: tuple[str, str, Adapter]) -> list[UpdateRo
     for organisation, task_id, adapter in sent:
         payload = encode_update(Update(0, {site: SiteUpdate(residual=own) for site, own in adapter.items()}))
         await engine.store.io(lambda payload=payload: engine.store.blobs.put(payload))  # type: ignore[misc]
-        news.append(new_update(organisation, task_id, payload, task_id == TASK))
+        news.append(update_of(organisation, task_id, payload, task_id == TASK))
     await engine.store.do(lambda journal: accept_updates(journal, news, 1))
     while True:
         batch, _ = await engine.loop._next_batch()

@@ -13,12 +13,12 @@ from share_core.errors import FedshareError
 from share_core.identity import Identity, make_authority, make_signer
 from share_core.merge import HubState
 from share_core.types import Space, SpaceSpec
-from share_core.wire import payload_bytes
 from share_server.config import ServerConfig
 from share_server.hub.contents import Contents
 from share_server.hub.engine import Engine
 from share_server.hub.judging import newest_of_each, verdicts_on
 from share_server.hub.policy import policy_of
+from share_server.local import new_update
 from share_server.store.records import PRIVATE, NewUpdate, Sharing, UpdateRow, UpdateState
 from share_server.store.recovery import all_updates
 from share_server.store.store import Store
@@ -125,23 +125,13 @@ async def _weightless(engine: Engine, spec: SpaceSpec, config: ServerConfig) -> 
 
 
 def _new(number: int, sent: Sent) -> NewUpdate:
-    split = payload_bytes(sent.payload)
-    digest = hashlib.sha256(sent.payload).hexdigest()
-    name = f"{number} {sent.organisation} {sent.task_id} {digest}"
-    return NewUpdate(
-        update_id=hashlib.sha256(name.encode()).hexdigest()[:32],
-        member=f"{sent.organisation}/one",
-        task_id=sent.task_id,
-        create=True,
+    name = f"{number} {sent.organisation} {sent.task_id} {hashlib.sha256(sent.payload).hexdigest()}"
+    return new_update(
+        sent.payload,
+        f"{sent.organisation}/one",
+        sent.task_id,
         base_version=sent.base_version,
-        sha256=digest,
-        size=len(sent.payload),
-        coefficients=split.coefficients,
-        directions=split.directions,
-        heads=split.heads,
-        envelope=split.envelope,
-        lease_id="",
-        rows=0,
+        update_id=hashlib.sha256(name.encode()).hexdigest()[:32],
         sharing=Sharing(open=True) if sent.open else PRIVATE,
         schema_sha256=SCHEMA if sent.open else "",
     )

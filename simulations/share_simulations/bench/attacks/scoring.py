@@ -12,7 +12,7 @@ from share_client.kinds import PreparedTask
 from share_client.training.batches import sorted_batches
 from share_client.training.evaluation import BATCH
 from share_client.training.factors import FixedFactors
-from share_client.training.inject import AdaptedLinear, injected
+from share_client.training.inject import adapted, injected
 from share_core.types import Adapter
 
 Head = Mapping[str, Tensor]
@@ -21,13 +21,14 @@ Head = Mapping[str, Tensor]
 
 def features_of(backbone: Backbone, task: PreparedTask, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """Return (features (rows, width), targets (rows,)) of the test rows: the costly part, the same for all heads."""
-    adapted = {}
+    modules = {}
     for site, factors in adapter.items():
-        base = backbone.linear(site)
-        adapted[site] = AdaptedLinear(base, FixedFactors(factors.out.to(base.weight), factors.in_.to(base.weight)))
+        base = backbone.site(site)
+        out, in_ = (part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_))
+        modules[site] = adapted(base, FixedFactors(out, in_))
     found: list[Tensor] = []
     targets: list[Tensor] = []
-    with injected(backbone, adapted), torch.inference_mode():
+    with injected(backbone, modules), torch.inference_mode():
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
             found.append(backbone.features(inputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import secrets
 import shutil
@@ -21,12 +20,13 @@ from share_core.ledger import TaskLedger
 from share_core.merge import HubState
 from share_core.space import update_adapter
 from share_core.types import Core, Factors, SiteUpdate, Space, SpaceSpec, Update
-from share_core.wire import decode_update, encode_adapter, encode_snapshot, encode_update, payload_bytes
+from share_core.wire import decode_update, encode_adapter, encode_snapshot, encode_update
 from share_server.config import RetentionConfig, ServerConfig
 from share_server.hub.engine import Engine
 from share_server.hub.policy import policy_of
 from share_server.hub.uploads import key_prefix
 from share_server.layout import Layout
+from share_server.local import new_update
 from share_server.operations.rebuild import rebuild
 from share_server.operations.remaking import remake
 from share_server.operations.verify import verify
@@ -116,24 +116,8 @@ def _payload(seed: int, space: Space | None) -> bytes:
 
 
 def _new(member: str, task: str, base: int, payload: bytes) -> NewUpdate:
-    split = payload_bytes(payload)
-    return NewUpdate(
-        update_id=secrets.token_hex(16),
-        member=member,
-        task_id=task,
-        create=True,
-        base_version=base,
-        sha256=hashlib.sha256(payload).hexdigest(),
-        size=len(payload),
-        coefficients=split.coefficients,
-        directions=split.directions,
-        heads=split.heads,
-        envelope=split.envelope,
-        lease_id="",
-        rows=0,
-        sharing=Sharing(open=task == SHARED),
-        schema_sha256="5c" * 32 if task == SHARED else "",
-    )
+    sharing, schema = Sharing(open=task == SHARED), "5c" * 32 if task == SHARED else ""
+    return new_update(payload, member, task, base_version=base, sharing=sharing, schema_sha256=schema)
 
 
 async def _take(engine: Engine, new: NewUpdate, payload: bytes) -> None:
