@@ -8,6 +8,7 @@ life tells what it has done by writing to a marker descriptor; what was told has
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import re
@@ -35,7 +36,7 @@ from share_simulations.chaos.client_bugs import BUGS
 from share_simulations.chaos.ptrace import GO, KILL, Call, Handler, Verdict, trace
 
 OPTIONS = session.SessionOptions(linger_s=0.15, poll_s=0.02, cache_every=2, lock_s=10.0)
-_LIMIT_S = 60
+_LIMIT_S = 300
 
 PLACES: Mapping[str, str] = {"any": "", "outbox": r"/(outbox|identity)/", "records": r"/tasks/"}
 """Pattern of the paths whose changes are counted, by the place at which a life is killed."""
@@ -159,6 +160,7 @@ def _serve(pipe: Connection, parent: int, tasks_file: Path, log: Path) -> None:
     torch.set_num_threads(1)
     try:
         trainer = _TellingTrainer(tasks_file)
+        importlib.import_module("torch._dynamo")  # the first optimiser of a process does, and it takes seconds
         trainer.weights()
         for task in trainer.tasks():
             trainer.rows(task)
