@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from share_core.errors import SpaceMismatchError, TensorShapeError
@@ -68,8 +68,8 @@ def check_backbone(spec: SpaceSpec, weights: Mapping[str, Tensor]) -> None:
     for name, site in spec.sites.items():
         if name not in weights:
             raise SpaceMismatchError(
-                f"this backbone has no site {name!r}, which the space over {spec.backbone!r} adapts: it is another "
-                f"architecture; load {spec.backbone!r}"
+                f"this backbone has no site {name!r}, which the space over {spec.backbone!r} adapts: "
+                f"{_renamed(name, weights)}; load {spec.backbone!r}"
             )
         shape = tuple(weights[name].shape)
         if shape != (site.d_out, site.d_in):
@@ -77,9 +77,48 @@ def check_backbone(spec: SpaceSpec, weights: Mapping[str, Tensor]) -> None:
                 f"site {name!r}: the space has {site.d_out} x {site.d_in}, this backbone {shape[0]} x {shape[1]}: "
                 f"it is another size of the architecture; load {spec.backbone!r}"
             )
-        found = fingerprint_weight(name, weights[name])
-        if found != site.sha256:
-            raise SpaceMismatchError(
-                f"site {name!r}: the space has fingerprint {site.sha256[:16]}, this backbone {found[:16]}: same "
-                f"shapes, other weights, so probably another revision or a fine-tuned copy of {spec.backbone!r}"
-            )
+    found = {name: fingerprint_weight(name, weights[name]) for name in spec.sites}
+    differ = [name for name, site in spec.sites.items() if found[name] != site.sha256]
+    if differ:
+        first = differ[0]
+        raise SpaceMismatchError(
+            f"site {first!r}: the space has fingerprint {spec.sites[first].sha256[:16]}, this backbone "
+            f"{found[first][:16]}: {_cause(spec, weights, differ)}"
+        )
+
+
+def _renamed(name: str, weights: Mapping[str, Tensor]) -> str:
+    """Return why a backbone may lack a site."""
+    for other in weights:
+        if other.endswith(f".{name}") or name.endswith(f".{other}"):
+            return f"it calls it {other!r}, so probably it is the same model inside another one"
+    return (
+        f"it is another architecture, or other sites were chosen: it has {', '.join(list(weights)[:2]) or 'none'}, ..."
+    )
+
+
+def _cause(spec: SpaceSpec, weights: Mapping[str, Tensor], differ: Sequence[str]) -> str:
+    """Return the likely cause of other weights of the same shapes."""
+    import torch
+
+    one = differ[0]
+    # Of weights that went through float16 the last bits of bfloat16 may differ, which can be tried out.
+    if fingerprint_weight(one, weights[one].to(torch.float16)) == spec.sites[one].sha256:
+        return (
+            f"the space was made from a float16 copy of these weights; convert {spec.backbone!r} to float16 and save "
+            "it, or ask the operator for a space of the original weights"
+        )
+    if weights[one].dtype == torch.float16:
+        return (
+            f"this one is loaded in float16 (dtype), the space was made from other weights or from {spec.backbone!r} "
+            "in another dtype; load it in the dtype in which it was published"
+        )
+    if len(differ) < len(spec.sites):
+        return (
+            f"{len(differ)} of {len(spec.sites)} sites have other weights and the rest are equal, so probably an "
+            f"adapter was merged into {spec.backbone!r} or a part of it was fine-tuned; load it as it was published"
+        )
+    return (
+        f"same shapes, other weights at every site, so probably another revision or a fine-tuned copy of "
+        f"{spec.backbone!r}, one with an adapter merged into it, or one that is quantised while the space's is not"
+    )

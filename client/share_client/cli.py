@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -175,12 +175,18 @@ def snapshot(
 
 @app.command()
 def space(
-    backbone: Annotated[str, typer.Option(help="digits-vit, minilm, or the path of a Hugging Face model.")],
+    backbone: Annotated[
+        str | None, typer.Option(help="digits-vit, minilm, or the path of a model directory.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="A tasks file whose backbone to describe instead.", show_default=False)
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The space.toml to write.")] = Path("space.toml"),
     k_max: Annotated[int, typer.Option(help="Most basis vectors per site and side.", min=1)] = 64,
     tau: Annotated[float, typer.Option(help="Share of a task's norm that a merge may leave out.")] = 0.05,
 ) -> None:
     """Describe a backbone for the operator: 'share-server init --space' takes the file."""
+    from share_client.tasks_file import read_tasks
     from share_client.training import load_backbone
     from share_core.fingerprint import describe_space
     from share_core.spec_file import spec_to_toml
@@ -188,7 +194,9 @@ def space(
     with plain_errors("share-client"):
         if not 0 <= tau < 1:
             raise ConfigError(f"tau must be at least 0 and below 1, got {tau:g}")
-        loaded = load_backbone(backbone, "cpu")
+        if (backbone is None) == (tasks is None):
+            raise ConfigError("expected either --backbone or --tasks")
+        loaded = load_backbone(backbone or read_tasks(cast(Path, tasks)).backbone, "cpu")
         spec = describe_space(loaded.name, loaded.site_weights(), k_max=k_max, tau=tau)
         output.write_text(spec_to_toml(spec), encoding="utf-8")
     typer.echo(f"{output}: space {spec.space_id} of {spec.backbone}, {len(spec.sites)} sites")

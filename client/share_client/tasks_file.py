@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from share_client import values
+from share_client.backbone_config import BackboneConfig, read_backbone
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
@@ -125,7 +126,7 @@ class TasksFile:
 
     path: Path
     """Where it was read."""
-    backbone: str
+    backbone: BackboneConfig
     """``digits-vit``, ``minilm`` or the absolute path of a Hugging Face model directory."""
     device: str
     """``auto``, ``cpu`` or ``cuda``."""
@@ -137,7 +138,7 @@ class TasksFile:
 class Examined:
     """What a tasks file says, as far as it can be read, and everything that is wrong with it."""
 
-    backbone: str | None
+    backbone: BackboneConfig | None
     """As in :class:`TasksFile`; None where it cannot be used."""
     device: str
     """As in :class:`TasksFile`; ``auto`` where it cannot be used."""
@@ -322,19 +323,10 @@ def _privacy(value: object, where: str) -> PrivacyConfig:
     return privacy
 
 
-def _backbone(document: Mapping[str, object], path: Path) -> str:
-    """Read the backbone: a relative model directory becomes an absolute one; packaged names stay names."""
+def _backbone(document: Mapping[str, object], path: Path) -> BackboneConfig:
     if "backbone" not in document:
         raise ConfigError(f"{path}: key 'backbone' is missing; add backbone = \"...\" at the top of the file")
-    name = values.text(document["backbone"], f"{path}: backbone")
-    if name in ("digits-vit", "minilm"):
-        return name
-    directory = path.parent / name
-    if not directory.is_dir():
-        raise ConfigError(
-            f'{path}: backbone: expected "digits-vit", "minilm" or the path of a model directory, got {name!r}'
-        )
-    return str(directory.resolve())
+    return read_backbone(document["backbone"], path.parent, f"{path}: backbone")
 
 
 def _twins(tasks: tuple[TaskConfig, ...], where: str) -> list[ConfigError]:

@@ -73,7 +73,7 @@ def test_the_client_reads_what_is_written(tmp_path: Path) -> None:
     assert [t.name for t in read_tasks(path).tasks] == ["a"]
     assert write_tasks_file(tmp_path, scenario(plan), plan, plan.tasks) == path
     found = read_tasks(path)
-    assert (found.backbone, found.device) == ("digits-vit", "cpu")
+    assert (found.backbone.model, found.device) == ("digits-vit", "cpu")
     assert [(t.name, t.epochs, t.pace) for t in found.tasks] == [("a", 4, 0.25), ("b", 4, 0.25)]
     assert found.tasks[0].train == (tmp_path / "north" / "a" / "train.npz").resolve()
     assert sorted(p.name for p in path.parent.iterdir()) == ["a", "b", "tasks.toml"], "no draft is left behind"

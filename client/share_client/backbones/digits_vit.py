@@ -6,13 +6,16 @@ value and projection are separate ``nn.Linear`` modules, so that every site is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from share_client.backbones.backbone import Batch, ImageBackbone, choose_device, freeze
+from share_client.backbone_config import BackboneConfig
+from share_client.backbones.backbone import Backbone, Batch, ImageBackbone, choose_device, freeze
+from share_client.backbones.sites import choose_sites
 
 WIDTH = 64
 DEPTH = 4
@@ -20,6 +23,7 @@ HEADS = 4
 IMAGE = 8
 PATCH = 2
 WEIGHTS_FILE = "digits-vit.safetensors"
+SITES = ("query", "value")
 
 
 class Attention(nn.Module):
@@ -83,22 +87,27 @@ class DigitsTransformer(nn.Module):
 
 
 class DigitsBackbone(ImageBackbone):
-    """The packaged ``digits-vit``: sites are query and value of the four blocks."""
+    """The packaged ``digits-vit``: sites are query and value of the four blocks, if not others are chosen."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, sites: Sequence[str] | str = SITES, device: str = "auto") -> None:
         self.name = "digits-vit"
         self.device = choose_device(device)
         self.image_shape = (1, IMAGE, IMAGE)
         self.width = WIDTH
-        self.sites = tuple(f"blocks.{block}.attention.{part}" for block in range(DEPTH) for part in ("query", "value"))
         # The initial values are overwritten at once; the fork keeps the caller's random numbers untouched.
         with torch.random.fork_rng(devices=[]):
             module = DigitsTransformer()
         with as_file(files("share_client.backbones") / WEIGHTS_FILE) as path:
             module.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        self.sites = choose_sites(module, sites, "backbone digits-vit")
         self.module = freeze(module, self.device)
 
     def features(self, batch: Batch) -> Tensor:
         """Return features (rows, 64) of ``batch["pixels"]`` (rows, 1, 8, 8)."""
         out: Tensor = self.module(batch["pixels"])
         return out
+
+
+def load(config: BackboneConfig, device: str) -> Backbone:
+    """Return the packaged backbone."""
+    return DigitsBackbone(config.sites or SITES, device)

@@ -1,4 +1,7 @@
-"""Any Hugging Face encoder directory as a text backbone, offline: query and value maps, mean pooling over the mask."""
+"""Any Hugging Face encoder directory as a text backbone, offline: mean pooling over the mask.
+
+The sites are what PEFT would adapt by default in a model of that type, or else query and value maps.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from share_client.backbones.backbone import Batch, TextBackbone, choose_device, freeze
+from share_client.backbone_config import BackboneConfig
+from share_client.backbones.backbone import Backbone, Batch, TextBackbone, choose_device, freeze
+from share_client.backbones.sites import SITE_ENDINGS, choose_sites, known_targets
 from share_core.errors import ConfigError
-
-SITE_ENDINGS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v")
-"""Last part of the module path of a query or value map in the encoders at hand."""
 
 
 class HuggingFaceBackbone(TextBackbone):
     """An encoder and its tokenizer, read from a local directory and never from a network."""
 
-    def __init__(self, name: str, directory: Path, device: str = "auto") -> None:
-        self.name = name
+    def __init__(self, config: BackboneConfig, device: str = "auto") -> None:
+        directory = packaged_minilm() if config.model == "minilm" else Path(config.model)
+        self.name = directory.name if config.model != "minilm" else "minilm"
         self.device = choose_device(device)
-        module, self._tokenizer = _load(directory)
-        self.sites = tuple(path for path, part in module.named_modules() if _is_site(path, part))
-        if not self.sites:
-            raise ConfigError(
-                f"backbone {directory}: expected Linear modules named {', '.join(SITE_ENDINGS)}, found none among "
-                f"{sum(isinstance(part, nn.Linear) for part in module.modules())} Linear modules; "
-                "use an encoder with separate query and value maps"
-            )
-        self.module = freeze(module, self.device)
+        module = load_model(directory, config.quantised, self.device)
+        self._tokenizer = load_tokenizer(directory)
+        self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
+        self.module = module if config.quantised else freeze(module, self.device)
         self.width = int(module.config.hidden_size)
 
     def features(self, batch: Batch) -> Tensor:
@@ -72,26 +70,88 @@ def packaged_minilm() -> Path:
     return Path(found.submodule_search_locations[0]) / "model"
 
 
-def _is_site(path: str, part: nn.Module) -> bool:
-    return isinstance(part, nn.Linear) and path.rpartition(".")[2] in SITE_ENDINGS
+def load(config: BackboneConfig, device: str) -> Backbone:
+    """Return a text backbone, or one for images where the directory has an image processor and no tokenizer.
+
+    Raises:
+        ConfigError: transformers or bitsandbytes is missing, or cannot load the directory.
+    """
+    directory = Path(config.model)
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if "preprocessor_config.json" in names and not names & {"tokenizer.json", "tokenizer_config.json", "vocab.txt"}:
+        from share_client.backbones.huggingface_vision import HuggingFaceVisionBackbone
+
+        return HuggingFaceVisionBackbone(config, device)
+    return HuggingFaceBackbone(config, device)
 
 
-def _load(directory: Path) -> tuple[Any, Any]:
-    """Return encoder and tokenizer."""
+def targets_of(module: Any) -> Sequence[str] | str:
+    """Return PEFT's default target modules for a model of this type, or else the usual names of query and value."""
+    return known_targets(module.config.model_type) or SITE_ENDINGS
+
+
+def load_model(directory: Path, quantised: str | None, device: torch.device) -> Any:
+    """Return the bare encoder, on ``device`` already where it is quantised, since it may not move afterwards.
+
+    Raises:
+        ConfigError: no model directory, a missing package, or transformers cannot load it.
+    """
     if not (directory / "config.json").is_file():
         raise ConfigError(f"backbone {directory}: expected a Hugging Face model directory with config.json, found none")
     try:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
     except ImportError as error:
-        raise ConfigError("text backbones need transformers: pip install 'fedshare[text]'") from error
+        raise ConfigError("Hugging Face backbones need transformers: pip install 'fedshare[text]'") from error
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    more = {} if quantised is None else quantisation(quantised, device)
     try:
         module = AutoModel.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **more
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"backbone {directory}: transformers cannot load it: {error}") from error
-    return module, tokenizer
+    module.eval().requires_grad_(False)
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and not part.weight.is_floating_point():
+            # In evaluation mode bitsandbytes repacks the weights on a CPU, and no gradient gets through them any more.
+            part.train()
+    return module
+
+
+def quantisation(quantised: str, device: torch.device) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs to load linear maps in 4 or 8 bits.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None or importlib.util.find_spec("accelerate") is None:
+        raise ConfigError(
+            f"quantised = \"{quantised}\" needs bitsandbytes and accelerate: pip install 'fedshare[quantised]', or "
+            "take quantised out: the space must then be one that was made for the backbone in full precision"
+        )
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    computed = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = (
+        make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
+        if quantised == "4bit"
+        else make(load_in_8bit=True)
+    )
+    return {"quantization_config": chosen, "device_map": {"": device}}
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a model directory.
+
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"backbone {directory}: transformers cannot load its tokenizer: {error}") from error

@@ -29,13 +29,15 @@ class Place:
     """Columns of the weight as a matrix; of a convolution, channels times kernel."""
 
     def matrix(self) -> Tensor:
-        """Return the weight as a matrix (d_out, d_in).
+        """Return the weight as a matrix (d_out, d_in); of a quantised one, what it stands for.
 
         Raises:
-            ConfigError: the weight is stored quantised.
+            ConfigError: the weight is stored in a way that PEFT does not know.
         """
         weight = self.module.weight
         assert isinstance(weight, Tensor)
+        if self.quantised:
+            weight = _dequantised(self.module)
         if not weight.is_floating_point() or weight.numel() != self.d_out * self.d_in:
             raise ConfigError(
                 f"site {self.site!r}: its weight is stored as {weight.dtype} of shape {tuple(weight.shape)}, expected "
@@ -43,8 +45,15 @@ class Place:
             )
         return weight.T if self.kind == "conv1d_transposed" else weight.reshape(self.d_out, self.d_in)
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is stored in fewer bits than a floating-point number has."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return not weight.is_floating_point()
+
     def compute_dtype(self) -> torch.dtype:
-        """Return what the module computes with; a quantised weight does not say, and its bias may not either."""
+        """Return the type of the module's inputs; a quantised weight does not say, and its bias may not either."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
@@ -54,9 +63,18 @@ class Place:
         return next(self.module.parameters()).device
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (d_out, d_in) in the shape and dtype of the weight."""
+        """Return a matrix (d_out, d_in) in the shape and dtype of the weight.
+
+        Raises:
+            ConfigError: the weight is stored quantised.
+        """
         weight = self.module.weight
         assert isinstance(weight, Tensor)
+        if self.quantised:
+            raise ConfigError(
+                f"site {self.site!r}: its weight is stored as {weight.dtype}, which takes no change: load the backbone "
+                "without quantisation for this"
+            )
         shaped = matrix.T if self.kind == "conv1d_transposed" else matrix.reshape(weight.shape)
         return shaped.to(weight.dtype).contiguous()
 
@@ -86,3 +104,12 @@ def place_of(site: str, module: nn.Module) -> Place:
         f"site {site!r} is {what}: only linear layers, Conv1D and convolutions without groups can be adapted; "
         "choose other sites, or export the task and load it with PEFT"
     )
+
+
+def _dequantised(module: nn.Module) -> Tensor:
+    try:
+        from peft.utils.integrations import dequantize_module_weight
+    except ImportError as error:
+        raise ConfigError("quantised backbones need peft: pip install 'fedshare[text]'") from error
+    weight: Tensor = dequantize_module_weight(module)
+    return weight

@@ -25,9 +25,13 @@ class Classification(Kind):
         """Return the mean cross entropy."""
         return nn.functional.cross_entropy(outputs, targets)
 
-    def score(self, outputs: Tensor, targets: Tensor) -> float:
+    def judge(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return whether the best-scored class is the target, (rows, 1)."""
+        return (outputs.argmax(dim=1) == targets).unsqueeze(1)
+
+    def score(self, judged: Tensor) -> float:
         """Return the fraction of rows whose best-scored class is the target."""
-        return float((outputs.argmax(dim=1) == targets).double().mean())
+        return float(judged.double().mean())
 
 
 def classes_of(

@@ -75,10 +75,19 @@ class Kind(ABC):
     def head(self, task: PreparedTask, width: int) -> nn.Module:
         """Return a fresh head for features of length ``width``, drawn from torch's global generator."""
 
+    def outputs(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
+        """Return what :meth:`loss` and :meth:`judge` look at: here the head's outputs for the backbone's features."""
+        out: Tensor = head(backbone.features(batch))
+        return out
+
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss (a scalar) of a batch."""
 
     @abstractmethod
-    def score(self, outputs: Tensor, targets: Tensor) -> float:
-        """Return the metric of a whole split from all its outputs."""
+    def judge(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return what the metric needs to know of one batch, (rows, n): of a whole split that is all that is kept."""
+
+    @abstractmethod
+    def score(self, judged: Tensor) -> float:
+        """Return the metric of a whole split from what :meth:`judge` said of its batches, (all rows, n)."""

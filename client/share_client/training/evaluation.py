@@ -36,15 +36,12 @@ def evaluate(
         SpaceMismatchError: the adapter has a site that the backbone does not, or of another shape.
         ConfigError: the head does not fit the task.
     """
-    outputs, targets = held_out_outputs(backbone, task, adapter, head)
-    value = task.kind.score(outputs, targets)
+    value = task.kind.score(judged_rows(backbone, task, adapter, head))
     return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
 
 
-def held_out_outputs(
-    backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return the outputs and the targets on all test rows, always in one order. Raises as :func:`evaluate`."""
+def judged_rows(backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]) -> Tensor:
+    """Return what the kind judges of every test row, (rows, n), always in one order. Raises as :func:`evaluate`."""
     module = fresh_head(backbone, task, 0, head)
     modules: dict[str, nn.Module] = {}
     for site, factors in (adapter or {}).items():
@@ -57,11 +54,9 @@ def held_out_outputs(
             raise SpaceMismatchError(f"site {site!r}: expected factors for {expected}, got {got}")
         out, in_ = (part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_))
         modules[site] = adapted(base, FixedFactors(out, in_))
-    outputs: list[Tensor] = []
-    targets: list[Tensor] = []
+    judged: list[Tensor] = []
     with injected(backbone, modules), torch.inference_mode():
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
-            outputs.append(module(backbone.features(inputs)).cpu())
-            targets.append(target.cpu())
-    return torch.cat(outputs), torch.cat(targets)
+            judged.append(task.kind.judge(task.kind.outputs(backbone, module, inputs), target).cpu())
+    return torch.cat(judged)

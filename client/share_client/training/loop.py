@@ -89,7 +89,7 @@ def train(
         for epoch in range(1, options.epochs + 1):
             for rows in epoch_batches(task.train, options.batch_size, draw):
                 inputs, targets = task.train.batch(rows, backbone.device)
-                loss = task.kind.loss(head(backbone.features(inputs)), targets)
+                loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

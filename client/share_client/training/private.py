@@ -187,7 +187,7 @@ def _row_gradients(
             parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         return 0.0
     inputs, targets = task.train.batch(rows, backbone.device)
-    loss = task.kind.loss(head(backbone.features(inputs)), targets)
+    loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
     with warnings.catch_warnings():
         # The first hooked map gets no gradient for its input: nothing before it is trained.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")

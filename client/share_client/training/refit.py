@@ -23,7 +23,7 @@ from share_client.backbones import Backbone
 from share_client.backbones.places import Place
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
-from share_client.training.evaluation import held_out_outputs
+from share_client.training.evaluation import judged_rows
 from share_client.training.factors import SiteFactors
 from share_client.training.in_space import train_in_space
 from share_client.training.inject import adapted, injected
@@ -93,7 +93,7 @@ def gradients_at(
     with injected(backbone, {site: adapted(places[site], probe) for site, probe in probes.items()}):
         for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
             inputs, targets = task.train.batch(rows, backbone.device)
-            loss = task.kind.loss(module(backbone.features(inputs)), targets)
+            loss = task.kind.loss(task.kind.outputs(backbone, module, inputs), targets)
             for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
                 running.add_(part)
     return {site: part.to("cpu") for site, part in zip(sites, total, strict=True)}
@@ -146,12 +146,10 @@ def compare(
     after: tuple[Adapter, Mapping[str, Tensor]],
 ) -> Comparison:
     """Measure two adapters, each with its head, on the same test rows."""
-    old, targets = held_out_outputs(backbone, task, *before)
-    new, _ = held_out_outputs(backbone, task, *after)
-    noise = paired_noise(
-        lambda rows: task.kind.score(new[rows], targets[rows]) - task.kind.score(old[rows], targets[rows]), len(targets)
-    )
-    return Comparison(task.kind.score(old, targets), task.kind.score(new, targets), noise)
+    old, new = judged_rows(backbone, task, *before), judged_rows(backbone, task, *after)
+    score = task.kind.score
+    noise = paired_noise(lambda rows: score(new[rows]) - score(old[rows]), len(old))
+    return Comparison(score(old), score(new), noise)
 
 
 def paired_noise(difference: Callable[[Tensor], float], rows: int, draws: int = DRAWS) -> float:

@@ -125,7 +125,7 @@ def weight_gradients(
     with injected(backbone, probes):
         for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
             inputs, targets = task.train.batch(rows, backbone.device)
-            loss = task.kind.loss(head(backbone.features(inputs)), targets)
+            loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
             for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
                 running.add_(part)
     return {site: part.to("cpu") for site, part in zip(sites, total, strict=True)}

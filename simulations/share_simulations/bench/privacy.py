@@ -237,7 +237,7 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        return task.kind.score(head(test_x), test_y)
+        return task.kind.score(task.kind.judge(head(test_x), test_y))
 
 
 def _features(backbone: Backbone, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -85,19 +85,6 @@ def test_device_is_checked() -> None:
             choose_device("cuda")
 
 
-def test_encoder_without_query_and_value_is_refused(tmp_path: Path) -> None:
-    """GPT-2 fuses query, key and value in one Conv1D, so there is no site to adapt."""
-    pytest.importorskip("transformers", reason="text backbones need transformers")
-    from tokenizers import Tokenizer, models
-    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
-
-    GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, n_positions=8)).save_pretrained(tmp_path)
-    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
-    with pytest.raises(ConfigError, match=r"expected Linear modules named query, value.* found none"):
-        load_backbone(str(tmp_path), "cpu")
-
-
 def test_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="text backbones need transformers")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from share_client import tasks_file
+from share_client.backbone_config import BackboneConfig
 from share_client.tasks_file import TaskConfig, read_tasks, tasks_from_toml
 from share_core.errors import ConfigError
 
@@ -25,7 +26,7 @@ def test_reads_defaults_and_overrides(path: Path) -> None:
     second = TASK.replace('"a"', '"b"') + "epochs = 9\nshare_head = true\n"
     path.write_text(HEAD + "[defaults]\nepochs = 6\npace = 1\n" + TASK + second)
     file = read_tasks(path)
-    assert (file.backbone, file.device) == ("digits-vit", "auto")
+    assert (file.backbone, file.device) == (BackboneConfig("digits-vit"), "auto")
     assert [task.name for task in file.tasks] == ["a", "b"]
     assert [task.epochs for task in file.tasks] == [6, 9]
     assert [task.share_head for task in file.tasks] == [False, True]
@@ -35,7 +36,7 @@ def test_reads_defaults_and_overrides(path: Path) -> None:
 
 def test_backbone_may_be_a_directory_beside_the_file(path: Path) -> None:
     (path.parent / "model").mkdir()
-    assert tasks_from_toml('backbone = "model"\n' + TASK, path).backbone == str((path.parent / "model").resolve())
+    assert tasks_from_toml('backbone = "model"\n' + TASK, path).backbone.model == str((path.parent / "model").resolve())
 
 
 @pytest.mark.parametrize(
