@@ -36,8 +36,13 @@ def evaluate(
         SpaceMismatchError: the adapter has a site that the backbone does not, or of another shape.
         ConfigError: the head does not fit the task.
     """
-    value = task.kind.score(judged_rows(backbone, task, adapter, head))
-    return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
+    whole = judged_rows(backbone, task, adapter, head)
+    return EvaluationResult(
+        metric=task.kind.metric,
+        value=task.kind.score(whole),
+        rows=task.test_rows,
+        details=task.kind.details(whole),
+    )
 
 
 def judged_rows(backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]) -> Tensor:
