@@ -130,7 +130,11 @@ class Records:
 
     def read_head(self, task: str, head: Head) -> Mapping[str, Tensor]:
         """Return the tensors of a private head."""
-        return safetensors.torch.load(self._head_path(task, head.version).read_bytes())
+        return safetensors.torch.load(self.head_bytes(task, head))
+
+    def head_bytes(self, task: str, head: Head) -> bytes:
+        """Return a private head as the safetensors file that was kept, with its metadata."""
+        return self._head_path(task, head.version).read_bytes()
 
     def prune(self, walked: int) -> None:
         """Drop heads that no version from ``walked`` on belongs to."""

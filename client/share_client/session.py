@@ -107,7 +107,7 @@ def run_session(
     address = (lease.hub_address if lease else "") or member.hub_address
     with (
         contextlib.closing(log),
-        _only_session(layout, options.lock_s),
+        only_session(layout, options.lock_s),
         HubLink(address, credentials) as link,
         open_relay(member.follow_address, credentials) as relay,
         kept_renewed(layout, [link, relay], lambda text: log.write("certificate", reason=text)),
@@ -116,7 +116,7 @@ def run_session(
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
             if description is None:
                 return SessionCounters(0, 0, 0, 0, version=0, idle=False)
-            _check_space(description, member, lease)
+            check_space(description, member, lease)
             trainer = trainer or BackboneTrainer(tasks_path)
             trainer.tasks()  # a tasks file that cannot be used at the start is told at once
             chain = open_chain(description, credentials, chain_path(layout.cache, description.spec), datetime.now(UTC))
@@ -450,7 +450,12 @@ class _Session:
         self._log.write("waiting", reason=str(error))
 
 
-def _check_space(description: SpaceDescription, member: Member, lease: Lease | None) -> None:
+def check_space(description: SpaceDescription, member: Member, lease: Lease | None = None) -> None:
+    """Refuse a hub whose space is not the lease's, or without a lease the one that this client was enrolled for.
+
+    Raises:
+        SpaceMismatchError: naming both.
+    """
     expected = lease.space_id if lease else member.space_id
     if description.spec.space_id != expected:
         raise SpaceMismatchError(
@@ -460,8 +465,12 @@ def _check_space(description: SpaceDescription, member: Member, lease: Lease | N
 
 
 @contextlib.contextmanager
-def _only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
-    """Hold the session lock: two sessions on one directory would train and send everything twice."""
+def only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
+    """Hold the session lock: two sessions on one directory would train and send everything twice.
+
+    Raises:
+        UnavailableError: another one holds it for longer than ``seconds``.
+    """
     end = time.monotonic() + seconds
     with (layout.root / "session.lock").open("a") as file:
         while True:
