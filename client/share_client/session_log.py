@@ -25,6 +25,7 @@ _SENTENCES: Mapping[str, str] = {
     "progress": "{task}: epoch {epoch}, step {step} of {steps}, loss {loss:.4f}",
     "trained": "{task}: trained {steps} steps in {seconds:.1f} s, loss {loss:.4f}, {payload_bytes} bytes to send",
     "spent": "{task}: epsilon {epsilon:.3f} at delta {delta:.1e} spent by all its trainings so far",
+    "refit": "{task}: coefficients learned again in version {version}: {reason}",
     "acknowledged": "{task}: the hub has the update as number {ingest_seq}",
     "merged": "{task}: merged in version {version}, staleness {staleness}",
     "refused": "{task}: refused: {reason}",
