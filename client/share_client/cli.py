@@ -78,6 +78,26 @@ def join(
 
 
 @app.command()
+def enrol(
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="Join token, a file that holds it, or - for standard input.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="CDIR", help="Where this client keeps everything.")
+    ] = None,
+) -> None:
+    """Enrol and end: enough for who only contributes adapters and pulls tasks, and never trains."""
+    from share_client.join import ensure_member, only_join
+    from share_client.member import ClientLayout
+
+    with plain_errors("share-client"):
+        text = _read_token(token)
+        layout = ClientLayout(directory or _default_directory(text))
+        with only_join(layout):
+            ensure_member(layout, text, datetime.now(UTC), _tell)
+
+
+@app.command()
 def status(directory: Directory, as_json: Json = False) -> None:
     """Show what this client has trained, sent and measured. Needs no server."""
     from share_client.member import ClientLayout

@@ -191,7 +191,8 @@ def _write(
             write_adapter(staged, factors, like, extra=head if made.head == "own" else None)
         if made.head == "beside":
             write_flushed(staged / HEAD_FILE, safetensors.torch.save(dict(head)))
-        write_flushed(staged / MARKER, (json.dumps(asdict(made), indent=1) + "\n").encode(), PUBLIC)
+        said = {name: value for name, value in asdict(made).items() if name != "out"}
+        write_flushed(staged / MARKER, (json.dumps(said, indent=1) + "\n").encode(), PUBLIC)
         flush_directory(staged)
         _move(staged, out)
     except OSError as error:

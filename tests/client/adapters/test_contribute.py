@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 import share_client.contribute
 from share_client.cli import app
-from share_client.contribute import Outcome, contribute, read_contributions
+from share_client.contribute import Outcome, contribute, outcome_text, read_contributions
 from share_client.egress_check import look
 from share_client.link import HubLink
 from share_client.member import ClientLayout
 from share_client.records import Records
+from share_client.session import SessionOptions, only_session, run_session
 from share_core.errors import (
     AccessError,
     AdapterError,
@@ -27,6 +28,7 @@ from share_core.errors import (
     FedshareError,
     SignatureError,
     SpaceMismatchError,
+    UnavailableError,
     UnsupportedAdapterError,
 )
 from share_core.identity import approve_adapter
@@ -259,3 +261,70 @@ def test_a_changed_scale_is_another_adapter(save_adapter: Any) -> None:
     assert before.content_hash != after.content_hash
     (once_more,) = read_contributions([directory])
     assert once_more.content_hash == after.content_hash
+
+
+def test_who_never_trains_enrols_by_command(
+    bert_hub: Any, save_adapter: Any, bert_directory: Path, tmp_path: Path
+) -> None:
+    directory = str(tmp_path / "giver")
+    token = tmp_path / "giver.token"
+    token.write_text(bert_hub.invite("giver/main"))
+    answer = RUNNER.invoke(app, ["enrol", str(token), "--dir", directory])
+    assert (answer.exit_code, answer.stderr) == (0, "enrolled as giver/main\n")
+    given = ["contribute", str(save_adapter("films")), "--dir", directory, "--backbone", str(bert_directory), "--wait"]
+    answer = RUNNER.invoke(app, given)
+    assert answer.exit_code == 0, answer.output
+    assert "giver/films: merged in version" in answer.stdout
+    pulled = RUNNER.invoke(app, ["pull", "--task", "films", "--dir", directory, "--out", str(tmp_path / "out")])
+    assert pulled.exit_code == 0, pulled.output
+
+
+class _Killed(BaseException):
+    """Ends a contribution like a kill: nothing of ours catches it."""
+
+
+def test_the_next_session_finishes_what_was_put_in(
+    member: Member, save_adapter: Any, bert_directory: Path, fake: Any
+) -> None:
+    layout, link, organisation = member
+
+    def die(name: str) -> None:
+        if name == "put done":
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        send(member, save_adapter("films"), backbone=bert_directory, step=die)
+    assert updates_of(link) == []
+    path = layout.root / "tasks.json"
+    path.write_text("{}")
+    counters = run_session(layout.root, path, trainer=fake.FakeTrainer(path), options=SessionOptions(linger_s=0.2))
+    assert (counters.submitted, counters.merged) == (1, 1)
+    (sent,) = send(member, layout.root.parent / "films", backbone=bert_directory, wait=True)
+    assert (sent.state, sent.new, sent.task_id) == ("merged", False, f"{organisation}/films")
+    assert len(updates_of(link)) == 1
+
+
+def test_a_running_session_keeps_the_directory(
+    member: Member, save_adapter: Any, bert_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(share_client.contribute, "_LOCK_S", 0.1)
+    with only_session(member[0], 0.1), pytest.raises(UnavailableError, match="another session works"):
+        send(member, save_adapter("films"), backbone=bert_directory)
+    assert updates_of(member[1]) == []
+
+
+def test_a_refusal_is_told_and_may_be_tried_again(member: Member, save_adapter: Any, bert_directory: Path) -> None:
+    """A refusal ends the wait with its reason, and the same command tries again: the person may have put it right."""
+    _, _, organisation = member
+    directory = save_adapter("films")
+
+    def refuse(*arguments: Any) -> Any:
+        raise AccessError("members may not submit to it")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HubLink, "submit_until_answered", refuse)
+        (sent,) = send(member, directory, backbone=bert_directory, wait=True)
+    assert (sent.state, sent.reason) == ("refused", "AccessError: members may not submit to it")
+    assert "refused: AccessError: members may not submit to it" in outcome_text(sent)
+    (sent,) = send(member, directory, backbone=bert_directory, wait=True)
+    assert (sent.state, sent.task_id) == ("merged", f"{organisation}/films")
