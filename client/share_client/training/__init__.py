@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from share_client.backbones import Backbone, load_backbone
 from share_client.kinds import PreparedTask, prepare_task
+from share_client.training import refit
 from share_client.training.accounting import declare, total_epsilon
 from share_client.training.evaluation import evaluate
 from share_client.training.in_space import train_in_space
@@ -22,6 +23,7 @@ __all__ = [
     "evaluate",
     "load_backbone",
     "prepare_task",
+    "refit",
     "total_epsilon",
     "train_in_space",
     "train_lora",
