@@ -28,10 +28,20 @@ CORPUS = (
 
 @pytest.fixture(scope="session")
 def save_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a maker of directories of causal language models: type of model, corpus of its tokenizer, sizes."""
+    """Return a maker of directories of causal language models.
+
+    The spread of their weights is larger than usual: small random maps score all tokens alike, and no adapter could
+    change that.
+    """
     hf: Any = pytest.importorskip("transformers", reason="language models need transformers")
 
-    def make(model_type: str = "llama", corpus: Iterable[str] = CORPUS, vocabulary: int = 300, width: int = 32) -> Path:
+    def make(
+        model_type: str = "llama",
+        corpus: Iterable[str] = CORPUS,
+        vocabulary: int = 300,
+        width: int = 32,
+        spread: float = 0.2,
+    ) -> Path:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         folder = tmp_path_factory.mktemp(model_type)
@@ -48,9 +58,8 @@ def save_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         if model_type == "llama":
             fast.chat_template = TEMPLATE
         fast.save_pretrained(folder)
-        # Wider than usual: small random maps would score all tokens alike, and no adapter could change that.
         ends = {
-            "initializer_range": 0.2,
+            "initializer_range": spread,
             "vocab_size": len(fast),
             "bos_token_id": 0,
             "eos_token_id": 0,
