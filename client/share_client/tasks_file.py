@@ -41,7 +41,7 @@ from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
 
-KINDS = ("image-classification", "text-classification")
+KINDS = ("image-classification", "text-classification", "keypoints", "pose", "text-to-image")
 _T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +91,7 @@ class Kind(ABC):
     @abstractmethod
     def score(self, judged: Tensor) -> float:
         """Return the metric of a whole split from what :meth:`judge` said of its batches, (all rows, n)."""
+
+    def details(self, judged: Tensor) -> Mapping[str, float]:
+        """Return other figures of a whole split by name, for people; none unless a kind has some."""
+        return {}

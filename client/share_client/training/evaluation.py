@@ -53,5 +53,10 @@ def evaluate(
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
             judged.append(task.kind.judge(task.kind.outputs(backbone, module, inputs), target).cpu())
-    value = task.kind.score(torch.cat(judged))
-    return EvaluationResult(metric=task.kind.metric, value=value, rows=task.test_rows)
+    whole = torch.cat(judged)
+    return EvaluationResult(
+        metric=task.kind.metric,
+        value=task.kind.score(whole),
+        rows=task.test_rows,
+        details=task.kind.details(whole),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -117,3 +117,5 @@ class EvaluationResult:
     """Its value; a fraction for accuracy."""
     rows: int
     """Test rows it was measured on."""
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Other figures by name, such as a median error; see :meth:`share_client.kinds.Kind.details`."""
