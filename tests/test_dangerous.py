@@ -37,6 +37,8 @@ NAMES = {
     "logging.config.listen",
 }
 """Functions that are not even named."""
+WEIGHTS = "client/share_client/backbones/weights.py"
+"""The one file that may call torch.load, with weights_only=True: many published backbones are saved by torch alone."""
 IMPORTERS = {"__import__", "builtins.__import__", "importlib.import_module", "importlib.__import__"}
 
 
@@ -74,6 +76,10 @@ class Reader(ast.NodeVisitor):
                 self._known[target.id] = name
 
     def visit_Call(self, node: ast.Call) -> None:
+        if self.where == WEIGHTS and self._dotted(node.func) == "torch.load" and _restricted(node):
+            for part in (*node.args, *node.keywords):
+                self.visit(part)
+            return
         self.generic_visit(node)
         name = self._dotted(node)
         if name:
@@ -118,6 +124,11 @@ class Reader(ast.NodeVisitor):
     def _name(self, name: str, node: ast.AST) -> None:
         if name in NAMES:
             self.found.append(f"{self.where}:{getattr(node, 'lineno', 0)} uses {name}")
+
+
+def _restricted(node: ast.Call) -> bool:
+    """Return whether a call of torch.load says weights_only=True: it then builds tensors and plain values only."""
+    return any(keyword.arg == "weights_only" and ast.unparse(keyword.value) == "True" for keyword in node.keywords)
 
 
 def dangers(text: str, where: str = "planted.py") -> list[str]:
@@ -195,3 +206,9 @@ def test_a_planted_line_is_found(text: str) -> None:
 )
 def test_an_honest_line_is_left_alone(text: str) -> None:
     assert not dangers(text)
+
+
+def test_the_one_file_that_reads_weights_may_do_it_in_one_way_only() -> None:
+    assert not dangers("import torch\ntorch.load('x', weights_only=True)", WEIGHTS)
+    assert dangers("import torch\ntorch.load('x', weights_only=False)", WEIGHTS)
+    assert dangers("import torch\ntorch.load('x')", WEIGHTS)

@@ -37,11 +37,11 @@ from typing import Any, TypeVar
 
 from share_client import values
 from share_client.backbone_config import BackboneConfig, read_backbone
+from share_client.kind_names import KINDS
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
 
-KINDS = ("image-classification", "text-classification", "keypoints", "pose", "text-to-image")
 _T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
@@ -351,7 +351,7 @@ def _name(value: object, where: str) -> str:
 
 
 def _kind(value: object, where: str) -> str:
-    return values.one_of(value, KINDS, where)
+    return values.one_of(value, tuple(KINDS), where)
 
 
 _PRIVACY_READERS: Mapping[str, values.Reader] = {

@@ -20,7 +20,7 @@ def read_splits(config: TaskConfig, fields: Sequence[Field]) -> tuple[Table, Tab
     """
     if config.test is None:
         whole = read_table(config.train, fields, config.columns)
-        kept, held = held_out(whole.rows, config.validation, f"{config.train}: task {config.name!r}")
+        kept, held = held_out(range(whole.rows), config.validation, f"{config.train}: task {config.name!r}")
         return whole.take(kept[: config.rows]), whole.take(held[: config.test_rows])
     train = read_table(config.train, fields, config.columns, config.rows)
     test = read_table(config.test, fields, config.columns, config.test_rows)
@@ -33,25 +33,25 @@ def read_splits(config: TaskConfig, fields: Sequence[Field]) -> tuple[Table, Tab
     return train, test
 
 
-def held_out(rows: int, share: float | None, where: str) -> tuple[list[int], list[int]]:
-    """Return which of ``rows`` rows are trained on and which, about the given share, are held out.
+def held_out(keys: Sequence[int | str], share: float | None, where: str) -> tuple[list[int], list[int]]:
+    """Return the indices of the rows that are trained on and of those, about the given share, that are held out.
 
-    A row is held out by a hash of its number alone: rows that are appended later never move an earlier row from one
-    side to the other, so nothing is trained on that once was held out.
+    A row is held out by a hash of its key (its number, or its name) alone: rows that are added later never move an
+    earlier row from one side to the other, so nothing is trained on that once was held out.
 
     Raises:
-        ConfigError: one side would have no row.
+        ConfigError: no share, or one side would have no row.
     """
     if share is None:
         raise ConfigError(f"{where}: validation: expected a share to hold out, as there is no test, got none")
     kept: list[int] = []
     held: list[int] = []
-    for row in range(rows):
-        digest = hashlib.sha256(f"fedshare/held-out/{row}".encode()).digest()
+    for row, key in enumerate(keys):
+        digest = hashlib.sha256(f"fedshare/held-out/{key}".encode("utf-8", "surrogateescape")).digest()
         (held if int.from_bytes(digest[:8]) < share * 2**64 else kept).append(row)
     if not kept or not held:
         raise ConfigError(
             f"{where}: validation: expected rows on both sides, got {len(kept)} to train on and {len(held)} held out "
-            f"of {rows}; add rows, or give test = a file of its own"
+            f"of {len(keys)}; add rows, or give test = a file of its own"
         )
     return kept, held

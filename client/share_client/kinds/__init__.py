@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from share_client.kinds.image_classification import ImageClassification
-from share_client.kinds.keypoints import Keypoints
+from share_client.imports import import_object
+from share_client.kind_names import KINDS
 from share_client.kinds.kind import Kind, PreparedTask, Rows
-from share_client.kinds.pose import Pose
-from share_client.kinds.text_classification import TextClassification
-from share_client.kinds.text_to_image import TextToImage
 from share_core.errors import ConfigError
 
 __all__ = ["Kind", "PreparedTask", "Rows", "find_kind"]
 
-_KINDS: tuple[Kind, ...] = (ImageClassification(), TextClassification(), Keypoints(), Pose(), TextToImage())
-
 
 def find_kind(name: str) -> Kind:
-    """Return the kind of that name.
+    """Return the kind of that name; its file is imported when it is first asked for.
 
     Raises:
         ConfigError: there is none.
     """
-    for kind in _KINDS:
-        if kind.name == name:
-            return kind
-    raise ConfigError(f"kind: expected one of {', '.join(kind.name for kind in _KINDS)}, got {name!r}")
+    if name not in KINDS:
+        raise ConfigError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
+    kind: Kind = import_object(KINDS[name], f"kind {name!r}")()
+    return kind

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from share_client.kinds.kind import Kind, PreparedTask
+from share_client.tasks_file import TaskConfig
 from share_core.errors import ConfigError
 
 
@@ -34,21 +34,37 @@ class Classification(Kind):
         return float(judged.double().mean())
 
 
-def classes_of(
-    train: Sequence[int | str], test: Sequence[int | str], paths: tuple[Path, Path]
-) -> tuple[int | str, ...]:
-    """Return the sorted labels of both splits.
+Labels = Sequence[int | str]
+
+
+def classes_of(splits: tuple[Labels, Labels], config: TaskConfig, where: Callable[[int], str]) -> tuple[int | str, ...]:
+    """Return the sorted labels of training and test rows.
+
+    ``where`` says of a test row where it stands. A class that only test rows have cannot be learned; it is let pass
+    only where ``rows`` cuts the training rows short.
 
     Raises:
-        ConfigError: one split has strings and the other integers, or there is only one class.
+        ConfigError: one split has strings and the other integers, there is only one class, an empty label, or a class
+            without training rows.
     """
+    train, test = splits
+    file = f"{config.train}: label"
     if type(train[0]) is not type(test[0]):
-        raise ConfigError(
-            f"{paths[1]}: label: expected {type(train[0]).__name__} as in {paths[0].name}, got {type(test[0]).__name__}"
-        )
+        got = type(test[0]).__name__
+        raise ConfigError(f"{where(0)}: label: expected {type(train[0]).__name__} as in {config.train.name}, got {got}")
     found = {*train, *test}
     if len(found) < 2:
-        raise ConfigError(f"{paths[0]}: label: expected at least two classes, got one")
+        raise ConfigError(f"{file}: expected at least two classes, got one")
+    if "" in found:
+        raise ConfigError(f"{file}: expected labels that say something, got an empty one; fill it in")
+    known = set(train)
+    alien = [row for row, label in enumerate(test) if label not in known]
+    if alien and config.rows is None:
+        remedy = "add training rows of it" if config.test is not None else "hold out less, or add rows of it"
+        raise ConfigError(
+            f"{where(alien[0])}: label: expected one of the {len(known)} classes of the training rows, got another, as "
+            f"in {len(alien)} test row(s): it cannot be learned; {remedy}, or leave its test rows out"
+        )
     return tuple(sorted(found, key=lambda label: (str(label) if isinstance(label, str) else "", label)))
 
 

@@ -1,4 +1,4 @@
-"""Image classification from ``.npz`` archives."""
+"""Image classification from archives, folders of image files, and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, ImageBackbone
-from share_client.data import ImageRows, read_image_splits
+from share_client.data import Fit, ImageRows, read_image_splits
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
@@ -41,34 +41,27 @@ class ImageClassification(Classification):
     name = "image-classification"
 
     def prepare(self, config: TaskConfig, backbone: Backbone) -> PreparedTask:
-        """Read both archives and check that the images fit the backbone.
+        """Read both splits and check that the images fit the backbone.
 
         Raises:
-            ConfigError: unreadable data, another image size, or a backbone that takes no images.
+            ConfigError: unreadable data, an unknown option, another image size, or a backbone that takes no images.
         """
         if not isinstance(backbone, ImageBackbone):
             raise ConfigError(
                 f"task {config.name!r}: kind: expected text-classification for backbone {backbone.name}, "
                 f"got {self.name}"
             )
-        train, test = read_image_splits(config)
-        classes = classes_of(train.labels, test.labels, (config.train, config.test or config.train))
+        train, test = read_image_splits(config, Fit.of(config, backbone.image_shape))
+        classes = classes_of((train.labels, test.labels), config, test.places.__getitem__)
         return PreparedTask(
             config=config,
             kind=self,
-            train=_Images(_fit(train, backbone, config), indices_of(train.labels, classes)),
-            test=_Images(_fit(test, backbone, config), indices_of(test.labels, classes)),
+            train=_Images(_first(train), indices_of(train.labels, classes)),
+            test=_Images(_first(test), indices_of(test.labels, classes)),
             classes=classes,
         )
 
 
-def _fit(rows: ImageRows, backbone: ImageBackbone, config: TaskConfig) -> Tensor:
-    """Return pixels (n, c, h, w) of the backbone's shape."""
-    pixels = rows.x.permute(0, 3, 1, 2).contiguous()
-    if tuple(pixels.shape[1:]) != backbone.image_shape:
-        channels, height, width = backbone.image_shape
-        raise ConfigError(
-            f"task {config.name!r}: expected images of {height} x {width} with {channels} channel(s) for backbone "
-            f"{backbone.name}, got {pixels.shape[2]} x {pixels.shape[3]} with {pixels.shape[1]}; resize them"
-        )
-    return pixels
+def _first(rows: ImageRows) -> Tensor:
+    """Return pixels (n, c, h, w)."""
+    return rows.x.permute(0, 3, 1, 2).contiguous()

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from share_client import values
 from share_client.backbones import Backbone, Batch, ImageBackbone
-from share_client.data import Field, Fit, Table, read_splits
-from share_client.data.pictures import IMAGE_OPTIONS, load_pictures
+from share_client.data import IMAGE_OPTIONS, Field, Fit, Table, load_pictures, read_splits
 from share_client.kinds.kind import Rows
 from share_client.tasks_file import TaskConfig, read_options
 from share_core.errors import ConfigError

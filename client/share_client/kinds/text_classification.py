@@ -11,7 +11,7 @@ from share_client.backbones import Backbone, Batch, TextBackbone
 from share_client.data import Field, Table, read_splits
 from share_client.kinds.classification import Classification, classes_of, indices_of
 from share_client.kinds.kind import PreparedTask, Rows
-from share_client.tasks_file import TaskConfig
+from share_client.tasks_file import TaskConfig, read_options
 from share_core.errors import ConfigError
 
 FIELDS = (Field("text", (str,)), Field("text_b", (str,), required=False), Field("label", (int, str)))
@@ -49,16 +49,17 @@ class TextClassification(Classification):
         """Read and tokenise both files.
 
         Raises:
-            ConfigError: unreadable data, pairs in one file only, or a backbone that takes no text.
+            ConfigError: unreadable data, pairs in one file only, an option, or a backbone that takes no text.
         """
         if not isinstance(backbone, TextBackbone):
             raise ConfigError(
                 f"task {config.name!r}: kind: expected image-classification for backbone {backbone.name}, "
                 f"got {self.name}"
             )
+        read_options(config, {})
         train, test = read_splits(config, FIELDS)
         labels = (train.columns["label"], test.columns["label"])
-        classes = classes_of(*labels, (config.train, config.test or config.train))
+        classes = classes_of(labels, config, test.where)
 
         def rows(table: Table, found: Sequence[int | str]) -> Rows:
             columns = table.columns

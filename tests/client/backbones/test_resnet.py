@@ -60,7 +60,7 @@ def test_names_are_those_of_torchvision() -> None:
 
 
 def test_real_weights_name_real_images() -> None:
-    """ResNet-20 of CIFAR-10 with its own classifier, on images that JPEG has spoilt; chance is a tenth."""
+    """ResNet-20 of CIFAR-10 with its own classifier: eight of ten test images, which JPEG has harmed."""
     weights, images = DATA / "backbones" / "resnet20-12fca82f.th", DATA / "image" / "cifar10_jpeg.npz"
     if not weights.is_file() or not images.is_file():
         pytest.skip("needs ../shared/data")

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from share_client.kind_names import KINDS
+from share_client.kinds import find_kind
 from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, PreparedTask, prepare_task
 from share_client.training.batches import epoch_batches, sorted_batches
@@ -24,10 +26,15 @@ def config(tmp_path: Path) -> TaskConfig:
 
 
 def test_classes_are_the_sorted_labels_of_both_splits(config: TaskConfig, backbone: Backbone) -> None:
-    task = prepare_task(config, backbone)
+    task = prepare_task(replace(config, rows=4), backbone)
     assert task.classes == (3, 7, 9)
     _, targets = task.test.batch([0, 1], torch.device("cpu"))
     assert targets.tolist() == [0, 2]
+
+
+def test_a_class_without_training_rows_is_refused_unless_rows_cuts_them(config: TaskConfig, backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match=r"test\.npz: row 1: label: expected one of the 2 classes .*1 test row"):
+        prepare_task(config, backbone)
 
 
 def test_rows_are_cut(config: TaskConfig, backbone: Backbone) -> None:
@@ -55,3 +62,8 @@ def test_every_row_comes_once_an_epoch(bars: PreparedTask) -> None:
         assert sorted(row for batch in batches for row in batch) == list(range(192))
         assert sorted(map(len, batches)) == [42, 50, 50, 50]
     assert first != second
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_name_is_that_of_its_kind(name: str) -> None:
+    assert find_kind(name).name == name

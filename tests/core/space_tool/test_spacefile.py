@@ -198,7 +198,7 @@ EXPORT = ("exports", 0)
 LIES: dict[str, tuple[type[PayloadError], str, Change]] = {
     "no header": (HeaderError, "share-space merge", lambda h, t: "{}"),
     "header no JSON": (HeaderError, "not JSON", lambda h, t: "{,}"),
-    "header of nothing but brackets": (HeaderError, "not JSON", lambda h, t: "[" * 100_000),
+    "header of nothing but brackets": (HeaderError, "nested too deeply", lambda h, t: "[" * 100_000),
     "header a list": (HeaderError, "expected a file of format", lambda h, t: "[]"),
     "header with NaN": (HeaderError, "NaN", put("policy", "budget", float("nan"))),
     "header with a key twice": (HeaderError, "twice", lambda h, t: json.dumps(h)[:-1] + ', "version": 1}'),
