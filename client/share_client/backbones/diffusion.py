@@ -157,6 +157,9 @@ def _load(package: str, name: str, folder: Path) -> Any:
     except ImportError as error:
         raise ConfigError(f"backbone {folder.parent} needs {package}: pip install 'fedshare[diffusion]'") from error
     more: dict[str, Any] = {"torch_dtype" if package == "diffusers" else "dtype": torch.float32}
+    if package == "diffusers":
+        # Otherwise it patches nn.Module of the whole process meanwhile, and what another thread trains breaks.
+        more["low_cpu_mem_usage"] = False
     more = {} if name == "AutoTokenizer" else {**more, "use_safetensors": True}
     try:
         return made.from_pretrained(folder, local_files_only=True, **more)
