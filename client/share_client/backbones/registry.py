@@ -26,8 +26,8 @@ class Family:
 
 
 _HERE = "share_client.backbones"
-_LOADING = threading.Lock()
-"""Held while a backbone is loaded: transformers sets defaults of the whole process meanwhile."""
+_LOADING = threading.RLock()
+"""Held while a backbone is loaded: transformers sets defaults of the whole process meanwhile. A factory may load one."""
 _MODULE_KEYS = frozenset({"weights", "sites", "image"})
 FAMILIES = (
     Family(lambda model: model == "digits-vit", f"{_HERE}.digits_vit", frozenset({"sites"})),
