@@ -27,7 +27,7 @@ class Family:
 
 _HERE = "share_client.backbones"
 _LOADING = threading.RLock()
-"""Held while a backbone is loaded: transformers sets defaults of the whole process meanwhile. A factory may load one."""
+"""Held while a backbone is loaded: transformers sets defaults of the process meanwhile. Factories may load others."""
 _MODULE_KEYS = frozenset({"weights", "sites", "image"})
 FAMILIES = (
     Family(lambda model: model == "digits-vit", f"{_HERE}.digits_vit", frozenset({"sites"})),

@@ -36,7 +36,7 @@ def federation(own_hub_class: Any, connect: Any, tmp_path: Path) -> Iterator[Cal
         paths = []
         for layout, task in zip(layouts, tasks.values(), strict=True):
             path = layout.root / "tasks.toml"
-            lines = [f"{key} = {getattr(task, key)}" for key in ("epochs", "batch_size", "learning_rate")]
+            lines = ["refit = false", *(f"{key} = {getattr(task, key)}" for key in ("epochs", "batch_size"))]
             names = [f'{key} = "{getattr(task, key)}"' for key in ("name", "kind", "train", "test")]
             path.write_text("\n".join([head, 'device = "cpu"', "[[task]]", *names, *lines]) + "\n")
             paths.append(path)
