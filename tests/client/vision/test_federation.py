@@ -20,7 +20,7 @@ from share_core.fingerprint import describe_space
 from share_proto.v1 import hub_pb2
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-OPTIONS = SessionOptions(linger_s=1.0, poll_s=0.02, lock_s=0.5)
+OPTIONS = SessionOptions(linger_s=0.5, poll_s=0.02, lock_s=0.5)
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_text_to_image(denoiser_folder: Path, federation: Any, tmp_path: Path) -
     for name, forms, dark, seed in (("north", ("square", "disc"), True, 13), ("south", ("cross", "ring"), False, 14)):
         write_captions(tmp_path / name, forms, 96, 24, seed, dark)
         files = (tmp_path / name / "train.jsonl", tmp_path / name / "test.jsonl")
-        tasks[name] = TaskConfig(name, "text-to-image", *files, epochs=8, batch_size=16)
+        tasks[name] = TaskConfig(name, "text-to-image", *files, epochs=6, batch_size=16)
     got = federation(backbone, f'backbone = "{denoiser_folder}"', tasks)
     for name, config in tasks.items():
         before = frozen(backbone, config)
-        assert got[name] > before * 0.99, f"{name}: the loss was {-before:.3f}, is {-got[name]:.3f}"
+        assert got[name] > before * 0.995, f"{name}: the loss was {-before:.3f}, is {-got[name]:.3f}"
 
 
 def test_real_images_on_a_real_residual_network(federation: Any, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_real_images_on_a_real_residual_network(federation: Any, tmp_path: Path)
         files = (tmp_path / "data" / name / "train.npz", tmp_path / "data" / name / "test.npz")
         for file, (x, y) in zip(files, images(), strict=True):
             np.savez(file, x=x, y=y)
-        tasks[name] = TaskConfig(name, "image-classification", *files, epochs=3)
+        tasks[name] = TaskConfig(name, "image-classification", *files, epochs=2)
     got = federation(backbone, _table(config), tasks)
     for name, task in tasks.items():
         assert got[name] > frozen(backbone, task) + 0.03, (name, got, frozen(backbone, task))
