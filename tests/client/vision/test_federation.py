@@ -36,7 +36,7 @@ def federation(own_hub_class: Any, connect: Any, tmp_path: Path) -> Iterator[Cal
         paths = []
         for layout, task in zip(layouts, tasks.values(), strict=True):
             path = layout.root / "tasks.toml"
-            lines = ["refit = false", *(f"{key} = {getattr(task, key)}" for key in ("epochs", "batch_size"))]
+            lines = [f"{key} = {getattr(task, key)}" for key in ("epochs", "batch_size")]
             names = [f'{key} = "{getattr(task, key)}"' for key in ("name", "kind", "train", "test")]
             path.write_text("\n".join([head, 'device = "cpu"', "[[task]]", *names, *lines]) + "\n")
             paths.append(path)
@@ -46,7 +46,7 @@ def federation(own_hub_class: Any, connect: Any, tmp_path: Path) -> Iterator[Cal
                     lambda pair: run_session(pair[0].root, pair[1], options=OPTIONS), zip(layouts, paths, strict=True)
                 )
             )
-        assert [(one.submitted, one.merged, one.refused) for one in counters] == [(1, 1, 0)] * 2
+        assert all(one.submitted == one.merged >= 1 and one.refused == 0 for one in counters), counters
         found = {}
         for line in connect(layouts[0]).hub.ListEvaluations(hub_pb2.ListEvaluationsRequest()).evaluations:
             found[line.task_id.partition("/")[0]] = line.value
