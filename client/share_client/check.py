@@ -203,8 +203,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     peak = watch.peak()
     if not math.isfinite(result.loss):
         raise ConfigError(
-            f"task {config.name!r}: expected a finite loss in the first steps, got {result.loss}; lower learning_rate, "
-            "and look for extreme numbers in the data"
+            f"task {config.name!r}: expected a finite loss in the first steps, got {result.loss}; lower learning_rate"
         )
     payload = encode_update(result.update)
     per_epoch = -(-task.train_rows // config.batch_size)

@@ -204,7 +204,8 @@ def _examined(text: str, path: Path) -> Examined:
     misplaced = [key for key in document if key in _READERS and key not in _TOP]
     problems = _Problems(values.unknown([key for key in document if key not in misplaced], _TOP, where))
     for key in misplaced:
-        problems.append(ConfigError(f"{where}: {key}: expected it in a [[task]], or in [defaults] for all; move it there"))
+        found_in = f"{where}: {key}"
+        problems.append(ConfigError(f"{found_in}: expected it in a [[task]], or in [defaults] for all; move it there"))
     backbone = problems.tried(lambda: _backbone(document, path), None)
     device = problems.tried(
         lambda: values.one_of(document.get("device", "auto"), DEVICES, f"{where}: device"), DEVICES[0]
