@@ -141,6 +141,6 @@ def require_finite_gradients(gradients: Iterable[Tensor], task: PreparedTask) ->
     """
     if not all(bool(torch.isfinite(one).all()) for one in gradients):
         raise ConfigError(
-            f"task {task.config.name!r}: expected finite gradients on the first batches, got NaN or infinity; look for "
-            "extreme numbers in the data"
+            f"task {task.config.name!r}: expected finite gradients on the first batches, got NaN or infinity; look "
+            f"for extreme numbers in {task.config.train}"
         )
