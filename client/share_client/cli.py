@@ -1,4 +1,4 @@
-"""``share-client``: join a federation, look at what this client does, follow versions, describe a backbone."""
+"""``share-client``: join a federation, contribute and pull adapters, follow versions, describe a backbone."""
 
 from __future__ import annotations
 
@@ -105,6 +105,26 @@ def check(
 
 
 @app.command()
+def enrol(
+    token: Annotated[
+        str, typer.Argument(metavar="TOKEN", help="Join token, a file that holds it, or - for standard input.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="CDIR", help="Where this client keeps everything.")
+    ] = None,
+) -> None:
+    """Enrol and end: enough for who only contributes adapters and pulls tasks, and never trains."""
+    from share_client.join import ensure_member, only_join
+    from share_client.member import ClientLayout
+
+    with plain_errors("share-client"):
+        text = _read_token(token)
+        layout = ClientLayout(directory or _default_directory(text))
+        with only_join(layout):
+            ensure_member(layout, text, datetime.now(UTC), _tell)
+
+
+@app.command()
 def status(directory: Directory, as_json: Json = False) -> None:
     """Show what this client has trained, sent and measured. Needs no server."""
     from share_client.member import ClientLayout
@@ -116,6 +136,34 @@ def status(directory: Directory, as_json: Json = False) -> None:
             typer.echo(json.dumps(found))
         else:
             print_status(found)
+
+
+@app.command()
+def history(
+    task: Annotated[str | None, typer.Argument(metavar="[TASK]", help="Only this task.", show_default=False)] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", metavar="CDIR", help="The client directory made by 'join'.")
+    ] = Path(),
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw it into this .png or .svg file.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how well each task did after every version, and why it was trained. Needs no server."""
+    from share_client.history import check_picture, client_history, plot_history, print_history
+    from share_client.member import ClientLayout
+
+    with plain_errors("share-client"):
+        if plot is not None:
+            check_picture(plot)
+        found = client_history(ClientLayout(directory), task)
+        if plot is not None:
+            plot_history(found, plot)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            print_history(found)
 
 
 @app.command()
@@ -227,6 +275,84 @@ def space(
         spec = describe_space(loaded.name, loaded.site_weights(), k_max=k_max, tau=tau)
         output.write_text(spec_to_toml(spec), encoding="utf-8")
     typer.echo(f"{output}: space {spec.space_id} of {spec.backbone}, {len(spec.sites)} sites")
+
+
+@app.command()
+def contribute(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER_DIR...", help="Directories that PEFT's save_pretrained wrote.")
+    ],
+    directory: Directory,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The task it is for. [default: the directory's name]")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The backbone it was trained on; its weights are compared with the space."),
+    ] = None,
+    approval: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The operator's approval, where the backbone is not at hand.")
+    ] = None,
+    share_head: Annotated[
+        bool, typer.Option("--share-head", help="Let the modules under modules_to_save leave too.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is merged.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit PEFT adapters that exist already: no data, no training. Exit code 1 unless all were taken."""
+    import dataclasses
+
+    from share_client.contribute import contribute as send
+    from share_client.contribute import outcome_text, read_contributions
+    from share_client.member import ClientLayout
+
+    with plain_errors("share-client"):
+        wanted = read_contributions(adapters, task, share_head)
+        with _connected(directory) as link:
+            found = send(
+                ClientLayout(directory), link, wanted, backbone=backbone, approval=approval, wait=wait, tell=_tell
+            )
+    if as_json:
+        typer.echo(json.dumps({"adapters": [dataclasses.asdict(one) for one in found]}))
+    else:
+        for one in found:
+            typer.echo(outcome_text(one))
+    taken = ("merged",) if wait else ("merged", "sent", "set_aside")
+    raise typer.Exit(0 if all(one.state in taken for one in found) else 1)
+
+
+@app.command()
+def pull(
+    task: Annotated[str, typer.Option(metavar="NAME", help="An own task, or organisation/name.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")],
+    directory: Directory,
+    version: Annotated[int, typer.Option(help="Which version; 0 is the newest.", min=0)] = 0,
+    rank: Annotated[int | None, typer.Option(help="Largest rank; cuts what is weakest.", min=1)] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The backbone: compared, and asked how its layers are stored.")
+    ] = None,
+    merged_into: Annotated[
+        Path | None,
+        typer.Option(metavar="BACKBONE_PATH", help="Write a copy of this model with the task in its weights instead."),
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(metavar="ADAPTER_DIR", help="Take module names and base model from this adapter.")
+    ] = None,
+    head: Annotated[bool, typer.Option(help="Put the private head in where this client has it.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace what 'pull' wrote there before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a task as a PEFT adapter directory for inference, from the newest signed version."""
+    import dataclasses
+
+    from share_client.member import ClientLayout
+    from share_client.pull import PullOptions, pulled_text
+    from share_client.pull import pull as write
+
+    with plain_errors("share-client"), _connected(directory) as link:
+        options = PullOptions(version, rank, backbone, merged_into, like, head, force)
+        made = write(ClientLayout(directory), link, task, out, options)
+    typer.echo(json.dumps(dataclasses.asdict(made)) if as_json else pulled_text(made))
 
 
 def _read_token(argument: str | None) -> str | None:

@@ -174,7 +174,8 @@ def load_member(layout: ClientLayout) -> Member:
         document = json.loads(layout.member.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{layout.root} is not enrolled: it has no member.json; run share-client join TOKEN --dir {layout.root}"
+            f"{layout.root} is not enrolled: it has no member.json; run share-client join TOKEN --dir {layout.root} ("
+            "enrol in place of join if it is not to train)"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(

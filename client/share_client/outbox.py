@@ -69,6 +69,14 @@ class Training:
     """Trained parameters."""
     rebases: int = 0
     """How often this training was expressed in the bases of a newer version."""
+    why: str = ""
+    """Why it was trained, in words."""
+    refit: bool = False
+    """Whether it learned the coefficients of a merged training again, in newer bases."""
+    columns: int = 0
+    """Basis vectors that it could use, over all sites and both sides."""
+    captured: float = 0.0
+    """Share of the gradient's energy left at the end that coefficients in those bases could follow."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ class TaskRecord:
     """Why."""
     retrainings: int = 0
     """Trainings thrown away in a row because their version was no longer kept."""
+    refits: int = 0
+    """How often the newest data was refitted in newer bases, or could have been and was not, see :mod:`.refits`."""
+    columns: int = 0
+    """Basis vectors that the last training, or the last such try, could use; 0: not known."""
+    captured: float = 0.0
+    """Share of the gradient's energy that the bases of the last training captured, see :mod:`.refits`."""
 
     def wants(self, content_hash: str) -> bool:
         """Whether data with this hash has yet to be trained."""
@@ -84,14 +90,31 @@ class Records:
         """Return every record, by name."""
         return [self._records[name] for name in sorted(self._records)]
 
-    def merged(self, task: str, content_hash: str, version: int, head: bytes) -> None:
+    def merged(
+        self,
+        task: str,
+        content_hash: str,
+        version: int,
+        head: bytes,
+        *,
+        refit: bool = False,
+        columns: int = 0,
+        captured: float = 0.0,
+    ) -> None:
         """Record that a training was merged in ``version``. Doing it twice changes nothing."""
         record = self.get(task)
         if any(known.version == version for known in record.heads):
             return
         write_atomic(self._head_path(task, version), head)
         heads = tuple(sorted((*record.heads, Head(version, content_hash)), key=lambda head: head.version))
-        self._save(replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0))
+        fresh = replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0)
+        refits = record.refits + 1 if refit else 0
+        self._save(replace(fresh, refits=refits, columns=columns, captured=captured))
+
+    def not_refitted(self, task: str, columns: int) -> None:
+        """Record that a refit in bases of ``columns`` vectors was not worth sending."""
+        record = self.get(task)
+        self._save(replace(record, refits=record.refits + 1, columns=columns))
 
     def refused(self, task: str, content_hash: str, reason: str) -> None:
         """Record that the hub will never take what was trained on this data."""
@@ -107,7 +130,11 @@ class Records:
 
     def read_head(self, task: str, head: Head) -> Mapping[str, Tensor]:
         """Return the tensors of a private head."""
-        return safetensors.torch.load(self._head_path(task, head.version).read_bytes())
+        return safetensors.torch.load(self.head_bytes(task, head))
+
+    def head_bytes(self, task: str, head: Head) -> bytes:
+        """Return a private head as the safetensors file that was kept, with its metadata."""
+        return self._head_path(task, head.version).read_bytes()
 
     def prune(self, walked: int) -> None:
         """Drop heads that no version from ``walked`` on belongs to."""

@@ -213,7 +213,15 @@ class Sender:
         """Record a merge; the order matters: what must outlive the entry is durable before the entry goes."""
         training = entry.training
         known = any(line.get("update_id") == entry.update_id for line in self._records.history(training.task))
-        self._records.merged(training.task, training.content_hash, record.version, entry.read_head())
+        self._records.merged(
+            training.task,
+            training.content_hash,
+            record.version,
+            entry.read_head(),
+            refit=training.refit,
+            columns=training.columns,
+            captured=training.captured,
+        )
         merge = {
             "event": "merged",
             "update_id": entry.update_id,

@@ -27,13 +27,14 @@ from share_client.member import ClientLayout, Member, load_credentials, load_mem
 from share_client.outbox import Outbox, Training
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
+from share_client.refits import Refits
 from share_client.renewal import kept_renewed
 from share_client.sending import Sender
 from share_client.session_log import SessionLog
 from share_client.signing import SubmissionSigner
 from share_client.sources import Sources, open_relay
 from share_client.spending import Spending
-from share_client.trainer import BackboneTrainer, LocalTask, Step, Trainer
+from share_client.trainer import BackboneTrainer, LocalTask, Step, Trained, Trainer
 from share_client.view import View
 from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
 from share_core.fingerprint import check_backbone
@@ -106,7 +107,7 @@ def run_session(
     address = (lease.hub_address if lease else "") or member.hub_address
     with (
         contextlib.closing(log),
-        _only_session(layout, options.lock_s),
+        only_session(layout, options.lock_s),
         HubLink(address, credentials) as link,
         open_relay(member.follow_address, credentials) as relay,
         kept_renewed(layout, [link, relay], lambda text: log.write("certificate", reason=text)),
@@ -115,7 +116,7 @@ def run_session(
             description = patiently(link.describe, stop, lambda error: log.write("waiting", reason=str(error)))
             if description is None:
                 return SessionCounters(0, 0, 0, 0, version=0, idle=False)
-            _check_space(description, member, lease)
+            check_space(description, member, lease)
             trainer = trainer or BackboneTrainer(tasks_path)
             trainer.tasks()  # a tasks file that cannot be used at the start is told at once
             chain = open_chain(description, credentials, chain_path(layout.cache, description.spec), datetime.now(UTC))
@@ -157,6 +158,7 @@ class _Session:
         self._outbox = Outbox(layout.outbox)
         self._records = Records(layout.tasks)
         self._spending = Spending(layout.tasks)
+        self._refits = Refits(trainer, self._records, self._spending, log)
         self._cache = SpaceCache(layout.cache, self._spec, chain)
         self._view = View(self._first_space(description))
         rebaser = Rebaser(self._spec, lambda: self._view.newest, self._hub_versions)
@@ -204,6 +206,9 @@ class _Session:
             task = None if unsettled else self._next_task()
             if task is not None and self._may_train():
                 self._train(task)
+                last_event = time.monotonic()
+                continue
+            if task is None and not unsettled and self._may_train() and self._refit():
                 last_event = time.monotonic()
                 continue
             if evaluated:
@@ -307,7 +312,7 @@ class _Session:
         """Train one task in the newest version and put the result into the outbox."""
         self._check_backbone()
         space = self._view.newest
-        task_id = f"{self._member.organisation}/{task.name}"
+        task_id = self._task_id(task)
         self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
         try:
             if task.config is not None:
@@ -319,6 +324,30 @@ class _Session:
             return
         if trained.declared is not None:  # before anything of it can leave
             self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
+        known = bool(self._records.get(task.name).heads)
+        self._keep(task, trained, space, "its data changed" if known else "it was new", refit=False)
+
+    def _refit(self) -> bool:
+        """Refit a task for which the subspace has grown usefully; return whether there was one to look at."""
+        space = self._view.walked
+        if space.version != self._view.newest.version:
+            return False
+        tasks = [task for task in self._tasks() if task.name not in self._set_aside]
+        task = self._refits.next(tasks, space, self._task_id)
+        if task is None:
+            return False
+        self._check_backbone()
+        trained = self._refits.run(task, space, self._task_id(task), self._progress(task, space.version))
+        if trained is not None:
+            self._keep(task, trained, space, "the subspace had grown", refit=True)
+        return True
+
+    def _task_id(self, task: LocalTask) -> str:
+        return f"{self._member.organisation}/{task.name}"
+
+    def _keep(self, task: LocalTask, trained: Trained, space: Space, why: str, refit: bool) -> None:
+        """Put what was trained into the outbox: from here on no crash loses it."""
+        task_id = self._task_id(task)
         payload = encode_update(trained.update)
         training = Training(
             task=task.name,
@@ -329,6 +358,10 @@ class _Session:
             seconds=trained.seconds,
             rows=trained.rows,
             trained_numbers=trained.trained_numbers,
+            why=why,
+            refit=refit,
+            columns=trained.columns,
+            captured=trained.captured,
         )
         self._outbox.put(
             payload,
@@ -383,7 +416,7 @@ class _Session:
         for task in self._tasks():
             record = self._records.get(task.name)
             head = record.head_at(space.version)
-            task_id = f"{self._member.organisation}/{task.name}"
+            task_id = self._task_id(task)
             known = head is not None and head.content_hash == task.content_hash and task_id in space.cores
             if not known or self._records.is_evaluated(task.name, space.version):
                 continue
@@ -417,7 +450,12 @@ class _Session:
         self._log.write("waiting", reason=str(error))
 
 
-def _check_space(description: SpaceDescription, member: Member, lease: Lease | None) -> None:
+def check_space(description: SpaceDescription, member: Member, lease: Lease | None = None) -> None:
+    """Refuse a hub whose space is not the lease's, or without a lease the one that this client was enrolled for.
+
+    Raises:
+        SpaceMismatchError: naming both.
+    """
     expected = lease.space_id if lease else member.space_id
     if description.spec.space_id != expected:
         raise SpaceMismatchError(
@@ -427,8 +465,12 @@ def _check_space(description: SpaceDescription, member: Member, lease: Lease | N
 
 
 @contextlib.contextmanager
-def _only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
-    """Hold the session lock: two sessions on one directory would train and send everything twice."""
+def only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
+    """Hold the session lock: two sessions on one directory would train and send everything twice.
+
+    Raises:
+        UnavailableError: another one holds it for longer than ``seconds``.
+    """
     end = time.monotonic() + seconds
     with (layout.root / "session.lock").open("a") as file:
         while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from share_core.durable import PRIVATE
 _SENTENCES: Mapping[str, str] = {
     "started": "session for {member} in {space} at version {version}",
     "waiting": "waiting for the hub: {reason}",
+    "contributing": "{task}: {sites} sites of rank up to {rank}, {payload_bytes} bytes to send",
     "training": "{task}: training on {rows} rows in version {version}",
     "progress": "{task}: epoch {epoch}, step {step} of {steps}, loss {loss:.4f}",
     "trained": "{task}: trained {steps} steps in {seconds:.1f} s, loss {loss:.4f}, {payload_bytes} bytes to send",
     "spent": "{task}: epsilon {epsilon:.3f} at delta {delta:.1e} spent by all its trainings so far",
+    "refit": "{task}: coefficients learned again in version {version}: {reason}",
     "acknowledged": "{task}: the hub has the update as number {ingest_seq}",
     "merged": "{task}: merged in version {version}, staleness {staleness}",
     "refused": "{task}: refused: {reason}",
@@ -47,9 +49,11 @@ WAITING_EVERY_S = 5.0
 
 
 class SessionLog:
-    """Appends events to one file."""
+    """Appends events to one file, and tells them to who wants to know."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tell: Callable[[str], None] | None = None) -> None:
+        """Append to ``path``; ``tell`` is called with one sentence for people of each event."""
+        self._tell = tell
         make_private_directory(path.parent)
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE)
         self._file = os.fdopen(handle, "a", encoding="utf-8")
@@ -64,6 +68,8 @@ class SessionLog:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._tell is not None:
+            self._tell(sentence(line))
 
     def close(self) -> None:
         """Close the file."""

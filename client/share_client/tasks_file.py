@@ -113,6 +113,8 @@ class TaskConfig:
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
     """Whether the head's tensors leave with the update."""
+    refit: bool = True
+    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
     privacy: PrivacyConfig | None = None
@@ -387,6 +389,7 @@ _READERS: Mapping[str, values.Reader] = {
     "test_rows": values.integer(1, 2**53),
     "max_length": values.integer(4, 8192),
     "share_head": values.boolean,
+    "refit": values.boolean,
     "pace": values.number(0, 60),
     "privacy": _privacy,
 }

@@ -18,10 +18,14 @@ from share_client.data.content import content_hash, stamps
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
+from share_core.space import task_adapter, update_adapter
 from share_core.types import Adapter, Space, Update
 
 if TYPE_CHECKING:
-    from share_client.training import Backbone, PreparedTask
+    from share_client.training import Backbone, PreparedTask, Progress, TrainingOptions, TrainResult
+
+RICHER = 1.5
+"""How many times the share of its last training the newest bases must capture for a refit (docs/adr/0019)."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,26 @@ class Trained:
     """Trained parameters."""
     declared: Declaration | None = None
     """Clipping and noise in the update."""
+    columns: int = 0
+    """Basis vectors that the training could use, over all sites and both sides, its own new directions included."""
+    captured: float = 0.0
+    """Share of the gradient's energy left at the end that coefficients in those bases could follow."""
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What training coefficients again in newer bases gave."""
+
+    captured: float
+    """Share of the gradient's energy that coefficients in the newer bases can follow; 0 where it was not asked."""
+    trained: Trained | None = None
+    """The new coefficients and head; None: the newer bases capture too little more for a try."""
+    before: float = 0.0
+    """Metric of what is stored, on the private test rows."""
+    after: float = 0.0
+    """Metric of the new one, on the same rows."""
+    noise: float = 0.0
+    """Standard error of their difference."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +151,22 @@ class Trainer(Protocol):
         """Measure one task's adapter and head on the private test rows."""
         ...
 
+    def refit(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        head: Mapping[str, Tensor],
+        before: float | None,
+        progress: Callable[[Step], None],
+    ) -> Refit:
+        """Train the stored coefficients of one task again in ``space``, without new directions, and compare.
+
+        ``before`` is the captured share of its last training (:attr:`Trained.captured`): without a clearly larger
+        one now nothing is trained. None: train in any case, and look at no gradient.
+        """
+        ...
+
 
 class BackboneTrainer:
     """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once, when it is first needed."""
@@ -163,15 +203,54 @@ class BackboneTrainer:
 
     def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
         """Train one task in the coordinates of ``space``."""
-        from share_client.training import Progress, TrainingOptions, declare, train_in_space
-
-        def forward(seen: Progress) -> None:
-            progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
+        from share_client.training import TrainingOptions, declare, train_in_space
 
         prepared = self._prepare(task)
         options = TrainingOptions.of(prepared.config)
         declared = declare(prepared.config, prepared.train_rows)
+        forward = _forward(progress)
         result = train_in_space(self._backbone(), prepared, space, task_id, options, forward, declared=declared)
+        return self._trained(prepared, space, options, result)
+
+    def refit(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        head: Mapping[str, Tensor],
+        before: float | None,
+        progress: Callable[[Step], None],
+    ) -> Refit:
+        """Train the stored coefficients of one task again in ``space``, without new directions, and compare."""
+        from share_client.training import TrainingOptions, declare, refit
+
+        prepared, backbone = self._prepare(task), self._backbone()
+        options = TrainingOptions.of(prepared.config)
+        stored, captured = task_adapter(space, task_id), 0.0
+        if before is not None:
+            gradients = refit.gradients_at(backbone, prepared, stored, head, tuple(space.bases), options)
+            captured = refit.captured_share(gradients, space.bases)
+            if captured < RICHER * before:
+                return Refit(captured)
+        declared = declare(prepared.config, prepared.train_rows)
+        result = refit.refit_in_space(
+            backbone, prepared, space, task_id, options, _forward(progress), head, declared=declared
+        )
+        fresh = update_adapter(result.update, space.bases)
+        seen = refit.compare(backbone, prepared, (stored, head), (fresh, result.head))
+        trained = self._trained(prepared, space, options, result)
+        return Refit(captured, trained, before=seen.before, after=seen.after, noise=seen.noise)
+
+    def _trained(self, prepared: PreparedTask, space: Space, options: TrainingOptions, result: TrainResult) -> Trained:
+        """Return a result with what a later refit is compared with; under noise no gradient is looked at."""
+        from share_client.training import refit
+
+        usable = refit.usable_bases(space.bases, result.update)
+        captured = 0.0
+        if result.declared is None:
+            adapter = update_adapter(result.update, space.bases)
+            gradients = refit.gradients_at(self._backbone(), prepared, adapter, result.head, tuple(usable), options)
+            captured = refit.captured_share(gradients, usable)
         return Trained(
             update=result.update,
             head=result.head,
@@ -181,6 +260,8 @@ class BackboneTrainer:
             rows=prepared.train_rows,
             trained_numbers=result.trained_numbers,
             declared=result.declared,
+            columns=refit.columns_of(usable),
+            captured=captured,
         )
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
@@ -211,6 +292,11 @@ class BackboneTrainer:
             known = (task.config, task.content_hash, prepare_task(task.config, self._backbone()))
             self._prepared[task.name] = known
         return known[2]
+
+
+def _forward(progress: Callable[[Step], None]) -> Callable[[Progress], None]:
+    """Return a callback for the training loop that tells ``progress``."""
+    return lambda seen: progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
 
 
 def _require_packages(where: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands ``quarantine``, ``release`` and ``refuse`` of share-server: what the operator decides on."""
+"""The commands ``quarantine``, ``release``, ``refuse`` and ``approve``: what the operator decides on."""
 
 from __future__ import annotations
 
@@ -62,9 +62,28 @@ def refuse(
     _decide(directory, update_id, False, reason, as_json)
 
 
+def approve(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The server directory made by 'init'.")],
+    adapter_sha256: Annotated[
+        str, typer.Argument(metavar="SHA256", help="Of the adapter, as 'share-client contribute' tells its owner.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Vouch that an adapter was trained on this space's backbone; its owner contributes it with the line printed."""
+    from share_core.identity import approve_adapter
+    from share_core.spec_file import read_spec
+
+    with plain_errors("share-server"):
+        layout = Layout(directory)
+        space_id = read_spec(layout.space).space_id
+        approval = approve_adapter(layout.signing_key.read_bytes(), space_id, adapter_sha256)
+    found = {"approval": approval, "space_id": space_id, "adapter_sha256": adapter_sha256}
+    typer.echo(json.dumps(found) if as_json else approval)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line of share-server."""
-    for command in (quarantine, release, refuse):
+    for command in (quarantine, release, refuse, approve):
         app.command()(command)
 
 

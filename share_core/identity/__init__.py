@@ -4,6 +4,7 @@ Everything here is pure: the clock is passed in as an aware ``datetime``, keys a
 and nothing touches a disk or a socket.
 """
 
+from share_core.identity.approval import approve_adapter, check_approval
 from share_core.identity.authority import (
     certificate_fingerprint,
     certificate_to_der,
@@ -38,9 +39,11 @@ __all__ = [
     "ManifestVerifier",
     "SignedManifest",
     "UpdateStatement",
+    "approve_adapter",
     "certificate_fingerprint",
     "certificate_to_der",
     "certificate_to_pem",
+    "check_approval",
     "check_token",
     "check_token_key",
     "check_update_signature",

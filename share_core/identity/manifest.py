@@ -79,14 +79,24 @@ def sign_manifest(key_pem: bytes, manifest: Manifest) -> SignedManifest:
     Raises:
         CertificateError: the key is no Ed25519 key.
     """
+    key = load_signing_key(key_pem)
+    body = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    return SignedManifest(body, key.sign(_signed_bytes(body)))
+
+
+def load_signing_key(key_pem: bytes) -> Ed25519PrivateKey:
+    """Return the hub's signing key.
+
+    Raises:
+        CertificateError: it cannot be read, or is no Ed25519 key.
+    """
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
     except (ValueError, TypeError) as error:
         raise CertificateError("signing key cannot be read: expected an unencrypted PKCS#8 PEM") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise CertificateError(f"signing key is a {type(key).__name__}, expected Ed25519")
-    body = json.dumps(asdict(manifest), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-    return SignedManifest(body, key.sign(_signed_bytes(body)))
+    return key
 
 
 class ManifestVerifier:

@@ -28,10 +28,10 @@ def fingerprinted(backbone: Path, sites: Mapping[str, SiteSpec], kinds: Mapping[
     """
     if not sites:
         return {}
-    files = _files(backbone)
+    files = weight_files(backbone)
     found: dict[str, SiteSpec] = {}
     for name, site in sites.items():
-        weight = _as_matrix(_weight(files, name, backbone), kinds[name])
+        weight = _as_matrix(read_weight(files, name, backbone)[1], kinds[name])
         if tuple(weight.shape) != (site.d_out, site.d_in):
             raise SpaceMismatchError(
                 f"site {name!r}: the adapters have {site.d_out} x {site.d_in}, {backbone} has "
@@ -41,8 +41,12 @@ def fingerprinted(backbone: Path, sites: Mapping[str, SiteSpec], kinds: Mapping[
     return found
 
 
-def _files(backbone: Path) -> dict[str, Path]:
-    """Return every tensor name with the file that holds it."""
+def weight_files(backbone: Path) -> dict[str, Path]:
+    """Return every tensor name of a backbone, a directory or one file, with the file that holds it.
+
+    Raises:
+        ConfigError: there is no readable safetensors model.
+    """
     files = [backbone] if backbone.is_file() else sorted(backbone.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -60,7 +64,12 @@ def _names(path: Path) -> Iterator[str]:
         raise ConfigError(f"cannot read {path}: {error}") from None
 
 
-def _weight(files: Mapping[str, Path], site: str, backbone: Path) -> Tensor:
+def read_weight(files: Mapping[str, Path], site: str, backbone: Path) -> tuple[str, Tensor]:
+    """Return name and value of the weight of a site: ``SITE.weight``, with any model prefix.
+
+    Raises:
+        SpaceMismatchError: there is none, or more than one.
+    """
     wanted = f"{site}.weight"
     matches = [wanted] if wanted in files else [name for name in files if name.endswith(f".{wanted}")]
     if len(matches) != 1:
@@ -69,7 +78,7 @@ def _weight(files: Mapping[str, Path], site: str, backbone: Path) -> Tensor:
         )
     with safe_open(files[matches[0]], framework="pt") as file:
         weight: Tensor = file.get_tensor(matches[0])
-        return weight
+        return matches[0], weight
 
 
 def _as_matrix(weight: Tensor, kind: PeftSite) -> Tensor:

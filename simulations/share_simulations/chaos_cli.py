@@ -244,6 +244,26 @@ def bombs(
     run_campaign(lambda: run_bombs(BombOptions(throws, mutants=mutants, directory=folder)), as_json)
 
 
+@chaos_app.command()
+def client(
+    kills: Annotated[int, typer.Option(min=1, help="SIGKILLs in all.")] = 300,
+    mutants: Mutants = False,
+    seed: Seed = 0,
+    folder: Disk = None,
+    as_json: Json = False,
+) -> None:
+    """Kill a real client session (SIGKILL) at any moment of training, saving and sending, and let it continue.
+
+    Clients with two small tasks and the packaged backbone train, keep, sign and send to a real hub. Each is killed up
+    to three times: before a system call that changes a file, of any kind, of the outbox or of the records, or after
+    some time. Then it is left alone until nothing is left to do: nothing that was kept is lost or trained again, and
+    the hub has taken each training once. Quick look: --kills 12.
+    """
+    from share_simulations.chaos.client import ClientOptions, run_client_kills
+
+    run_campaign(lambda: run_client_kills(ClientOptions(kills, seed, mutants, folder)), as_json)
+
+
 def run_campaign(run: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Run a campaign and print its report; exit code 1 if a promise was broken or a planted bug survived.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from share_client.trainer import LocalTask, Measured, Step, Trained
+from share_client.trainer import LocalTask, Measured, Refit, Step, Trained
 from share_core.errors import ConfigError
 from share_core.types import Adapter, Factors, SiteUpdate, Space, Update
 
@@ -59,6 +59,17 @@ class FakeTrainer:
         seed = int(task.content_hash[:8], 16)
         head = {"seed": torch.tensor([float(seed % 1000)])}
         return Trained(make_update(space, seed), head, loss=0.5, steps=1, seconds=0.01, rows=100)
+
+    def refit(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        head: Mapping[str, Tensor],
+        before: float | None,
+        progress: Callable[[Step], None],
+    ) -> Refit:
+        return Refit(captured=0.0)
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
         assert float(head["seed"]) == int(task.content_hash[:8], 16) % 1000, "the head of other data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from share_client.backbones import Backbone, load_backbone
 from share_client.kinds import PreparedTask, find_kind
 from share_client.tasks_file import TaskConfig
+from share_client.training import refit
 from share_client.training.accounting import declare, total_epsilon
 from share_client.training.evaluation import evaluate
 from share_client.training.in_space import train_in_space
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "load_backbone",
     "prepare_task",
+    "refit",
     "total_epsilon",
     "train_in_space",
     "train_lora",

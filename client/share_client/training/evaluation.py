@@ -36,6 +36,17 @@ def evaluate(
         SpaceMismatchError: the adapter has a site that the backbone does not, or of another shape.
         ConfigError: the head does not fit the task.
     """
+    whole = judged_rows(backbone, task, adapter, head)
+    return EvaluationResult(
+        metric=task.kind.metric,
+        value=task.kind.score(whole),
+        rows=task.test_rows,
+        details=task.kind.details(whole),
+    )
+
+
+def judged_rows(backbone: Backbone, task: PreparedTask, adapter: Adapter | None, head: Mapping[str, Tensor]) -> Tensor:
+    """Return what the kind judges of every test row, (rows, n), always in one order. Raises as :func:`evaluate`."""
     module = fresh_head(backbone, task, 0, head)
     modules: dict[str, nn.Module] = {}
     for site, factors in (adapter or {}).items():
@@ -53,10 +64,4 @@ def evaluate(
         for rows in sorted_batches(task.test, BATCH):
             inputs, target = task.test.batch(rows, backbone.device)
             judged.append(task.kind.judge(task.kind.outputs(backbone, module, inputs), target).cpu())
-    whole = torch.cat(judged)
-    return EvaluationResult(
-        metric=task.kind.metric,
-        value=task.kind.score(whole),
-        rows=task.test_rows,
-        details=task.kind.details(whole),
-    )
+    return torch.cat(judged)

@@ -27,7 +27,7 @@ from share_client.enrol import enrol
 from share_client.link import HubLink
 from share_client.member import ClientLayout, load_credentials, load_member, save_member
 from share_client.outbox import list_outbox
-from share_client.trainer import LocalTask, Measured, Step, Trained
+from share_client.trainer import LocalTask, Measured, Refit, Step, Trained
 from share_client.uploading import Submission
 from share_core.errors import ConfigError, DigestError, FedshareError, TokenError, UnavailableError
 from share_core.types import Adapter, Space
@@ -165,6 +165,18 @@ class SleepingTrainer:
         update = toy_update(self._spec, space, seed)
         head = {"seed": torch.tensor([float(seed % 1000)])}
         return Trained(update, head, loss=0.5, steps=1, seconds=time.monotonic() - begin, rows=100)
+
+    def refit(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        head: Mapping[str, Tensor],
+        before: float | None,
+        progress: Callable[[Step], None],
+    ) -> Refit:
+        """Never: this trainer has nothing to refit."""
+        return Refit(captured=0.0)
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
         """Return some number; the private head must be the one of this data."""
