@@ -46,6 +46,7 @@ def row(number: int, **more: object) -> dict[str, object]:
 
 
 GOOD = [row(number) for number in range(8)]
+RENAMED = [{"sentence": one["text"], "gold": one["label"]} for one in GOOD]
 
 
 def npz(**arrays: Any) -> bytes:
@@ -111,6 +112,9 @@ def tasks_file_cases() -> None:
     case("no-test", TEXTS + task(test=None), ["key 'test' is missing", "validation = 0.2"])
     case("test-and-validation", TEXTS + task(validation=0.2), ["either test or validation, got both"])
     case("validation-too-large", TEXTS + task(test=None, validation=1.5), ["validation", "from 0.01 to 0.9", "1.5"])
+
+
+def value_cases() -> None:
     case("no-epochs", TEXTS + task(epochs=0), ["epochs", "integer from 1", "0 (int)"])
     case("batch-size-in-quotes", TEXTS + task(batch_size='"32"'), ["batch_size", "integer", "'32' (str)"])
     case("learning-rate-nan", TEXTS + task(learning_rate="nan"), ["learning_rate", "number above 0 to 1", "nan"])
@@ -134,6 +138,9 @@ def tasks_file_cases() -> None:
     )
     case("text-on-an-image-backbone", IMAGES + task(), ["task 'one'", "kind", "image-classification", "digits-vit"])
     case("image-on-a-text-backbone", TEXTS + image_task(), ["task 'one'", "kind", "text-classification"])
+
+
+def privacy_cases() -> None:
     privacy = "[privacy]\n"
     case("privacy-without-a-number", TEXTS + privacy + task(), ["privacy", "epsilon or noise_multiplier, got neither"])
     case(
@@ -163,15 +170,14 @@ def tasks_file_cases() -> None:
     )
 
 
-def text_cases() -> None:
-    renamed = [{"sentence": one["text"], "gold": one["label"]} for one in GOOD]
+def column_cases() -> None:
     bad_train(
-        "wrong-column", "a.jsonl", jsonl(*renamed), ["line 1", "'text' is missing", "gold, sentence", "columns = {"]
+        "wrong-column", "a.jsonl", jsonl(*RENAMED), ["line 1", "'text' is missing", "gold, sentence", "columns = {"]
     )
     bad_train(
         "misspelt-column",
         "a.jsonl",
-        jsonl(*renamed),
+        jsonl(*RENAMED),
         ["'sentense'", "did you mean 'sentence'"],
         columns='{ text = "sentense", label = "gold" }',
     )
@@ -180,6 +186,9 @@ def text_cases() -> None:
         TEXTS + task(columns='{ labels = "gold" }'),
         ["columns: unknown field 'labels'", "label, text, text_b", "did you mean 'label'"],
     )
+
+
+def json_cases() -> None:
     bad_train("no-json", "a.jsonl", jsonl(*GOOD) + f"{SECRET}\n".encode(), ["line 9", "one JSON object"])
     bad_train("json-list", "a.jsonl", json.dumps(GOOD).encode(), ["line 1", "a JSON object, got list", "for each line"])
     bad_train(
@@ -206,6 +215,9 @@ def text_cases() -> None:
         ["label", "got an empty one", "fill it in"],
         test="a.jsonl",
     )
+
+
+def text_cases() -> None:
     bad_train("text-a-number", "a.jsonl", jsonl(row(0), row(1, text=7)), ["line 2: text", "a string, got int"])
     bad_train(
         "text-half-character", "a.jsonl", jsonl(row(0, text="\ud800")), ["line 1: text", "half of a surrogate pair"]
@@ -247,6 +259,9 @@ def text_cases() -> None:
         validation=0.2,
     )
     bad_train("a-spreadsheet", "a.xlsx", b"PK", ["ends with .jsonl", "'.xlsx'", "docs/data.md"])
+
+
+def csv_cases() -> None:
     lines = [b"text,label", *(f"{one['text']},{one['label']}".encode() for one in GOOD)]
     table = b"\n".join(lines) + b"\n"
     bad_train("utf-16", "a.csv", table.decode().encode("utf-16"), ["line 1", "UTF-16", "iconv -f UTF-16"])
@@ -269,6 +284,9 @@ def text_cases() -> None:
     bad_train("csv-open-quote", "a.csv", table + b'"open,1\n', ["line 10", "comma-separated", "quotes"])
     bad_train("csv-label-empty", "a.csv", table + b"a,\n", ["line 10: label", "got nothing"])
     bad_train("csv-same-column-twice", "a.csv", b"text,label,text\na,1,b\n", ["line 1", "a name twice"])
+
+
+def arrow_cases() -> None:
     bad_train("no-parquet", "a.parquet", b"PAR1 but no more", ["cannot read Parquet"])
     bad_train(
         "parquet-gaps",
@@ -277,7 +295,7 @@ def text_cases() -> None:
         ["row 0: label", "got float", "gaps"],
     )
     bad_train("parquet-null", "a.parquet", parquet([row(0), row(1, label=None)]), ["row 1: label", "got nothing"])
-    bad_train("parquet-column", "a.parquet", parquet(renamed), ["row 0", "column 'text' is missing", "gold, sentence"])
+    bad_train("parquet-column", "a.parquet", parquet(RENAMED), ["row 0", "column 'text' is missing", "gold, sentence"])
     case(
         "a-folder-of-texts",
         TEXTS + task(train="../data"),
@@ -316,6 +334,8 @@ def image_cases() -> None:
     )
     case("no-archive", IMAGES + image_task("a.npz"), ["cannot read images"], {"a.npz": b"no zip"})
 
+
+def folder_cases() -> None:
     def folder(name: str, words: list[str], files: Files) -> None:
         two = {f"images/{label}/{i}.png": png() for label in ("a", "b") for i in range(2)}
         case(name, IMAGES + image_task("images", "images"), words, {**two, **files})
@@ -377,7 +397,18 @@ def write_shared() -> None:
 
 def main() -> None:
     """Write everything anew."""
-    makers: list[Callable[[], None]] = [tasks_file_cases, text_cases, image_cases]
+    makers: list[Callable[[], None]] = [
+        tasks_file_cases,
+        value_cases,
+        privacy_cases,
+        column_cases,
+        json_cases,
+        text_cases,
+        csv_cases,
+        arrow_cases,
+        image_cases,
+        folder_cases,
+    ]
     for make in makers:
         make()
     for folder in HERE.iterdir():
