@@ -114,8 +114,8 @@ class TaskConfig:
     share_head: bool = False
     """Whether the head's tensors leave with the update."""
     refit: bool = False
-    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by default:
-    it costs bytes, and what it gains is not measured yet."""
+    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by
+    default: it costs bytes, and what it gains is not measured yet."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
     privacy: PrivacyConfig | None = None
