@@ -78,6 +78,33 @@ def join(
 
 
 @app.command()
+def check(
+    tasks: Annotated[Path, typer.Argument(metavar="[TASKS]", help="The tasks file.")] = Path("tasks.toml"),
+    space: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Try in this version, written by 'share-client snapshot'. [default: the empty space]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try every task before joining: problems, memory, time, what would leave. Exit code 1 if anything is wrong."""
+    import dataclasses
+
+    from share_client.check import check_tasks, print_check
+
+    with plain_errors("share-client"):
+        found = check_tasks(tasks, space, _tell)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        print_check(found, typer.echo)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+@app.command()
 def enrol(
     token: Annotated[
         str, typer.Argument(metavar="TOKEN", help="Join token, a file that holds it, or - for standard input.")

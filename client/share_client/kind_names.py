@@ -12,6 +12,9 @@ KINDS: Mapping[str, str] = {
     "text-regression": "share_client.kinds.text_regression:TextRegression",
     "causal-lm": "share_client.kinds.causal_lm:CausalLanguageModelling",
     "instruction": "share_client.kinds.instruction:Instruction",
+    "keypoints": "share_client.kinds.keypoints:Keypoints",
+    "pose": "share_client.kinds.pose:Pose",
+    "text-to-image": "share_client.kinds.text_to_image:TextToImage",
 }
 """Where the class of each kind is, which takes no arguments."""
 _IMPORTED = re.compile(r"(.*/)?[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")

@@ -45,6 +45,7 @@ from share_core.privacy import COEFFICIENTS, SAMPLES
 _T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "auto")
+_TOP = ("backbone", "device", "defaults", "privacy", "task")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
 
 
@@ -210,7 +211,11 @@ def _examined(text: str, path: Path) -> Examined:
     except tomllib.TOMLDecodeError as error:
         return Examined(None, "auto", (), (ConfigError(f"{path}: not valid TOML: {error}"),))
     where = str(path)
-    problems = _Problems(values.unknown(document, ("backbone", "device", "defaults", "privacy", "task"), where))
+    misplaced = [key for key in document if key in _READERS and key not in _TOP]
+    problems = _Problems(values.unknown([key for key in document if key not in misplaced], _TOP, where))
+    for key in misplaced:
+        found_in = f"{where}: {key}"
+        problems.append(ConfigError(f"{found_in}: expected it in a [[task]], or in [defaults] for all; move it there"))
     backbone = problems.tried(lambda: _backbone(document, path), None)
     device = problems.tried(
         lambda: values.one_of(document.get("device", "auto"), DEVICES, f"{where}: device"), DEVICES[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class Family:
 
 
 _HERE = "share_client.backbones"
+_LOADING = threading.RLock()
+"""Held while a backbone is loaded: transformers sets defaults of the process meanwhile. Factories may load others."""
 _MODULE_KEYS = frozenset({"weights", "sites", "image"})
 FAMILIES = (
     Family(lambda model: model == "digits-vit", f"{_HERE}.digits_vit", frozenset({"sites"})),
@@ -62,5 +65,6 @@ def load_backbone(model: str | BackboneConfig, device: str = "auto") -> Backbone
     for key in ("weights", "sites", "quantised", "image"):
         if getattr(config, key) is not None and key not in family.keys:
             raise ConfigError(f"backbone {config.model}: {key}: has no meaning for this model; take it out")
-    loaded: Backbone = importlib.import_module(family.module).load(config, device)
+    with _LOADING:
+        loaded: Backbone = importlib.import_module(family.module).load(config, device)
     return loaded

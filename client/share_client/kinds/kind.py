@@ -29,6 +29,26 @@ class Rows(ABC):
         """Return inputs and targets of the given rows, on ``device``."""
 
 
+class Chosen(Rows):
+    """Some rows of a split, in a given order."""
+
+    def __init__(self, rows: Rows, chosen: Sequence[int]) -> None:
+        self._rows = rows
+        self._chosen = tuple(chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def lengths(self) -> Sequence[int]:
+        """A row costs what it costs in the whole split."""
+        lengths = self._rows.lengths()
+        return [lengths[row] for row in self._chosen]
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
+        """Return inputs and targets of the given ones of the chosen rows."""
+        return self._rows.batch([self._chosen[row] for row in rows], device)
+
+
 @dataclass(frozen=True)
 class PreparedTask:
     """A task whose files are read, checked and tokenised for one backbone."""

@@ -7,7 +7,7 @@ accuracy (docs/adr/0006). Free directions start from the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from share_client.training.factors import IN_NORM
 from share_client.training.inject import injected, probed
 from share_client.training.options import TrainingOptions
 from share_client.training.steps import part_losses, recomputed
+from share_core.errors import ConfigError
 from share_core.linalg import canonical, float64, numerical_rank, residual
 from share_core.types import Core, SiteBasis, Space
 
@@ -128,4 +129,18 @@ def weight_gradients(
             for loss in part_losses(backbone, task, head, rows, options):
                 for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
                     running.add_(part)
+    require_finite_gradients(total, task)
     return {site: part.to("cpu") for site, part in zip(sites, total, strict=True)}
+
+
+def require_finite_gradients(gradients: Iterable[Tensor], task: PreparedTask) -> None:
+    """Refuse gradients in which no direction can be found.
+
+    Raises:
+        ConfigError: NaN or infinity before anything was trained.
+    """
+    if not all(bool(torch.isfinite(one).all()) for one in gradients):
+        raise ConfigError(
+            f"task {task.config.name!r}: expected finite gradients on the first batches, got NaN or infinity; look "
+            f"for extreme numbers in {task.config.train}"
+        )

@@ -20,6 +20,7 @@ from share_client.data import delimited as delimited_module
 from share_client.data import lines as lines_module
 from share_client.data import table as table_module
 from share_client.tasks_file import TaskConfig
+from share_client.trainer import BackboneTrainer
 from share_core.errors import ConfigError
 
 FIELDS = (Field("text", (str,)), Field("text_b", (str,), required=False), Field("label", (int, str)))
@@ -328,3 +329,29 @@ def test_a_split_that_lets_a_row_stand_on_both_sides_is_noticed(
     monkeypatch.setattr(splits, "held_out", both)
     with pytest.raises(AssertionError):
         test_held_out_rows_are_not_trained_on(config)
+
+
+def test_who_reads_otherwise_asks_for_another_training(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("a.jsonl", "d/x"):
+        (tmp_path / name).write_text("{}\n")
+
+    def hashed(train: str, *more: str) -> str:
+        path = tmp_path / "tasks.toml"
+        lines = ['name = "t"', 'kind = "text-classification"', f'train = "{train}"', *more]
+        path.write_text('backbone = "minilm"\n[[task]]\n' + "\n".join(lines))
+        (task,) = BackboneTrainer(path).tasks()
+        return task.content_hash
+
+    seen = [
+        hashed("a.jsonl", "validation = 0.2"),
+        hashed("a.jsonl", "validation = 0.3"),
+        hashed("a.jsonl", "validation = 0.2", 'columns = { text = "t" }'),
+        hashed("a.jsonl", "validation = 0.2", "options = { x = 1 }"),
+        hashed("a.jsonl", 'test = "a.jsonl"'),
+        hashed("d", "validation = 0.2"),
+    ]
+    (tmp_path / "d" / "y").write_text("new")
+    seen.append(hashed("d", "validation = 0.2"))
+    assert len(set(seen)) == len(seen)
+    assert hashed("a.jsonl", 'test = "a.jsonl"', "epochs = 9") == hashed("a.jsonl", 'test = "a.jsonl"')

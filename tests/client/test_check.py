@@ -1,0 +1,239 @@
+"""``share-client check``: every broken file of the corpus is told in words that help, and nothing private is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from share_client import check as check_module
+from share_client import tasks_file as tasks_module
+from share_client import values as values_module
+from share_client.check import check_tasks, print_check
+from share_client.cli import app
+from share_client.data import folders as folders_module
+from share_client.data import images as images_module
+from share_client.data import lines as lines_module
+from share_client.data import splits as splits_module
+from share_client.data import table as table_module
+from share_client.kinds import text_classification as text_module
+from share_client.tasks_file import read_tasks
+from share_client.training import TrainingOptions, load_backbone, prepare_task, train_in_space
+from share_client.training import start as start_module
+from share_core.errors import ConfigError
+from share_core.fingerprint import describe_space
+from share_core.space import empty_space
+from share_core.tensorfile import describe_tensors
+from share_core.types import SiteBasis, Space
+from share_core.wire import encode_snapshot, encode_update
+
+CORPUS = Path(__file__).parent / "check_corpus"
+CASES = sorted(path.parent.name for path in CORPUS.glob("*/words.txt"))
+SECRET = "qzsecret"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _needs(name: str) -> None:
+    """Skip a case whose format takes a package that is not installed."""
+    text = (CORPUS / name / "tasks.toml").read_bytes()
+    for mark, package in ((b".parquet", "pyarrow"), (b'"set"', "datasets"), (b'"../model"', "transformers")):
+        if mark in text:
+            pytest.importorskip(package)
+
+
+def _unsaid(name: str) -> list[str]:
+    """Return the words of a case that are not said, and the secret where it is."""
+    said: list[str] = []
+    found = check_tasks(CORPUS / name / "tasks.toml")
+    print_check(found, said.append)
+    text = "\n".join(said)
+    words = (CORPUS / name / "words.txt").read_text(encoding="utf-8").splitlines()
+    return [word for word in words if word not in text] + [SECRET] * (SECRET in text)
+
+
+def test_the_corpus_is_there() -> None:
+    assert len(CASES) >= 90
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_broken_file_is_told_in_words_that_help(name: str) -> None:
+    _needs(name)
+    assert _unsaid(name) == []
+
+
+def _none(*_: Any, **__: Any) -> Any:
+    return []
+
+
+GUARDS: dict[str, tuple[str, Any, str, Any]] = {
+    "encodings": ("latin-1", lines_module, "_decoded", lambda line, *_: line.decode("utf-8", "replace")),
+    "finite gradients": ("pixels-huge", start_module, "require_finite_gradients", _none),
+    "surrogates": ("text-half-character", table_module, "_encodable", lambda _: True),
+    "unknown keys": ("misspelt-key", values_module, "unknown", _none),
+    "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
+    "what leaves beside noise": ("shared-head-beside-noisy-coefficients", tasks_module, "_exposed", _none),
+    "options": ("option-not-for-text", text_module, "read_options", _none),
+    "litter in folders": ("other-file-in-a-class", folders_module, "SUFFIXES", (".png", ".txt")),
+    "one format": ("train-archive-test-folder", images_module, "_format", lambda _: images_module.ARCHIVE),
+    "rows on both sides": ("too-few-to-hold-out", splits_module, "held_out", lambda *_: ([0], [0])),
+    "existing files": ("missing-file", tasks_module, "_data_path", lambda path, _: path),
+}
+"""A case, and a guard whose absence it must show."""
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_guard_that_is_taken_out_is_noticed(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, module, attribute, instead = GUARDS[guard]
+    _needs(name)
+    monkeypatch.setattr(module, attribute, instead)
+    try:
+        unsaid = _unsaid(name)
+    except (AttributeError, ValueError, RuntimeError, OSError) as error:
+        unsaid = [str(error)]  # what nothing refuses ends the program later
+    assert unsaid != []
+
+
+def test_a_secret_that_is_said_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = table_module._checked
+
+    def telling(value: Any, *others: Any) -> Any:
+        try:
+            return plain(value, *others)
+        except ConfigError as error:
+            raise ConfigError(f"{error}: {value!r}") from None
+
+    monkeypatch.setattr(table_module, "_checked", telling)
+    assert _unsaid("labels-mixed") == [SECRET]
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a writer of a tasks file of bars; the argument is put behind the task."""
+
+    def write(more: str = "") -> Path:
+        draw = np.random.default_rng(0)
+        y = draw.integers(0, 4, 100)
+        np.savez(tmp_path / "bars.npz", x=draw.random((100, 8, 8)), y=y)
+        path = tmp_path / "tasks.toml"
+        path.write_text(
+            'backbone = "digits-vit"\ndevice = "cpu"\n[[task]]\nname = "bars"\nkind = "image-classification"\n'
+            f'train = "bars.npz"\nvalidation = 0.2\nepochs = 2\n{more}'
+        )
+        return path
+
+    return write
+
+
+def _really(path: Path, space: Space | None = None) -> bytes:
+    """Return the payload that a real training of the only task makes."""
+    file = read_tasks(path)
+    backbone = load_backbone(file.backbone, "cpu")
+    space = space or empty_space(describe_space(backbone.name, backbone.site_weights()))
+    task = prepare_task(file.tasks[0], backbone)
+    result = train_in_space(backbone, task, space, "org/bars", TrainingOptions.of(file.tasks[0]))
+    return encode_update(result.update)
+
+
+@pytest.mark.parametrize("share_head", [False, True])
+def test_what_it_says_leaves_is_what_a_real_training_sends(good: Callable[[str], Path], share_head: bool) -> None:
+    path = good(f"share_head = {str(share_head).lower()}\n")
+    found = check_tasks(path)
+    assert found.problems == ()
+    (task,) = found.tasks
+    payload = _really(path)
+    assert task.payload_bytes == len(payload)
+    assert [(t.name, t.dtype, list(t.shape), t.bytes) for t in task.leaves] == [
+        tuple(one.values()) for one in describe_tensors(payload)
+    ]
+    assert any(t.name.startswith("head/") for t in task.leaves) is share_head
+    assert [t.name for t in task.stays] == ([] if share_head else ["weight", "bias"])
+    assert (task.train_rows, task.test_rows, task.classes, task.steps) == (82, 18, 4, 6)
+    assert task.peak_bytes > 10 << 20
+    assert task.reports == "accuracy"
+
+
+def test_a_given_version_shows_coefficients(good: Callable[[str], Path], tmp_path: Path) -> None:
+    path = good("")
+    backbone = load_backbone("digits-vit", "cpu")
+    empty = empty_space(describe_space(backbone.name, backbone.site_weights()))
+    bases = {
+        site: SiteBasis(torch.eye(basis.left.shape[0])[:, :3], torch.eye(basis.right.shape[0])[:, :5])
+        for site, basis in empty.bases.items()
+    }
+    space = replace(empty, version=7, bases=bases)
+    (tmp_path / "space.safetensors").write_bytes(encode_snapshot(space))
+    answer = CliRunner().invoke(app, ["check", str(path), "--space", str(tmp_path / "space.safetensors"), "--json"])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    assert found["version"] == 7
+    shapes = {tensor["name"]: tensor["shape"] for tensor in found["tasks"][0]["leaves"]}
+    assert shapes["E_o/blocks.0.attention.query"] == [3, 3]
+    assert shapes["E_i/blocks.0.attention.query"] == [5, 3]
+    assert shapes["A/blocks.0.attention.query"] == [2, 64]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "kind"), [("mechanism = 'coefficients'", "CoefficientNoise"), ("mechanism = 'dp-sgd'", "SampleNoise")]
+)
+def test_noise_is_declared_as_for_the_whole_training(good: Callable[[str], Path], privacy: str, kind: str) -> None:
+    if kind == "SampleNoise":
+        pytest.importorskip("opacus")
+    found = check_tasks(good(f"[task.privacy]\n{privacy}\nnoise_multiplier = 2.0\n"))
+    assert found.problems == ()
+    (task,) = found.tasks
+    assert task.privacy.startswith(kind)
+    assert task.reports is None
+    kinds = {tensor.name.partition("/")[0] for tensor in task.leaves}
+    assert kinds == ({"E_o", "E_i"} if kind == "CoefficientNoise" else {"A", "B"})
+    assert task.steps == (12 if kind == "CoefficientNoise" else 6)
+    assert any("tried with random ones" in note for note in task.notes) is (kind == "CoefficientNoise")
+
+
+def test_a_version_of_another_backbone_is_a_problem(good: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "space.safetensors").write_bytes(b"nothing")
+    found = check_tasks(good(""), tmp_path / "space.safetensors")
+    assert "does not fit the backbone" in found.problems[0]
+    assert found.untried == ("bars",)
+    assert "cannot read" in check_tasks(good(""), tmp_path / "no.safetensors").problems[0]
+
+
+def test_code_and_text_for_people(good: Callable[[str], Path]) -> None:
+    answer = CliRunner().invoke(app, ["check", str(good(""))])
+    assert answer.exit_code == 0, answer.output
+    for words in ("82 training and 18 test rows, 4 classes", "leaves, ", "A/blocks.0.attention.query  F32  4 x 64"):
+        assert words in answer.stdout
+    assert "stays here, the private head:\n    weight  float32  4 x 64  1024 bytes" in answer.stdout
+    bad = CliRunner().invoke(app, ["check", str(good("epoch = 3\n"))])
+    assert bad.exit_code == 1
+    assert "problem 1: " in bad.stdout
+
+
+def test_the_estimate_counts_steps_rows_and_pace() -> None:
+    class _Cost:
+        def __init__(self, lengths: list[int]) -> None:
+            self._lengths = lengths
+
+        def lengths(self) -> list[int]:
+            return self._lengths
+
+    class _Task:
+        def __init__(self, lengths: list[int]) -> None:
+            self.train, self.train_rows = _Cost(lengths), len(lengths)
+            self.config = type("config", (), {"batch_size": 2})
+
+    whole, one = _Task([8, 8, 2, 2, 2, 2]), _Task([8, 8])
+    assert check_module._relative_cost(whole, one) == pytest.approx(24 / 3 / 16)  # type: ignore[arg-type]
