@@ -166,9 +166,10 @@ def _try(config: TaskConfig, backbone: Backbone, space: Space, tried: list[TaskC
     except FedshareError as error:
         return _named(str(error), config)
     except torch.OutOfMemoryError:
-        return _named("out of memory on the device in the first step; lower batch_size or max_length", config)
+        remedy = "raise accumulate, set checkpointing = true, or lower max_length"
+        return _named(f"out of memory on the device in the first step; {remedy}", config)
     except MemoryError:
-        return _named("out of memory; lower rows, test_rows or batch_size", config)
+        return _named("out of memory; lower rows or test_rows, or raise accumulate", config)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from share_client.backbones import DecoderBackbone, load_backbone
+from share_client.check import check_tasks
 from share_client.kinds import PreparedTask, find_kind, next_token
 from share_client.kinds.next_token import Tokens, token_rows
 from share_client.tasks_file import PrivacyConfig, TaskConfig
@@ -258,3 +260,15 @@ def test_a_decoder_has_one_space_for_labels_and_tokens(llama: DecoderBackbone, t
     rows = [{"text": "a fine film", "label": "good"}, {"text": "a dull film", "label": "bad"}]
     task = prepare_task(task_of("text-classification", rows), llama)
     assert train_lora(llama, task, 2, TrainingOptions(epochs=1)).adapter.keys() == set(llama.sites)
+
+
+def test_check_tries_language_models(save_decoder: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": t, "response": t}) + "\n" for t in SENTENCES))
+    (tmp_path / "tasks.toml").write_text(
+        f'backbone = "{save_decoder()}"\ndevice = "cpu"\n[[task]]\nname = "t"\nkind = "instruction"\n'
+        'train = "rows.jsonl"\ntest = "rows.jsonl"\naccumulate = 2\ncheckpointing = true\nshare_head = true\n'
+    )
+    found = check_tasks(tmp_path / "tasks.toml")
+    assert found.problems == ()
+    assert (found.tasks[0].train_rows, found.tasks[0].reports, found.tasks[0].stays) == (4, "token-accuracy", ())
+    assert {line.name.split("/")[0] for line in found.tasks[0].leaves} == {"A", "B"}
