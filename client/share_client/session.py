@@ -36,6 +36,7 @@ from share_client.sources import Sources, open_relay
 from share_client.spending import Spending
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trained, Trainer
 from share_client.view import View
+from share_client.watched import Settling
 from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
 from share_core.fingerprint import check_backbone
 from share_core.space import empty_space, task_adapter
@@ -117,7 +118,7 @@ def run_session(
             if description is None:
                 return SessionCounters(0, 0, 0, 0, version=0, idle=False)
             check_space(description, member, lease)
-            trainer = trainer or BackboneTrainer(tasks_path)
+            trainer = trainer or BackboneTrainer(tasks_path, Settling(), lambda text: log.write("tasks", reason=text))
             trainer.tasks()  # a tasks file that cannot be used at the start is told at once
             chain = open_chain(description, credentials, chain_path(layout.cache, description.spec), datetime.now(UTC))
             sources = Sources(link, relay, lambda text: log.write("source", reason=text))
@@ -313,8 +314,8 @@ class _Session:
         self._check_backbone()
         space = self._view.newest
         task_id = self._task_id(task)
-        self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
         try:
+            self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
             if task.config is not None:
                 self._spending.check(task.config, self._trainer.rows(task))
             trained = self._trainer.train(task, space, task_id, self._progress(task, space.version))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from share_client.data.content import content_hash, stamps
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
+from share_client.watched import Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.space import task_adapter, update_adapter
@@ -171,8 +172,20 @@ class Trainer(Protocol):
 class BackboneTrainer:
     """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once, when it is first needed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, settling: Settling | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Read ``path``, a tasks file.
+
+        Args:
+            path: the file.
+            settling: leaves out tasks whose files are still being written; None takes everything as it is.
+            tell: called once with what keeps a dropped folder from being a task.
+        """
         self._path = path
+        self._settling = settling
+        self._tell = tell
+        self._told: frozenset[str] = frozenset()
         self._loaded: Backbone | None = None
         self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
         self._prepared: dict[str, tuple[TaskConfig, str, PreparedTask]] = {}
@@ -193,9 +206,16 @@ class BackboneTrainer:
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
-        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in file.tasks):
+        settling = self._settling
+        named = [task for task in file.tasks if settling is None or settling.is_whole(*_data(task), named=True)]
+        dropped, remarks = dropped_tasks(file, settling) if settling is not None else ([], [])
+        for remark in sorted(set(remarks) - self._told):
+            self._tell(remark)
+        self._told = frozenset(remarks)
+        tasks = [*named, *dropped]
+        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in tasks):
             _require_packages(str(self._path))
-        return [LocalTask(task.name, self._hash(task), task) for task in file.tasks]
+        return [LocalTask(task.name, self._hash(task), task) for task in tasks]
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
@@ -273,7 +293,7 @@ class BackboneTrainer:
 
     def _hash(self, task: TaskConfig) -> str:
         """Hash the data files, again only when size or time of one has changed, and how they are to be read."""
-        paths = [task.train] if task.test is None else [task.train, task.test]
+        paths = _data(task)
         key = tuple(stamp for path in paths for stamp in stamps(path))
         if key not in self._hashes:
             self._hashes[key] = content_hash(*paths)
@@ -297,6 +317,10 @@ class BackboneTrainer:
 def _forward(progress: Callable[[Step], None]) -> Callable[[Progress], None]:
     """Return a callback for the training loop that tells ``progress``."""
     return lambda seen: progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
+
+
+def _data(task: TaskConfig) -> list[Path]:
+    return [task.train] if task.test is None else [task.train, task.test]
 
 
 def _require_packages(where: str) -> None:
