@@ -37,6 +37,7 @@ from share_core.peft.reader import read_adapter
 from share_core.space import task_adapter
 from share_core.types import Adapter
 from share_core.wire import decode_snapshot
+from share_proto.v1 import hub_pb2
 
 RUNNER = CliRunner()
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -328,3 +329,23 @@ def test_a_refusal_is_told_and_may_be_tried_again(member: Member, save_adapter: 
     assert "refused: AccessError: members may not submit to it" in outcome_text(sent)
     (sent,) = send(member, directory, backbone=bert_directory, wait=True)
     assert (sent.state, sent.task_id) == ("merged", f"{organisation}/films")
+
+
+def test_an_update_that_the_operator_holds_ends_the_wait(
+    member: Member, save_adapter: Any, bert_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = HubLink.get_update
+
+    def held(link: HubLink, update_id: str) -> hub_pb2.UpdateRecord:
+        record = real(link, update_id)
+        record.state, record.reason = hub_pb2.UPDATE_STATE_QUARANTINED, "far from all others"
+        return record
+
+    directory = save_adapter("films")
+    with monkeypatch.context() as patch:
+        patch.setattr(HubLink, "get_update", held)
+        (sent,) = send(member, directory, backbone=bert_directory, wait=True)
+    assert sent.state == "set_aside"
+    assert "run the same command again later" in outcome_text(sent)
+    (later,) = send(member, directory, backbone=bert_directory, wait=True)
+    assert (later.state, later.update_id, later.new) == ("merged", sent.update_id, False)
