@@ -112,6 +112,34 @@ def status(directory: Directory, as_json: Json = False) -> None:
 
 
 @app.command()
+def history(
+    task: Annotated[str | None, typer.Argument(metavar="[TASK]", help="Only this task.", show_default=False)] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", metavar="CDIR", help="The client directory made by 'join'.")
+    ] = Path(),
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw it into this .png or .svg file.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how well each task did after every version, and why it was trained. Needs no server."""
+    from share_client.history import check_picture, client_history, plot_history, print_history
+    from share_client.member import ClientLayout
+
+    with plain_errors("share-client"):
+        if plot is not None:
+            check_picture(plot)
+        found = client_history(ClientLayout(directory), task)
+        if plot is not None:
+            plot_history(found, plot)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            print_history(found)
+
+
+@app.command()
 def watch(directory: Directory, as_json: Json = False, follow: Follow = None) -> None:
     """Follow the versions of the space until stopped."""
     from share_client.join import follow_address
