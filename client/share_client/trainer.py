@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from share_client.data.content import content_hash, stamps
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
-from share_client.watched import Settling, dropped_tasks
+from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.space import task_adapter, update_adapter
@@ -40,6 +40,11 @@ class LocalTask:
     asks for another training."""
     config: TaskConfig | None = None
     """Its entry in tasks.toml; None for trainers that read no file."""
+    is_whole: bool = True
+    """False while its files are still being written: it has no hash yet and is left alone, but the session waits."""
+
+    dropped: bool = False
+    """Whether it came as a folder: rows that cannot be read are then a refusal of the task, and end nothing."""
 
     @property
     def privacy(self) -> PrivacyConfig | None:
@@ -207,15 +212,24 @@ class BackboneTrainer:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
         settling = self._settling
-        named = [task for task in file.tasks if settling is None or settling.is_whole(*_data(task), named=True)]
-        dropped, remarks = dropped_tasks(file, settling) if settling is not None else ([], [])
-        for remark in sorted(set(remarks) - self._told):
+        dropped = Dropped() if settling is None else dropped_tasks(file, settling)
+        for remark in sorted(set(dropped.remarks) - self._told):
             self._tell(remark)
-        self._told = frozenset(remarks)
-        tasks = [*named, *dropped]
+        self._told = frozenset(dropped.remarks)
+        tasks = [*file.tasks, *dropped.tasks]
         if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in tasks):
             _require_packages(str(self._path))
-        return [LocalTask(task.name, self._hash(task), task) for task in tasks]
+        return [
+            *(
+                self._local(task, settling is None or settling.is_whole(*_data(task), named=True))
+                for task in file.tasks
+            ),
+            *(replace(self._local(task, True), dropped=True) for task in dropped.tasks),
+            *(LocalTask(name, "", is_whole=False) for name in dropped.filling),
+        ]
+
+    def _local(self, task: TaskConfig, is_whole: bool) -> LocalTask:
+        return LocalTask(task.name, self._hash(task) if is_whole else "", task, is_whole)
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""

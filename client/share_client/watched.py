@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from share_client.data.content import stamps
@@ -58,17 +59,30 @@ class Settling:
         return bool(stamp) and (old or clock - known[1] >= SETTLE_S)
 
 
-def dropped_tasks(file: TasksFile, settling: Settling) -> tuple[list[TaskConfig], list[str]]:
-    """Return the tasks of all whole folders in the watched directory, by name, and why others are left out.
+@dataclass(frozen=True)
+class Dropped:
+    """What one look at the watched directory found; folders without training rows are not mentioned."""
 
-    A folder that is still being filled is left out without a word, and so is one without training rows.
-    """
+    tasks: tuple[TaskConfig, ...] = ()
+    """The tasks of all whole folders, by name."""
+    filling: tuple[str, ...] = ()
+    """Names of the folders that are still being written to."""
+    remarks: tuple[str, ...] = ()
+    """Why other folders are no tasks."""
+
+
+def dropped_tasks(file: TasksFile, settling: Settling) -> Dropped:
+    """Look at every folder in the watched directory of ``file``."""
     tasks: list[TaskConfig] = []
+    filling: list[str] = []
     remarks: list[str] = []
     names = {task.name for task in file.tasks}
     for folder in _folders(file.watch) if file.watch is not None else ():
         try:
-            if not _parts(folder, "train") or not settling.is_whole(folder):
+            if not _parts(folder, "train"):
+                continue
+            if not settling.is_whole(folder):
+                filling.append(folder.name)
                 continue
             if folder.name in names:
                 raise ConfigError(
@@ -79,7 +93,7 @@ def dropped_tasks(file: TasksFile, settling: Settling) -> tuple[list[TaskConfig]
             remarks.append(str(error))
         except OSError:
             continue  # taken away while it was looked at
-    return tasks, remarks
+    return Dropped(tuple(tasks), tuple(filling), tuple(remarks))
 
 
 def _folders(directory: Path) -> list[Path]:

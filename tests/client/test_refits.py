@@ -128,7 +128,6 @@ class Scripted:
 @pytest.fixture
 def refitting(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Make the refits of a client directory in which task t was merged, and a space that has grown since."""
-
     log = SessionLog(tmp_path / "logs" / "session.jsonl")
 
     def make(answer: Any) -> Any:

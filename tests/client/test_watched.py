@@ -60,8 +60,8 @@ def look(incoming: Path, clock: Clock, settling: Settling) -> Callable[[], tuple
         file = read_tasks(incoming.parent / "tasks.toml")
         dropped_tasks(file, settling)
         clock.now += watched.SETTLE_S
-        tasks, remarks = dropped_tasks(file, settling)
-        return [task.name for task in tasks], remarks
+        found = dropped_tasks(file, settling)
+        return [task.name for task in found.tasks], list(found.remarks)
 
     return twice
 
@@ -74,7 +74,7 @@ def drop(folder: Path, **files: str) -> Path:
 
 
 def names(file: TasksFile, settling: Settling) -> list[str]:
-    return [task.name for task in dropped_tasks(file, settling)[0]]
+    return [task.name for task in dropped_tasks(file, settling).tasks]
 
 
 def half_written(incoming: Path, clock: Clock, settling: Settling) -> list[list[str]]:
@@ -114,7 +114,7 @@ def test_a_file_that_arrives_late_in_the_folder_counts(incoming: Path, clock: Cl
     drop(folder, task_toml="epochs = 5\n")
     assert names(file, settling) == []
     clock.now += watched.SETTLE_S
-    (task,) = dropped_tasks(file, settling)[0]
+    (task,) = dropped_tasks(file, settling).tasks
     assert task.epochs == 5
 
 
@@ -152,7 +152,7 @@ def test_a_folder_is_a_task_under_the_defaults(incoming: Path, look: Any, settli
     drop(incoming / "four" / "test", a_png="x")
     (incoming / "note.txt").write_text("no folder")
     assert look() == (["four", "one", "two"], [])
-    four, one, two = dropped_tasks(read_tasks(incoming.parent / "tasks.toml"), settling)[0]
+    four, one, two = dropped_tasks(read_tasks(incoming.parent / "tasks.toml"), settling).tasks
     assert (four.train, four.test) == (incoming / "four" / "train", incoming / "four" / "test")
     assert (one.kind, one.train, one.epochs) == ("image-classification", incoming / "one" / "train.npz", 3)
     assert (two.epochs, two.validation, two.test) == (7, 0.25, None)
@@ -206,7 +206,7 @@ def test_a_remark_is_told_once(incoming: Path, clock: Clock, settling: Settling)
     trainer = BackboneTrainer(incoming.parent / "tasks.toml", settling, told.append)
     drop(incoming / "broken", train_npz="x")
     for _ in range(4):
-        assert trainer.tasks() == []
+        assert [task for task in trainer.tasks() if task.is_whole] == []
         clock.now += watched.SETTLE_S
     assert len(told) == 1
     drop(incoming / "broken", test_npz="t")
