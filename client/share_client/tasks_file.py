@@ -113,8 +113,9 @@ class TaskConfig:
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
     """Whether the head's tensors leave with the update."""
-    refit: bool = True
-    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`."""
+    refit: bool = False
+    """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by
+    default: it costs bytes, and what it gains is not measured yet."""
     pace: float = 0.0
     """Seconds slept after each step, to simulate slow hardware."""
     privacy: PrivacyConfig | None = None

@@ -85,7 +85,7 @@ class Trained:
     columns: int = 0
     """Basis vectors that the training could use, over all sites and both sides, its own new directions included."""
     captured: float = 0.0
-    """Share of the gradient's energy left at the end that coefficients in those bases could follow."""
+    """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
 
 
 @dataclass(frozen=True)
@@ -276,12 +276,12 @@ class BackboneTrainer:
         return Refit(captured, trained, before=seen.before, after=seen.after, noise=seen.noise)
 
     def _trained(self, prepared: PreparedTask, space: Space, options: TrainingOptions, result: TrainResult) -> Trained:
-        """Return a result with what a later refit is compared with; under noise no gradient is looked at."""
+        """Return a result with what a later refit, if it is asked for, is compared with; no gradient under noise."""
         from share_client.training import refit
 
         usable = refit.usable_bases(space.bases, result.update)
         captured = 0.0
-        if result.declared is None:
+        if prepared.config.refit and result.declared is None:
             adapter = update_adapter(result.update, space.bases)
             gradients = refit.gradients_at(self._backbone(), prepared, adapter, result.head, tuple(usable), options)
             captured = refit.captured_share(gradients, usable)

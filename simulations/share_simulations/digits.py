@@ -124,8 +124,7 @@ def prepare_quickstart(folder: Path, options: QuickstartOptions = QuickstartOpti
         arrivals = [(position, task) for position, (owner, task) in enumerate(order) if owner is client]
         tasks = tuple(_task_plan(task, position, options.clients) for position, task in arrivals)
         defaults: dict[str, TomlValue] = {"epochs": options.epochs, "learning_rate": LEARNING_RATE}
-        # Trained once: so are the adapters that they are compared with.
-        defaults |= {"seed": options.seed, "pace": client.pace, "refit": False}
+        defaults |= {"seed": options.seed, "pace": client.pace}
         plan = ClientPlan(client.organisation, tasks, defaults=defaults)
         for position, task in arrivals:
             random = np.random.default_rng((options.seed, position))

@@ -46,8 +46,7 @@ def prepare_text(folder: Path, options: TextOptions) -> Scenario:
         raise ConfigError(
             f"text: {len(options.tasks)} tasks can be dealt to 1 to {len(options.tasks)} clients, got {options.clients}"
         )
-    # Trained once: so are the adapters that they are compared with.
-    defaults = {"epochs": options.epochs, "seed": options.seed, "refit": False}
+    defaults = {"epochs": options.epochs, "seed": options.seed}
     plans = []
     for number in range(options.clients):
         mine = list(enumerate(options.tasks))[number :: options.clients]

@@ -94,7 +94,7 @@ def test_only_what_is_better_by_more_than_noise_is_sent(fake: Any, monkeypatch: 
 
 
 def config(**changes: Any) -> LocalTask:
-    made = TaskConfig("t", "image-classification", Path("a"), Path("b"), **changes)
+    made = TaskConfig("t", "image-classification", Path("a"), Path("b"), **{"refit": True, **changes})
     return LocalTask("t", "data", made)
 
 
@@ -102,6 +102,7 @@ def test_under_noise_a_refit_needs_a_budget_and_leave_to_report() -> None:
     assert is_allowed(LocalTask("t", "data"))
     assert is_allowed(config())
     assert not is_allowed(config(refit=False))
+    assert not TaskConfig("t", "image-classification", Path("a"), Path("b")).refit, "it is asked for"
     free = PrivacyConfig(noise_multiplier=1.0, report_metrics=True)
     assert not is_allowed(config(privacy=free)), "no budget"
     assert not is_allowed(config(privacy=replace(free, budget=8.0, report_metrics=False)))
