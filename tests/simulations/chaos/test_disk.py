@@ -65,10 +65,13 @@ def test_the_last_failure_of_a_life_leaves_a_store_that_opens(lab: Lab, name: st
     """The last checkpoint is made while the hub closes, when SQLite would copy what the page sums do not know."""
     start = lab.starts[1]
     plan = lab.plan(start, 6, orderly=True)
-    fits = [call for call in trial(lab, start, plan) if _fits(call, name, part)]
-    lab.put_back(start)
-    handler = _FailLast(start.promised.copy(), name, part, len(fits), fault)
-    lab.run(plan, handler)
+    for _ in range(5):  # two lives of one plan may differ by a call: then nothing has failed, and it is tried again
+        fits = [call for call in trial(lab, start, plan) if _fits(call, name, part)]
+        lab.put_back(start)
+        handler = _FailLast(start.promised.copy(), name, part, len(fits), fault)
+        lab.run(plan, handler)
+        if handler.seen >= len(fits):
+            break
     assert handler.seen >= len(fits)
     assert lab.recover(plan, handler.promised) == []
 
