@@ -31,7 +31,8 @@ from share_client.outbox import Entry, Outbox, Training
 from share_client.rebase import Rebaser, express
 from share_client.records import Records
 from share_client.sending import Pass, Sender
-from share_client.session import check_space, only_session
+from share_client.session import check_space
+from share_client.session_lock import only_session
 from share_client.session_log import SessionLog
 from share_client.signing import SubmissionSigner
 from share_core.errors import AccessError, AdapterError, ConfigError, SpaceMismatchError

@@ -101,7 +101,12 @@ class Refits:
         record = self._records.get(task.name)
         # Under noise the choice must not depend on gradients: only the growth of the bases, which is public, decides.
         before = record.captured if task.privacy is None else None
-        found = self._trainer.refit(task, space, task_id, self._head(record), before, progress)
+        try:
+            found = self._trainer.refit(task, space, task_id, self._head(record), before, progress)
+        except ConfigError as error:  # such as a head that no longer fits, after `rows` was changed
+            self._records.not_refitted(task.name, columns_of(space))
+            self._log.write("refit", task=task.name, version=space.version, reason=str(error))
+            return None
         if found.trained is not None and found.trained.declared is not None:
             spent = self._spending.add(task.name, found.trained.declared)
             self._log.write("spent", **{**spent, "task": task.name})

@@ -8,10 +8,9 @@ continues from there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +29,14 @@ from share_client.records import Records
 from share_client.refits import Refits
 from share_client.renewal import kept_renewed
 from share_client.sending import Sender
+from share_client.session_lock import only_session
 from share_client.session_log import SessionLog
 from share_client.signing import SubmissionSigner
 from share_client.sources import Sources, open_relay
 from share_client.spending import Spending
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trained, Trainer
 from share_client.view import View
+from share_client.watched import Settling
 from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
 from share_core.fingerprint import check_backbone
 from share_core.space import empty_space, task_adapter
@@ -117,7 +118,7 @@ def run_session(
             if description is None:
                 return SessionCounters(0, 0, 0, 0, version=0, idle=False)
             check_space(description, member, lease)
-            trainer = trainer or BackboneTrainer(tasks_path)
+            trainer = trainer or BackboneTrainer(tasks_path, Settling(), lambda text: log.write("tasks", reason=text))
             trainer.tasks()  # a tasks file that cannot be used at the start is told at once
             chain = open_chain(description, credentials, chain_path(layout.cache, description.spec), datetime.now(UTC))
             sources = Sources(link, relay, lambda text: log.write("source", reason=text))
@@ -168,6 +169,7 @@ class _Session:
         self._evaluated = 0
         self._taken = 0
         self._tasks_error = ""
+        self._filling = False
         self._backbone_checked = False
 
     def run(self) -> SessionCounters:
@@ -211,7 +213,8 @@ class _Session:
             if task is None and not unsettled and self._may_train() and self._refit():
                 last_event = time.monotonic()
                 continue
-            if evaluated:
+            # What is being written will be whole soon, and a version that holds an own update is on its way.
+            if evaluated or self._filling or self._view.walked.version < self._sender.merged_in:
                 last_event = time.monotonic()
             if unsettled:
                 if self._deadline_passed(self._options.settle_s):
@@ -285,7 +288,8 @@ class _Session:
             self._tasks_error = str(error)
             return []
         self._tasks_error = ""
-        return tasks
+        self._filling = any(not task.is_whole for task in tasks)
+        return [task for task in tasks if task.is_whole]
 
     def _check_backbone(self) -> None:
         """Before the first use of the backbone: refuse one whose weights are not the space's.
@@ -313,19 +317,29 @@ class _Session:
         self._check_backbone()
         space = self._view.newest
         task_id = self._task_id(task)
-        self._log.write("training", task=task.name, rows=self._trainer.rows(task), version=space.version)
+        try:
+            rows = self._trainer.rows(task)
+        except ConfigError as error:
+            if not task.dropped:
+                raise
+            self._refuse(task, error)
+            return
+        self._log.write("training", task=task.name, rows=rows, version=space.version)
         try:
             if task.config is not None:
-                self._spending.check(task.config, self._trainer.rows(task))
+                self._spending.check(task.config, rows)
             trained = self._trainer.train(task, space, task_id, self._progress(task, space.version))
         except ConfigError as error:
-            self._records.refused(task.name, task.content_hash, str(error))
-            self._log.write("refused", task=task.name, reason=str(error))
+            self._refuse(task, error)
             return
         if trained.declared is not None:  # before anything of it can leave
             self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
         known = bool(self._records.get(task.name).heads)
         self._keep(task, trained, space, "its data changed" if known else "it was new", refit=False)
+
+    def _refuse(self, task: LocalTask, error: ConfigError) -> None:
+        self._records.refused(task.name, task.content_hash, str(error))
+        self._log.write("refused", task=task.name, reason=str(error))
 
     def _refit(self) -> bool:
         """Refit a task for which the subspace has grown usefully; return whether there was one to look at."""
@@ -462,25 +476,3 @@ def check_space(description: SpaceDescription, member: Member, lease: Lease | No
             f"the hub serves space {description.spec.space_id} ({description.spec.backbone}), expected {expected}: "
             "this client was enrolled for another backbone; join again with a new token"
         )
-
-
-@contextlib.contextmanager
-def only_session(layout: ClientLayout, seconds: float) -> Iterator[None]:
-    """Hold the session lock: two sessions on one directory would train and send everything twice.
-
-    Raises:
-        UnavailableError: another one holds it for longer than ``seconds``.
-    """
-    end = time.monotonic() + seconds
-    with (layout.root / "session.lock").open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= end:
-                    raise UnavailableError(
-                        f"another session works in {layout.root}: wait for it to end, or stop it"
-                    ) from error
-                time.sleep(0.2)
-        yield

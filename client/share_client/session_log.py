@@ -40,7 +40,7 @@ _SENTENCES: Mapping[str, str] = {
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",
     "certificate": "{reason}",
-    "tasks": "tasks file cannot be used: {reason}",
+    "tasks": "tasks: {reason}",
     "node": "{reason}",
 }
 

@@ -4,6 +4,7 @@
 
     backbone = "digits-vit"        # or "minilm", or the path of a Hugging Face model directory
     device = "auto"                # auto | cpu | cuda
+    watch = "incoming"             # optional: every folder dropped into it is a task, see docs/life.md
 
     [defaults]                     # any key of [[task]] but name, train and test
     epochs = 6
@@ -45,7 +46,7 @@ from share_core.privacy import COEFFICIENTS, SAMPLES
 _T = TypeVar("_T")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "auto")
-_TOP = ("backbone", "device", "defaults", "privacy", "task")
+_TOP = ("backbone", "device", "watch", "defaults", "privacy", "task")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
 
 
@@ -141,6 +142,10 @@ class TasksFile:
     """``auto``, ``cpu`` or ``cuda``."""
     tasks: tuple[TaskConfig, ...]
     """In the order of the file, which is the order of work."""
+    watch: Path | None = None
+    """Absolute path of the directory into which folders with further tasks are dropped; None if there is none."""
+    defaults: Mapping[str, object] = field(default_factory=dict, hash=False)
+    """The table ``[defaults]``, with ``[privacy]``: it counts for dropped folders too."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,10 @@ class Examined:
     """The tasks that nothing is wrong with."""
     problems: tuple[ConfigError, ...]
     """In the order of the file."""
+    watch: Path | None = None
+    """As in :class:`TasksFile`."""
+    defaults: Mapping[str, object] = field(default_factory=dict, hash=False)
+    """As in :class:`TasksFile`."""
 
 
 def read_tasks(path: Path) -> TasksFile:
@@ -190,7 +199,26 @@ def _sound(examined: Examined, path: Path) -> TasksFile:
     for problem in examined.problems:
         raise problem
     assert examined.backbone is not None, "a file without a problem names a backbone"
-    return TasksFile(path=path, backbone=examined.backbone, device=examined.device, tasks=examined.tasks)
+    return TasksFile(path, examined.backbone, examined.device, examined.tasks, examined.watch, examined.defaults)
+
+
+def dropped_task(file: TasksFile, folder: Path, table: Mapping[str, object]) -> TaskConfig:
+    """Return the task of a folder in the watched directory: named as the folder, under the file's ``[defaults]``.
+
+    Args:
+        file: the tasks file that watches.
+        folder: the folder; paths in ``table`` are relative to it.
+        table: keys of a ``[[task]]`` but ``name``.
+
+    Raises:
+        ConfigError: the first thing that is wrong with it.
+    """
+    problems = _Problems()
+    task = _task({**table, "name": folder.name}, file.defaults, folder / "task.toml", 1, problems)
+    for problem in problems:
+        raise problem
+    assert task is not None, "a task without a problem is one"
+    return task
 
 
 class _Problems(list[ConfigError]):
@@ -227,14 +255,26 @@ def _examined(text: str, path: Path) -> Examined:
     defaults = {key: value for key, value in defaults.items() if key in known}
     if "privacy" in document:
         defaults = {**defaults, "privacy": document["privacy"]}
+    watch = problems.tried(lambda: _watched(document, path), None)
     entries = document.get("task", [])
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not (entries or "watch" in document):
         problems.append(ConfigError(f"{where}: expected at least one [[task]] table, got {values.show(entries)}"))
         entries = []
     found = [_task(entry, defaults, path, number, problems) for number, entry in enumerate(entries, start=1)]
     tasks = tuple(task for task in found if task is not None)
     problems.extend(_twins(tasks, where))
-    return Examined(backbone=backbone, device=device, tasks=tasks, problems=tuple(problems))
+    return Examined(backbone, device, tasks, tuple(problems), watch, defaults)
+
+
+def _watched(document: Mapping[str, object], path: Path) -> Path | None:
+    if "watch" not in document:
+        return None
+    directory = path.parent / values.text(document["watch"], f"{path}: watch")
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{path}: watch: expected a directory, got {directory}, which is none: make it, or take the key out"
+        )
+    return directory.resolve()
 
 
 def _task(

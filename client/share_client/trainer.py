@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from share_client.data.content import content_hash, stamps
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
+from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.space import task_adapter, update_adapter
@@ -39,6 +40,11 @@ class LocalTask:
     asks for another training."""
     config: TaskConfig | None = None
     """Its entry in tasks.toml; None for trainers that read no file."""
+    is_whole: bool = True
+    """False while its files are still being written: it has no hash yet and is left alone, but the session waits."""
+
+    dropped: bool = False
+    """Whether it came as a folder: rows that cannot be read are then a refusal of the task, and end nothing."""
 
     @property
     def privacy(self) -> PrivacyConfig | None:
@@ -79,7 +85,7 @@ class Trained:
     columns: int = 0
     """Basis vectors that the training could use, over all sites and both sides, its own new directions included."""
     captured: float = 0.0
-    """Share of the gradient's energy left at the end that coefficients in those bases could follow."""
+    """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,20 @@ class Trainer(Protocol):
 class BackboneTrainer:
     """Trains tasks of a ``tasks.toml`` on its backbone, which is loaded once, when it is first needed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, settling: Settling | None = None, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Read ``path``, a tasks file.
+
+        Args:
+            path: the file.
+            settling: leaves out tasks whose files are still being written; None takes everything as it is.
+            tell: called once with what keeps a dropped folder from being a task.
+        """
         self._path = path
+        self._settling = settling
+        self._tell = tell
+        self._told: frozenset[str] = frozenset()
         self._loaded: Backbone | None = None
         self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
         self._prepared: dict[str, tuple[TaskConfig, str, PreparedTask]] = {}
@@ -193,9 +211,25 @@ class BackboneTrainer:
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
-        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in file.tasks):
+        settling = self._settling
+        dropped = Dropped() if settling is None else dropped_tasks(file, settling)
+        for remark in sorted(set(dropped.remarks) - self._told):
+            self._tell(remark)
+        self._told = frozenset(dropped.remarks)
+        tasks = [*file.tasks, *dropped.tasks]
+        if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in tasks):
             _require_packages(str(self._path))
-        return [LocalTask(task.name, self._hash(task), task) for task in file.tasks]
+        return [
+            *(
+                self._local(task, settling is None or settling.is_whole(*_data(task), named=True))
+                for task in file.tasks
+            ),
+            *(replace(self._local(task, True), dropped=True) for task in dropped.tasks),
+            *(LocalTask(name, "", is_whole=False) for name in dropped.filling),
+        ]
+
+    def _local(self, task: TaskConfig, is_whole: bool) -> LocalTask:
+        return LocalTask(task.name, self._hash(task) if is_whole else "", task, is_whole)
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
@@ -242,12 +276,12 @@ class BackboneTrainer:
         return Refit(captured, trained, before=seen.before, after=seen.after, noise=seen.noise)
 
     def _trained(self, prepared: PreparedTask, space: Space, options: TrainingOptions, result: TrainResult) -> Trained:
-        """Return a result with what a later refit is compared with; under noise no gradient is looked at."""
+        """Return a result with what a later refit, if it is asked for, is compared with; no gradient under noise."""
         from share_client.training import refit
 
         usable = refit.usable_bases(space.bases, result.update)
         captured = 0.0
-        if result.declared is None:
+        if prepared.config.refit and result.declared is None:
             adapter = update_adapter(result.update, space.bases)
             gradients = refit.gradients_at(self._backbone(), prepared, adapter, result.head, tuple(usable), options)
             captured = refit.captured_share(gradients, usable)
@@ -273,7 +307,7 @@ class BackboneTrainer:
 
     def _hash(self, task: TaskConfig) -> str:
         """Hash the data files, again only when size or time of one has changed, and how they are to be read."""
-        paths = [task.train] if task.test is None else [task.train, task.test]
+        paths = _data(task)
         key = tuple(stamp for path in paths for stamp in stamps(path))
         if key not in self._hashes:
             self._hashes[key] = content_hash(*paths)
@@ -297,6 +331,10 @@ class BackboneTrainer:
 def _forward(progress: Callable[[Step], None]) -> Callable[[Progress], None]:
     """Return a callback for the training loop that tells ``progress``."""
     return lambda seen: progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
+
+
+def _data(task: TaskConfig) -> list[Path]:
+    return [task.train] if task.test is None else [task.train, task.test]
 
 
 def _require_packages(where: str) -> None:

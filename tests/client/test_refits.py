@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from share_client import refits
 from share_client.link import HubLink
 from share_client.records import Head, Records, TaskRecord
-from share_client.refits import is_allowed, is_better, is_due
+from share_client.refits import Refits, is_allowed, is_better, is_due
 from share_client.session import SessionOptions, run_session
+from share_client.session_log import SessionLog
+from share_client.spending import Spending
 from share_client.tasks_file import PrivacyConfig, TaskConfig
 from share_client.trainer import LocalTask, Refit, Trained
-from share_core.types import Core, SiteUpdate, Update
+from share_client.training import declare
+from share_core.errors import ConfigError
+from share_core.privacy import COEFFICIENTS
+from share_core.types import Core, SiteBasis, SiteUpdate, Space, Update
 
 OPTIONS = SessionOptions(linger_s=0.4, poll_s=0.02, lock_s=0.5)
 MERGED = TaskRecord("t", heads=(Head(3, "data"),), columns=100, captured=0.02)
@@ -101,6 +107,72 @@ def test_under_noise_a_refit_needs_a_budget_and_leave_to_report() -> None:
     assert not is_allowed(config(privacy=free)), "no budget"
     assert not is_allowed(config(privacy=replace(free, budget=8.0, report_metrics=False)))
     assert is_allowed(config(privacy=replace(free, budget=8.0)))
+
+
+class Scripted:
+    """A trainer that says what it was asked, and answers with what it was given."""
+
+    def __init__(self, answer: Refit | ConfigError) -> None:
+        self.answer = answer
+        self.asked: list[float | None] = []
+
+    def rows(self, task: LocalTask) -> int:
+        return 100
+
+    def refit(self, task: Any, space: Any, task_id: str, head: Any, before: float | None, progress: Any) -> Refit:
+        self.asked.append(before)
+        if isinstance(self.answer, ConfigError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def refitting(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Make the refits of a client directory in which task t was merged, and a space that has grown since."""
+    log = SessionLog(tmp_path / "logs" / "session.jsonl")
+
+    def make(answer: Any) -> Any:
+        records, spending = Records(tmp_path), Spending(tmp_path)
+        if not records.get("t").heads:
+            records.merged("t", "data", 1, safetensors.torch.save({}), columns=4, captured=0.1)
+        trainer: Any = Scripted(answer)
+        basis = SiteBasis(torch.eye(12)[:, :6], torch.eye(8)[:, :6])
+        space = Space(5, {"one": basis}, {"org/t": {}})
+        return Refits(trainer, records, spending, log), trainer, records, spending, space
+
+    yield make
+    log.close()
+
+
+def test_under_noise_every_try_is_spent_and_gradients_are_left_alone(refitting: Any) -> None:
+    privacy = PrivacyConfig(COEFFICIENTS, noise_multiplier=4.0, clip=1.0, budget=2.0, report_metrics=True)
+    task = config(privacy=privacy)
+    assert task.config is not None
+    declared = declare(task.config, 100)
+    worse = replace(found(0.8, 0.7, 0.01, None).trained, declared=declared)  # type: ignore[type-var]
+    made, trainer, records, spending, space = refitting(Refit(0.0, worse, 0.8, 0.7, 0.01))
+
+    def due() -> LocalTask | None:
+        answer: LocalTask | None = made.next([task], space, lambda task: f"org/{task.name}")
+        return answer
+
+    assert due() == task
+    assert made.run(task, space, "org/t", lambda step: None) is None
+    assert trainer.asked == [None]
+    assert spending.total("t")["epsilon"] > 0, "what was not sent was looked at as well"
+    records.merged("t", "new", 6, b"", columns=4)
+    records.merged("t", "data", 7, b"", columns=4)
+    assert due() == task
+    for _ in range(20):
+        spending.add("t", declared)
+    assert due() is None, "the budget is spent"
+
+
+def test_a_refit_that_cannot_be_done_is_counted_and_ends_nothing(refitting: Any) -> None:
+    made, _, records, _, space = refitting(ConfigError("the head does not fit"))
+    assert made.run(config(), space, "org/t", lambda step: None) is None
+    assert records.get("t").refits == 1
+    assert made.next([config()], space, lambda task: "org/t") is None
 
 
 def test_a_count_of_refits_survives_merges_of_refits_only(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def write_tasks(folder: Path) -> Path:
     """Write the tasks file of every client and its few rows; return its path."""
     images, labels = task_rows()
     lines = ['backbone = "digits-vit"', 'device = "cpu"', "[defaults]", 'kind = "image-classification"', "epochs = 2"]
+    lines.append("refit = true")
     for number, task in enumerate(TASKS):
         view = np.ascontiguousarray(np.rot90(images, number, axes=(1, 2)))
         begin = number * 2 * _ROWS

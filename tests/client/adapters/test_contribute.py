@@ -20,7 +20,8 @@ from share_client.egress_check import look
 from share_client.link import HubLink
 from share_client.member import ClientLayout
 from share_client.records import Records
-from share_client.session import SessionOptions, only_session, run_session
+from share_client.session import SessionOptions, run_session
+from share_client.session_lock import only_session
 from share_core.errors import (
     AccessError,
     AdapterError,

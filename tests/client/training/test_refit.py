@@ -141,7 +141,7 @@ def test_a_trainer_looks_at_the_gradient_before_it_refits(tmp_path: Path) -> Non
     file = tmp_path / "tasks.toml"
     file.write_text(
         'backbone = "digits-vit"\ndevice = "cpu"\n[[task]]\nname = "a"\nkind = "image-classification"\n'
-        'train = "train.npz"\ntest = "test.npz"\nepochs = 1\n'
+        'train = "train.npz"\ntest = "test.npz"\nepochs = 1\nrefit = true\n'
     )
     trainer = BackboneTrainer(file)
     (task,) = trainer.tasks()
