@@ -19,7 +19,7 @@ from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_t
 from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
-from share_core.space import task_adapter, update_adapter
+from share_core.space import columns_of, task_adapter, update_adapter
 from share_core.types import Adapter, Space, Update
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class BackboneTrainer:
             rows=prepared.train_rows,
             trained_numbers=result.trained_numbers,
             declared=result.declared,
-            columns=refit.columns_of(usable),
+            columns=columns_of(usable),
             captured=captured,
         )
 
