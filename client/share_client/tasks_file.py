@@ -2,7 +2,7 @@
 
 ::
 
-    backbone = "digits-vit"        # or "minilm", or the path of a Hugging Face model directory
+    backbone = "digits-vit"        # or "minilm", a model directory, or a table: see share_client.backbone_config
     device = "auto"                # auto | cpu | cuda
     watch = "incoming"             # optional: every folder dropped into it is a task, see docs/life.md
 
@@ -11,7 +11,7 @@
 
     [[task]]
     name = "rot90"
-    kind = "image-classification"  # or another of docs/kinds.md, or "module:object" of your own
+    kind = "image-classification"  # or another of KINDS in share_client.kind_names, or "module:object" of your own
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
     test = "rot90/test.npz"        # or validation = 0.2: hold out a fifth of train
     columns = { label = "gold" }   # where a column is not called as its field is
@@ -138,7 +138,7 @@ class TasksFile:
     path: Path
     """Where it was read."""
     backbone: BackboneConfig
-    """``digits-vit``, ``minilm`` or the absolute path of a Hugging Face model directory."""
+    """What to load and what to adapt in it; paths are absolute."""
     device: str
     """``auto``, ``cpu`` or ``cuda``."""
     tasks: tuple[TaskConfig, ...]
