@@ -26,7 +26,7 @@ from share_client.data import table as table_module
 from share_client.kinds import text_classification as text_module
 from share_client.tasks_file import read_tasks
 from share_client.training import TrainingOptions, load_backbone, prepare_task, train_in_space
-from share_client.training import start as start_module
+from share_client.training import gradients as gradients_module
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.space import empty_space
@@ -81,7 +81,7 @@ def _none(*_: Any, **__: Any) -> Any:
 
 GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "encodings": ("latin-1", lines_module, "_decoded", lambda line, *_: line.decode("utf-8", "replace")),
-    "finite gradients": ("pixels-huge", start_module, "require_finite_gradients", _none),
+    "finite gradients": ("pixels-huge", gradients_module, "require_finite_gradients", _none),
     "surrogates": ("text-half-character", table_module, "_encodable", lambda _: True),
     "unknown keys": ("misspelt-key", values_module, "unknown", _none),
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
+from share_client.training.adaptation import MOST_DIRECTIONS, auto_plan, fixed_plan
 from share_client.training.factors import FixedFactors, SpaceFactors
+from share_client.training.gradients import site_gradients
 from share_client.training.loop import fresh_head, head_tensors, train
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
+from share_client.training.plan import SitePlan
 from share_client.training.private import train_private
 from share_client.training.start import free_directions, random_directions, start_cores
 from share_core.errors import ConfigError, SpaceMismatchError
@@ -22,10 +25,10 @@ from share_core.privacy import CoefficientNoise, Declaration, SampleNoise, noisy
 from share_core.space import compress_core, update_adapter
 from share_core.types import Factors, SiteBasis, SiteUpdate, Space, Update
 
-DIRECTIONS = 2
-"""Free directions at each site where the subspace already holds something."""
-FIRST_DIRECTIONS = 4
-"""Free directions at each site while the subspace is empty: there is nothing yet to combine."""
+PRIVATE_DIRECTIONS = 2
+"""Free directions at each site under DP-SGD where none are asked for: the data may not be asked how many."""
+PRIVATE_FIRST_DIRECTIONS = 4
+"""The same while the subspace is empty: there is nothing yet to combine."""
 
 
 def train_in_space(
@@ -39,6 +42,8 @@ def train_in_space(
     declared: Declaration | None = None,
 ) -> TrainResult:
     """Train coefficients of pseudo-rank p, phi free directions and a head; backbone and bases are frozen.
+
+    How many directions each site gets is decided by :mod:`~.adaptation` unless ``options.directions`` says it.
 
     Args:
         backbone: the encoder the space was made for.
@@ -61,7 +66,7 @@ def train_in_space(
     trained_head = fresh_head(backbone, task, options.seed, head)
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
-    changes = _start(backbone, task, space, task_id, options, trained_head, declared)
+    changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared)
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
     else:
@@ -85,6 +90,7 @@ def train_in_space(
         seconds=time.monotonic() - began,
         trained_numbers=sum(p.numel() for change in changes.values() for p in change.parameters()),
         declared=declared,
+        plan=plan,
     )
 
 
@@ -132,17 +138,25 @@ def _start(
     options: TrainingOptions,
     head: nn.Module,
     declared: Declaration | None,
-) -> dict[str, SpaceFactors]:
-    """Return the change of every site to start from. With DP-SGD it tells nothing of the data: only its steps do."""
-    sites = tuple(space.bases)
+) -> tuple[dict[str, SpaceFactors], dict[str, SitePlan]]:
+    """Return the change of every site to start from. With noise it tells nothing of the data: only the steps do."""
+    bases, rank = space.bases, options.pseudo_rank
     draw = torch.Generator().manual_seed(options.seed)
-    cores = start_cores(space, task_id, sites, options.pseudo_rank, draw)
-    phi = 0 if isinstance(declared, CoefficientNoise) else _directions(space, options)
-    if isinstance(declared, SampleNoise):
-        free = random_directions(space.bases, phi, draw)
+    if declared is not None:
+        cores = start_cores(space, task_id, rank, {}, draw)
+        plan = fixed_plan(bases, rank, _private_directions(space, options, declared), "fixed beside noise")
+        free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
     else:
-        free = free_directions(backbone, task, head, space.bases, phi, options)
-    return {site: SpaceFactors(space.bases[site], cores[site], free[site]).to(backbone.device) for site in sites}
+        count = MOST_DIRECTIONS if options.directions is None else options.directions
+        gradients = site_gradients(backbone, task, head, bases, count, options)
+        cores = start_cores(space, task_id, rank, gradients, draw)
+        if options.directions is None:
+            plan = auto_plan(bases, gradients, rank)
+        else:
+            plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
+        free = free_directions(gradients, bases, {site: one.directions for site, one in plan.items()})
+    factors = {site: SpaceFactors(bases[site], cores[site], free[site]).to(backbone.device) for site in bases}
+    return factors, plan
 
 
 def _fixed(sites: Mapping[str, SiteUpdate], space: Space, backbone: Backbone) -> dict[str, FixedFactors]:
@@ -173,10 +187,12 @@ def check_sites(backbone: Backbone, space: Space) -> None:
             )
 
 
-def _directions(space: Space, options: TrainingOptions) -> int:
+def _private_directions(space: Space, options: TrainingOptions, declared: Declaration) -> int:
+    if isinstance(declared, CoefficientNoise):
+        return 0
     if options.directions is not None:
         return options.directions
-    return DIRECTIONS if has_bases(space) else FIRST_DIRECTIONS
+    return PRIVATE_DIRECTIONS if has_bases(space) else PRIVATE_FIRST_DIRECTIONS
 
 
 def _holds(basis: SiteBasis) -> bool:

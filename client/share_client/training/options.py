@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from share_client.tasks_file import TaskConfig
+from share_client.training.plan import SitePlan
 from share_core.privacy import Declaration
 from share_core.types import Adapter, Update
 
@@ -23,7 +24,7 @@ class TrainingOptions:
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`."""
     directions: int | None = None
-    """Free directions phi at each site. None: 2, or 4 while the subspace is empty."""
+    """Free directions phi at each site. None: by the gradient, see :mod:`~.adaptation`."""
     pseudo_rank: int = 8
     """Rank p of the core at each site; never more than the subspace has."""
     seed: int = 0
@@ -96,6 +97,8 @@ class TrainResult:
     """Trained numbers in cores and free directions, heads not counted."""
     declared: Declaration | None = None
     """Clipping and noise in the update; None if there is none."""
+    plan: Mapping[str, SitePlan] = field(default_factory=dict)
+    """What was trained at every site, and why."""
 
 
 @dataclass(frozen=True)

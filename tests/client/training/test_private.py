@@ -31,6 +31,7 @@ from share_client.training import (
     train_in_space,
 )
 from share_client.training.factors import SpaceFactors
+from share_client.training.gradients import site_gradients
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import Trained, adamw, fresh_head
 from share_client.training.private import PrivateLinear
@@ -267,9 +268,10 @@ def test_planted_bugs_are_caught(
 def test_starting_from_the_gradient_would_be_noticed(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
     tasks = iter([bars, replace(bars, train=bars.test)] * 2)
 
-    def from_gradient(bases: Any, count: int, draw: torch.Generator) -> dict[str, Tensor]:
+    def from_gradient(bases: Any, counts: dict[str, int], draw: torch.Generator) -> dict[str, Tensor]:
         task = next(tasks)
-        return free_directions(backbone, task, fresh_head(backbone, task, 0, None), bases, count, OPTIONS)
+        head = fresh_head(backbone, task, 0, None)
+        return free_directions(site_gradients(backbone, task, head, bases, 2, OPTIONS), bases, counts)
 
     with mock.patch.object(in_space, "random_directions", from_gradient), pytest.raises(AssertionError):
         check_starts_tell_nothing(backbone, bars, grown)
@@ -302,7 +304,9 @@ def test_what_would_leave_without_noise_is_refused(
 
 
 def test_random_directions_lie_outside_the_bases(grown: Space) -> None:
-    for site, made in random_directions(grown.bases, 2, torch.Generator().manual_seed(0)).items():
+    for site, made in random_directions(
+        grown.bases, dict.fromkeys(grown.bases, 2), torch.Generator().manual_seed(0)
+    ).items():
         assert float((grown.bases[site].right.T @ made).abs().max()) < 1e-5
         assert made.shape[1] == 2
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from share_client.trainer import BackboneTrainer
 from share_client.training import Backbone, PreparedTask, TrainingOptions, TrainResult, train_in_space
+from share_client.training.gradients import weight_gradients
 from share_client.training.loop import fresh_head
 from share_client.training.refit import (
     captured_share,
@@ -22,7 +23,6 @@ from share_client.training.refit import (
     refit_in_space,
     usable_bases,
 )
-from share_client.training.start import weight_gradients
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
 from share_core.space import columns_of, task_adapter, update_adapter

@@ -1,0 +1,19 @@
+"""What is trained at each site, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is trained at one site, and why."""
+
+    pseudo_rank: int
+    """Rank p of the coefficients."""
+    directions: int
+    """Free directions phi."""
+    captured: float | None
+    """Share of the gradient's energy that coefficients can follow; None: it was not looked at."""
+    why: str
+    """In words, for the owner."""

@@ -1,0 +1,42 @@
+"""The picture of ``share-sim bench sequence``: accuracy of every task, and what each way of adapting costs to send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_sequence_plot(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the report. Needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    tasks, cost = figure.subplots(1, 2, width_ratios=(2, 1))
+    _accuracies(tasks, report["tasks"])
+    _costs(cost, report["ways"])
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+
+
+def _accuracies(axes: Any, tasks: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(tasks)
+    for way, marker, colour in (("frozen", "_", "0.5"), ("lora", "D", "C1"), ("auto", "o", "C0")):
+        axes.plot(names, [tasks[name][way] for name in names], marker, color=colour, label=way, ls="")
+    axes.set_ylabel("accuracy at the end, mean of the seeds")
+    axes.tick_params(axis="x", rotation=60)
+    axes.legend()
+    axes.set_title("tasks in order of arrival")
+
+
+def _costs(axes: Any, ways: Mapping[str, Mapping[str, float]]) -> None:
+    for way, own in ways.items():
+        if way == "frozen":
+            continue
+        axes.errorbar(own["bytes_up"] / 1e6, own["final"], yerr=own["spread_over_seeds"], marker="o", capsize=3)
+        axes.annotate(way, (own["bytes_up"] / 1e6, own["final"]), textcoords="offset points", xytext=(6, 4))
+    axes.axhline(ways["frozen"]["final"], color="0.5", ls="--", label="frozen backbone")
+    axes.set_xlabel("MB up for all tasks, heads not counted")
+    axes.set_ylabel("mean accuracy at the end")
+    axes.legend(loc="lower right")

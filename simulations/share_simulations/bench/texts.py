@@ -1,0 +1,37 @@
+"""Rows of real text tasks for benchmarks, and MiniLM made ready to train on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from share_client.tasks_file import TaskConfig
+from share_client.training import Backbone, PreparedTask, prepare_task
+from share_simulations.text import choose_rows, read_lines
+
+
+def text_task(
+    backbone: Backbone, data: Path, folder: Path, name: str, rows: int, test_rows: int, draw: str = "", **settings: Any
+) -> PreparedTask:
+    """Choose rows of the task ``data/name``, write them below ``folder`` and read them as a client does.
+
+    Args:
+        backbone: what the texts are tokenised for.
+        data: folder of text tasks, ``<task>/{train,test}.jsonl[.gz]``.
+        folder: where the chosen rows are written, in a folder of their own.
+        name: the task.
+        rows: most training rows.
+        test_rows: most test rows.
+        draw: training rows depend on this and the name alone; test rows on the name alone.
+        settings: epochs, batch_size, max_length, seed: see :class:`~share_client.tasks_file.TaskConfig`.
+
+    Raises:
+        ConfigError: the files are missing or cannot be read.
+    """
+    own = folder / f"{name}-{rows}{draw and '-'}{draw}"
+    own.mkdir(parents=True, exist_ok=True)
+    for part, limit, seed in (("train", rows, f"{draw}/{name}/train"), ("test", test_rows, f"{name}/test")):
+        lines = choose_rows(read_lines(data / name, part), limit, seed)
+        (own / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    train, test = own / "train.jsonl", own / "test.jsonl"
+    return prepare_task(TaskConfig(name, "text-classification", train, test, **settings), backbone)

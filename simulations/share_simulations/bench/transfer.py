@@ -1,0 +1,201 @@
+"""What the subspace that others filled is worth to a new task with few rows.
+
+A space is merged from adapters of other tasks. Then every new task is trained, on the same rows, with the same number
+of passes and the default settings, in
+
+* ``learned``: that space, as a client does;
+* ``learned_zero``: its bases without its stored cores, so that nothing but the bases carries over;
+* ``random_basis`` and ``backbone_basis``: as many orthonormal random directions, or singular vectors of the backbone;
+* ``lora``: a separate LoRA of rank 8, and ``lora_double_rate`` at twice the learning rate;
+* ``frozen``: a head on the frozen backbone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from share_client.training import (
+    Backbone,
+    PreparedTask,
+    TrainingOptions,
+    evaluate,
+    load_backbone,
+    train_in_space,
+    train_lora,
+)
+from share_core.cold_start import backbone_bases
+from share_core.errors import ConfigError
+from share_core.fingerprint import describe_space
+from share_core.merge import HubState, MergePolicy, empty_state, merge
+from share_core.peft.reader import read_adapter
+from share_core.space import update_adapter
+from share_core.types import Adapter, SiteBasis, Space, SpaceSpec
+from share_simulations.bench.sequence_report import difference
+from share_simulations.bench.texts import text_task
+
+Note = Callable[[str], None]
+
+LORA_RANK = 8
+WAYS = ("frozen", "lora", "lora_double_rate", "random_basis", "backbone_basis", "learned_zero", "learned")
+NEW = ("agnews", "cr", "snips", "trec", "tweet_emotion", "mrpc")
+"""Default new tasks: one of each kind of text task that the others are made of."""
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """What is measured."""
+
+    data: Path
+    """Folder of text tasks, ``<task>/{train,test}.jsonl[.gz]``."""
+    adapters: Path
+    """Folder of PEFT adapters for MiniLM by task; all but the new ones are merged, in alphabetical order."""
+    tasks: tuple[str, ...] = NEW
+    rows: int = 100
+    test_rows: int = 1000
+    epochs: tuple[int, ...] = (1, 10)
+    """Passes over the rows; every way is trained anew for each. The scalars of the report are of the last."""
+    seeds: int = 3
+    """Each draws other training rows, other starts and another random basis."""
+    k_max: int = 64
+    processes: int = 2
+
+
+def run_transfer(options: TransferOptions, folder: Path, note: Note) -> dict[str, Any]:
+    """Measure and return the report; rows are written below ``folder``.
+
+    Raises:
+        ConfigError: data or adapters are missing.
+    """
+    others = _others(options)
+    jobs = [(options, folder, task, seed) for seed in range(options.seeds) for task in options.tasks]
+    found: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(options.processes, _prepare, (options,)) as pool:
+        for one in pool.imap(_measured, jobs):
+            values = ", ".join(f"{way} {value:.3f}" for way, value in one["values"][str(options.epochs[-1])].items())
+            note(f"{one['task']}, seed {one['seed']}: {values}")
+            found.append(one)
+    return {**report_of(found, options.epochs), "merged": len(others), "rows": options.rows}
+
+
+def report_of(found: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> dict[str, Any]:
+    """Return averages over tasks and seeds, with differences of ``learned`` to each other way and their intervals."""
+    by_epochs: dict[str, dict[str, Any]] = {}
+    for passes in epochs:
+        values = {way: _by_task(found, passes, way) for way in WAYS}
+        seeds = sorted({one["seed"] for one in found})
+        by_epochs[str(passes)] = {
+            "means": {way: _mean(own) for way, own in values.items()},
+            "spread_over_seeds": {way: _spread(own, len(seeds)) for way, own in values.items()},
+            "learned_minus": {
+                way: difference(values["learned"], own) for way, own in values.items() if way != "learned"
+            },
+            "table": {task: {way: fmean(values[way][task]) for way in WAYS} for task in values["learned"]},
+        }
+    last = by_epochs[str(epochs[-1])]
+    return {**last["means"], "epochs": epochs[-1], "table": last["table"], "by_epochs": by_epochs, "runs": list(found)}
+
+
+def _by_task(found: Sequence[Mapping[str, Any]], passes: int, way: str) -> dict[str, list[float]]:
+    own: dict[str, list[float]] = {}
+    for one in found:
+        own.setdefault(one["task"], []).append(one["values"][str(passes)][way])
+    return own
+
+
+def _mean(own: Mapping[str, Sequence[float]]) -> float:
+    return fmean(value for values in own.values() for value in values)
+
+
+def _spread(own: Mapping[str, Sequence[float]], seeds: int) -> float:
+    """Return the standard deviation over seeds of the mean over tasks."""
+    return stdev(fmean(values[i] for values in own.values()) for i in range(seeds)) if seeds > 1 else 0.0
+
+
+def _others(options: TransferOptions) -> list[Path]:
+    paths = sorted(path.parent for path in options.adapters.glob("*/adapter_config.json"))
+    paths = [path for path in paths if path.name not in options.tasks]
+    if not paths:
+        raise ConfigError(
+            f"{options.adapters}: expected PEFT adapters of other tasks in folders of their own, got none"
+        )
+    return paths
+
+
+_READY: list[tuple[Backbone, SpaceSpec, Space]] = []
+
+
+def _prepare(options: TransferOptions) -> None:
+    """Load the backbone and merge the space, once in every process."""
+    torch.set_num_threads(1)
+    backbone = load_backbone("minilm", "auto")
+    spec = describe_space("minilm", backbone.site_weights(), k_max=options.k_max)
+    _READY.append((backbone, spec, _merged(options, spec).space))
+
+
+def _merged(options: TransferOptions, spec: SpaceSpec) -> HubState:
+    state, originals = empty_state(spec), dict[str, Adapter]()
+    policy = MergePolicy(k_max=options.k_max)
+    for path in _others(options):
+        name = f"others/{path.name}"
+        originals[name] = _on_sites(read_adapter(path).factors, spec, path)
+        state = merge(state, name, originals[name], policy, originals).state
+    return state
+
+
+def _on_sites(factors: Adapter, spec: SpaceSpec, path: Path) -> Adapter:
+    """Return an adapter under the names of the space; PEFT may put a prefix such as ``bert.`` before them."""
+    named = {}
+    for key, one in factors.items():
+        sites = [site for site in spec.sites if key == site or key.endswith(f".{site}") or site.endswith(f".{key}")]
+        if len(sites) != 1:
+            raise ConfigError(f"{path}: expected a site of MiniLM, got {key!r}; name adapters for this backbone")
+        named[sites[0]] = one
+    return named
+
+
+def _measured(job: tuple[TransferOptions, Path, str, int]) -> dict[str, Any]:
+    """Train one new task in every way, for every number of passes."""
+    options, folder, name, seed = job
+    backbone, spec, space = _READY[0]
+    task = text_task(backbone, options.data, folder, name, options.rows, options.test_rows, str(seed))
+    spaces = {
+        "learned": space,
+        "learned_zero": replace(space, cores={}),
+        "random_basis": Space(space.version, random_bases(space, seed), {}),
+        "backbone_basis": Space(space.version, backbone_bases(backbone.site_weights(), spec, options.k_max), {}),
+    }
+    values = {}
+    for passes in options.epochs:
+        training = TrainingOptions(epochs=passes, seed=seed)
+        values[str(passes)] = {way: _trained(backbone, task, way, spaces, training) for way in WAYS}
+    return {"task": name, "seed": seed, "test_rows": task.test_rows, "values": values}
+
+
+def _trained(
+    backbone: Backbone, task: PreparedTask, way: str, spaces: Mapping[str, Space], training: TrainingOptions
+) -> float:
+    if way in spaces:
+        made = train_in_space(backbone, task, spaces[way], f"new/{task.config.name}", training)
+        return evaluate(backbone, task, update_adapter(made.update, spaces[way].bases), made.head).value
+    if way == "lora_double_rate":
+        training = replace(training, learning_rate=2 * training.learning_rate)
+    separate = train_lora(backbone, task, 0 if way == "frozen" else LORA_RANK, training)
+    return evaluate(backbone, task, separate.adapter, separate.head).value
+
+
+def random_bases(space: Space, seed: int) -> dict[str, SiteBasis]:
+    """Return random orthonormal bases of the same shapes as those of ``space``."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+
+    def like(basis: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.linalg.qr(torch.randn(basis.shape, generator=draw)).Q
+        return made
+
+    return {site: SiteBasis(like(basis.left), like(basis.right)) for site, basis in space.bases.items()}
