@@ -293,6 +293,74 @@ def bench_serve(
     _finish(report, as_json, _serve_table)
 
 
+@bench_app.command("transfer")
+def bench_transfer(
+    data: Annotated[Path, typer.Option(help="Folder with <task>/{train,test}.jsonl.gz.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapters for MiniLM, by task.")],
+    tasks: Annotated[
+        str, typer.Option(help="New tasks, comma-separated; the adapters of all others are merged first.")
+    ] = "agnews,cr,snips,trec,tweet_emotion,mrpc",
+    rows: Annotated[int, typer.Option(min=8, help="Training rows of a new task.")] = 100,
+    test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task.")] = 1000,
+    epochs: Annotated[str, typer.Option(help="Passes over the rows, each trained anew.")] = "1,10",
+    seeds: Annotated[int, typer.Option(min=1, help="Each draws other rows, starts and random bases.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Tasks that are trained side by side.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for transfer.json and transfer.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a new task with few rows gains from the subspace that others filled: MiniLM on real text.
+
+    learned: the space as a client uses it; learned_zero: its bases alone; random_basis and backbone_basis: as many
+    directions of another origin; lora: a separate adapter of rank 8, same rows and passes. Averages are fractions,
+    intervals are over tasks. The defaults take about an hour on two cores.
+    """
+    from share_simulations.bench.transfer import TransferOptions, run_transfer, transfer_table
+
+    options = TransferOptions(
+        data, adapters, _names(tasks, "--tasks"), rows, test_rows, _numbers(epochs, "--epochs"), seeds, processes
+    )
+    report = run_transfer(options, out, _note)
+    _finish(report, as_json, transfer_table)
+
+
+@bench_app.command("sequence")
+def bench_sequence(
+    data: Annotated[Path, typer.Option(help="Folder with <task>/{train,test}.jsonl.gz.")],
+    out: Annotated[Path, typer.Option(help="Folder for sequence.json and .png; what is finished there is kept.")],
+    tasks: Annotated[str | None, typer.Option(help="In order of arrival, comma-separated. Default: twelve.")] = None,
+    modes: Annotated[str, typer.Option(help="Ways to adapt, auto among them.")] = "auto,coefficients,directions,free",
+    clients: Annotated[int, typer.Option(min=1, help="Clients that the tasks arrive at in turn.")] = 4,
+    rows: Annotated[int, typer.Option(min=8, help="Training rows of a task.")] = 1500,
+    test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task. Default: all.")] = 100_000,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows, of LoRA too.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other rows and starts.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Ways and seeds that run side by side.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Twelve text tasks in sequence at four clients, against a separate LoRA for each: accuracy, forgetting, bytes.
+
+    auto is the default way of adapting, the other modes fix it: coefficients only, two directions at every site, or
+    plain LoRA that is projected. Differences are on the same rows, intervals over tasks. An interrupted run goes on
+    where it was. The defaults take some three hours on two cores.
+    """
+    from share_simulations.bench.sequence import TASKS, SequenceOptions, run_sequence
+    from share_simulations.bench.sequence_report import sequence_table
+
+    options = SequenceOptions(
+        data=data,
+        out=out,
+        tasks=TASKS if tasks is None else _names(tasks, "--tasks"),
+        modes=_names(modes, "--modes"),
+        clients=clients,
+        rows=rows,
+        test_rows=test_rows,
+        epochs=epochs,
+        seeds=seeds,
+        processes=processes,
+    )
+    _finish(run_sequence(options, _note), as_json, sequence_table)
+
+
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
     # The children are forked while gRPC's threads run; they exec at once and use none of its state.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,36 @@ def text_task(
     Raises:
         ConfigError: the files are missing or cannot be read.
     """
+    chosen = {
+        "train": with_every_class(read_lines(data / name, "train"), rows, f"{draw}/{name}/train"),
+        "test": choose_rows(read_lines(data / name, "test"), test_rows, f"{name}/test"),
+    }
     own = folder / f"{name}-{rows}{draw and '-'}{draw}"
     own.mkdir(parents=True, exist_ok=True)
-    for part, limit, seed in (("train", rows, f"{draw}/{name}/train"), ("test", test_rows, f"{name}/test")):
-        lines = choose_rows(read_lines(data / name, part), limit, seed)
+    for part, lines in chosen.items():
         (own / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     train, test = own / "train.jsonl", own / "test.jsonl"
     return prepare_task(TaskConfig(name, "text-classification", train, test, **settings), backbone)
+
+
+def with_every_class(lines: Sequence[str], limit: int, seed: str) -> list[str]:
+    """Return :func:`~share_simulations.text.choose_rows`, in which every label occurs if there is room.
+
+    A label that the choice would leave out takes the place of the last row whose own label occurs again.
+    """
+    order = choose_rows(lines, len(lines), seed)
+    chosen, rest = order[:limit], order[limit:]
+    labels = [_label(line) for line in chosen]
+    for line in rest:
+        label = _label(line)
+        if label in labels:
+            continue
+        spare = [i for i, own in enumerate(labels) if labels.count(own) > 1]
+        if not spare:
+            break
+        chosen[spare[-1]], labels[spare[-1]] = line, label
+    return chosen
+
+
+def _label(line: str) -> str:
+    return str(json.loads(line)["label"])

@@ -12,14 +12,18 @@ of passes and the default settings, in
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from share_client.training import (
     Backbone,
@@ -63,25 +67,35 @@ class TransferOptions:
     """Passes over the rows; every way is trained anew for each. The scalars of the report are of the last."""
     seeds: int = 3
     """Each draws other training rows, other starts and another random basis."""
-    k_max: int = 64
     processes: int = 2
+    k_max: int = 64
 
 
-def run_transfer(options: TransferOptions, folder: Path, note: Note) -> dict[str, Any]:
-    """Measure and return the report; rows are written below ``folder``.
+def run_transfer(options: TransferOptions, out: Path | None, note: Note) -> dict[str, Any]:
+    """Measure and return the report; ``transfer.json`` and ``transfer.png`` are written to ``out``.
 
     Raises:
         ConfigError: data or adapters are missing.
     """
     others = _others(options)
-    jobs = [(options, folder, task, seed) for seed in range(options.seeds) for task in options.tasks]
     found: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(options.processes, _prepare, (options,)) as pool:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedshare-transfer-")))
+        jobs = [(options, folder, task, seed) for seed in range(options.seeds) for task in options.tasks]
+        context = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(context.Pool(options.processes, _prepare, (options,)))
         for one in pool.imap(_measured, jobs):
             values = ", ".join(f"{way} {value:.3f}" for way, value in one["values"][str(options.epochs[-1])].items())
             note(f"{one['task']}, seed {one['seed']}: {values}")
             found.append(one)
-    return {**report_of(found, options.epochs), "merged": len(others), "rows": options.rows}
+    report = {**report_of(found, options.epochs), "merged": [path.name for path in others], "rows": options.rows}
+    if out is not None:
+        from share_simulations.bench.transfer_plot import write_transfer_plot
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "transfer.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_transfer_plot(report, out / "transfer.png")
+    return report
 
 
 def report_of(found: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> dict[str, Any]:
@@ -199,3 +213,15 @@ def random_bases(space: Space, seed: int) -> dict[str, SiteBasis]:
         return made
 
     return {site: SiteBasis(like(basis.left), like(basis.right)) for site, basis in space.bases.items()}
+
+
+def transfer_table(report: Mapping[str, Any]) -> Table:
+    """Return the ways side by side, for every number of passes."""
+    table = Table("passes", "way", "accuracy", "spread over seeds", "learned minus it, points (95 %)")
+    for passes, own in report["by_epochs"].items():
+        for way, value in own["means"].items():
+            gap = own["learned_minus"].get(way)
+            words = "" if gap is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in gap.values()))
+            table.add_row(passes, way, f"{value:.4f}", f"{own['spread_over_seeds'][way]:.4f}", words)
+        table.add_section()
+    return table

@@ -57,6 +57,14 @@ def test_free_directions_are_orthogonal_to_the_subspace(kept: int) -> None:
     assert captured > 0.999, "the gradient outside has one direction, and the first start must be it"
 
 
+def test_a_zero_gradient_still_gives_directions_outside() -> None:
+    torch.manual_seed(0)
+    basis = SiteBasis(torch.zeros(32, 0), torch.linalg.qr(torch.randn(64, 3)).Q)
+    free = free_directions({"s": seen_by(basis, torch.zeros(32, 64), 2)}, {"s": basis}, {"s": 2})["s"]
+    assert (basis.right.T @ free).abs().max() < 1e-5
+    torch.testing.assert_close(free.T @ free, IN_NORM**2 * torch.eye(2), atol=1e-5, rtol=1e-5)
+
+
 def gradients_of(space: Space, seed: int) -> dict[str, SiteGradient]:
     draw = torch.Generator().manual_seed(seed)
     shapes = {site: (basis.left.shape[0], basis.right.shape[0]) for site, basis in space.bases.items()}
@@ -128,27 +136,28 @@ def _without_gradient(start: Any, basis: SiteBasis, rank: int, gradient: Any, dr
     return filled(start, basis, rank, None, draw)
 
 
+def _directions(grown: Space) -> None:
+    test_free_directions_are_orthogonal_to_the_subspace(3)
+
+
+def _no_gradient(grown: Space) -> None:
+    test_a_zero_gradient_still_gives_directions_outside()
+
+
+def _saddle(grown: Space) -> None:
+    test_a_first_task_starts_at_zero(grown, True)
+
+
+def _unchanged(basis: Tensor, x: Tensor) -> Tensor:
+    return x
+
+
 @pytest.mark.parametrize(
     ("module", "where", "bug", "check"),
     [
-        (
-            start_module,
-            "residual",
-            lambda basis, x: x,
-            lambda grown: test_free_directions_are_orthogonal_to_the_subspace(3),
-        ),
-        (
-            gradients_module,
-            "residual",
-            lambda basis, x: x,
-            lambda grown: test_free_directions_are_orthogonal_to_the_subspace(3),
-        ),
-        (
-            start_module,
-            "_orthonormal_after",
-            torch.zeros_like,
-            lambda grown: test_a_first_task_starts_at_zero(grown, True),
-        ),
+        (start_module, "residual", _unchanged, _no_gradient),
+        (gradients_module, "residual", _unchanged, _directions),
+        (start_module, "_orthonormal_after", torch.zeros_like, _saddle),
         (start_module, "shared_start", lambda cores: {}, test_a_new_task_starts_from_what_the_stored_ones_share),
         (start_module, "small_svd", _reversed, test_a_new_task_starts_from_what_the_stored_ones_share),
         (start_module, "_filled", _without_gradient, test_free_columns_of_a_core_follow_the_gradient),
