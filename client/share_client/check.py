@@ -184,6 +184,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     from share_client.trainer import LocalTask
     from share_client.training import TrainingOptions, declare, prepare_task, train_in_space
     from share_client.training.in_space import has_bases
+    from share_client.training.options import passes
     from share_core.privacy import CoefficientNoise, SampleNoise
     from share_core.tensorfile import describe_tensors
     from share_core.wire import encode_update
@@ -208,7 +209,11 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
         )
     payload = encode_update(result.update)
     per_epoch = -(-task.train_rows // config.batch_size)
-    steps = declared.steps if isinstance(declared, SampleNoise) else config.epochs * per_epoch
+    steps = (
+        declared.steps
+        if isinstance(declared, SampleNoise)
+        else passes(config.epochs, task.train_rows, config.batch_size) * per_epoch
+    )
     if isinstance(declared, CoefficientNoise):
         steps *= 2  # the head is trained once more on what the noise left
     return TaskCheck(

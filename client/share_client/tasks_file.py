@@ -95,7 +95,7 @@ class TaskConfig:
     """Name of the column of a field, such as ``{"text": "sentence"}``, where it is not the field's own name."""
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """The table ``[task.options]``, which the kind reads and checks by :func:`read_options`."""
-    epochs: int = 3
+    epochs: int | None = None
     """Passes over the training rows."""
     batch_size: int = 32
     """Rows in one step."""
@@ -127,6 +127,9 @@ class TaskConfig:
     """Parts into which the rows of one step are cut to save memory; it changes no result."""
     checkpointing: bool = False
     """Whether activations are computed again instead of being kept, to save memory; it changes no result."""
+    patience: int | None = None
+    """Passes without a lower loss on a held-out tenth of the training rows after which training ends, and what was best
+    is kept. None: all passes are made, on all rows."""
     privacy: PrivacyConfig | None = None
     """Clipping and noise. None: updates carry none."""
 
@@ -459,5 +462,6 @@ _READERS: Mapping[str, values.Reader] = {
     "precision": lambda value, where: values.one_of(value, PRECISIONS, where),
     "accumulate": values.integer(1, 65_536),
     "checkpointing": values.boolean,
+    "patience": values.integer(1, 1000),
     "privacy": _privacy,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.training.options import passes
 from share_core.errors import ConfigError
 from share_core.privacy import (
     COEFFICIENTS,
@@ -54,7 +55,7 @@ def _coefficients(privacy: PrivacyConfig) -> CoefficientNoise:
 def _samples(task: TaskConfig, privacy: PrivacyConfig, rows: int) -> SampleNoise:
     delta = 1 / (10 * rows) if privacy.delta is None else privacy.delta
     rate = min(1.0, task.batch_size / rows)
-    steps = task.epochs * -(-rows // task.batch_size)
+    steps = passes(task.epochs, rows, task.batch_size) * -(-rows // task.batch_size)
 
     def spent(noise: float) -> float:
         return _epsilon([(noise, rate, steps)], delta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
+from share_client.training.early import EarlyStop, held_out
 from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import adapted, injected
-from share_client.training.options import Progress, ProgressCallback, TrainingOptions
+from share_client.training.options import Progress, ProgressCallback, TrainingOptions, passes
 from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 
@@ -76,36 +77,58 @@ def train(
     """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
 
     Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends. Where
-    neither has a number to train, as with a kind without a head, no step is taken.
+    neither has a number to train, as with a kind without a head, no step is taken. With ``options.patience`` a tenth of
+    the rows is held out and the numbers are those of the best pass, see :mod:`~.early`.
     """
-    draw = torch.Generator().manual_seed(options.seed)
-    per_epoch = -(-task.train_rows // options.batch_size)
-    steps = options.epochs * per_epoch
+    stop: EarlyStop | None = None
     rated = [one for change in changes.values() for one in change.rated()]
+    if options.patience is not None:
+        task, rows = held_out(task, options.seed)
+        numbers = [*head.parameters(), *(one.parameter for one in rated)]
+        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience)
+    epochs = passes(options.epochs, task.train_rows, options.batch_size)
+    steps = epochs * -(-task.train_rows // options.batch_size)
     optimizer = adamw(head, backbone.width, rated, options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
-    mean: float | None = None
-    done = 0
     if not any(one.numel() for group in optimizer.param_groups for one in group["params"]):
         return Trained(loss=float("nan"), steps=0)
     modules = {site: adapted(backbone.site(site), change) for site, change in changes.items()}
+    draw = torch.Generator().manual_seed(options.seed)
+    mean, done = float("nan"), 0
     with injected(backbone, modules), recomputed(backbone, options.checkpointing):
-        for epoch in range(1, options.epochs + 1):
-            for rows in epoch_batches(task.train, options.batch_size, draw):
-                optimizer.zero_grad()
-                value = 0.0
-                for loss in part_losses(backbone, task, head, rows, options):
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    value += loss.item()
-                optimizer.step()
+        for epoch in range(1, epochs + 1):
+            for chosen in epoch_batches(task.train, options.batch_size, draw):
+                value = _step(backbone, task, head, chosen, options, optimizer)
                 schedule.step()
                 done += 1
-                mean = smoothed(mean, value)
+                mean = smoothed(mean, value) if done > 1 else value
                 if progress is not None:
-                    progress(Progress(epoch, options.epochs, done, steps, mean))
+                    progress(Progress(epoch, epochs, done, steps, mean))
                 if options.pace > 0:
                     time.sleep(options.pace)
-    return Trained(loss=float("nan") if mean is None else mean, steps=done)
+            if stop is not None and stop.ended():
+                break
+        if stop is not None:
+            stop.restore()
+    return Trained(loss=mean, steps=done)
+
+
+def _step(
+    backbone: Backbone,
+    task: PreparedTask,
+    head: nn.Module,
+    rows: Sequence[int],
+    options: TrainingOptions,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Take one step; return the mean loss of its rows before it."""
+    optimizer.zero_grad()
+    value = 0.0
+    for loss in part_losses(backbone, task, head, rows, options):
+        loss.backward()  # type: ignore[no-untyped-call]
+        value += loss.item()
+    optimizer.step()
+    return value
 
 
 def smoothed(mean: float | None, value: float) -> float:

@@ -12,13 +12,27 @@ from share_client.training.plan import SitePlan
 from share_core.privacy import Declaration
 from share_core.types import Adapter, Update
 
+DEFAULT_EPOCHS = 3
+"""Passes over the training rows where there are enough of them."""
+
+LEAST_STEPS = 40
+"""Steps below which few rows are passed over more often: the first steps are spent on the head (docs/adr/0020)."""
+
+
+def passes(epochs: int | None, rows: int, batch_size: int) -> int:
+    """Return the passes over ``rows``: ``epochs``, or enough for :data:`LEAST_STEPS` and :data:`DEFAULT_EPOCHS`."""
+    if epochs is not None:
+        return epochs
+    per_pass = -(-rows // batch_size)
+    return max(DEFAULT_EPOCHS, -(-LEAST_STEPS // per_pass))
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How one task is trained. The defaults serve digits-vit and MiniLM alike."""
 
-    epochs: int = 3
-    """Passes over the training rows."""
+    epochs: int | None = None
+    """Passes over the training rows. None: :func:`passes`."""
     batch_size: int = 32
     """Rows in one step."""
     learning_rate: float = 2e-3
@@ -41,6 +55,8 @@ class TrainingOptions:
     """Parts into which the rows of one step are cut; the result is that of one part, the memory that of the largest."""
     checkpointing: bool = False
     """Whether activations are computed again in the backward pass instead of being kept."""
+    patience: int | None = None
+    """Passes without a lower loss on held-out rows after which training ends, see :mod:`~.early`. None: never."""
 
     @classmethod
     def of(cls, task: TaskConfig) -> TrainingOptions:
@@ -56,6 +72,7 @@ class TrainingOptions:
             precision=task.precision,
             accumulate=task.accumulate,
             checkpointing=task.checkpointing,
+            patience=task.patience,
         )
 
 

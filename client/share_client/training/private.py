@@ -27,7 +27,7 @@ from share_client.noise import system_normal, system_sample
 from share_client.training.factors import Rated, SpaceFactors
 from share_client.training.inject import injected
 from share_client.training.loop import Trained, adamw, smoothed, triangle
-from share_client.training.options import Progress, ProgressCallback, TrainingOptions
+from share_client.training.options import Progress, ProgressCallback, TrainingOptions, passes
 from share_client.training.steps import parts_of
 from share_core.errors import ConfigError
 from share_core.privacy import SampleNoise
@@ -155,7 +155,8 @@ def train_private(
     schedule = torch.optim.lr_scheduler.LambdaLR(plain, triangle(declared.steps, options.warmup))
     parameters = [*head.parameters(), *(one.parameter for one in rated)]
     expected = declared.sample_rate * task.train_rows
-    per_epoch = max(1, declared.steps // options.epochs)
+    epochs = passes(options.epochs, task.train_rows, options.batch_size)
+    per_epoch = max(1, declared.steps // epochs)
     mean: float | None = None
     with injected(backbone, adapted):
         hooks, optimizer = _opacus(_Model(backbone, head), plain, declared, expected)
@@ -168,9 +169,9 @@ def train_private(
                 schedule.step()
                 mean = smoothed(mean, loss) if rows else mean
                 if progress is not None:
-                    epoch = min(options.epochs, 1 + (step - 1) // per_epoch)
+                    epoch = min(epochs, 1 + (step - 1) // per_epoch)
                     late = float("nan") if mean is None else mean
-                    progress(Progress(epoch, options.epochs, step, declared.steps, late))
+                    progress(Progress(epoch, epochs, step, declared.steps, late))
                 if options.pace > 0:
                     time.sleep(options.pace)
         finally:

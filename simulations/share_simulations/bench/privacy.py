@@ -225,10 +225,10 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
         test_x, test_y = _features(backbone, task.test)
     head = fresh_head(backbone, task, options.seed, None)
     draw = torch.Generator().manual_seed(options.seed)
-    steps = options.epochs * -(-len(train_y) // options.batch_size)
+    steps = bench.options.epochs * -(-len(train_y) // options.batch_size)
     optimizer = adamw(head, backbone.width, (), options.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
-    for _ in range(options.epochs):
+    for _ in range(bench.options.epochs):
         order = torch.randperm(len(train_y), generator=draw)
         for begin in range(0, len(order), options.batch_size):
             rows = order[begin : begin + options.batch_size]
