@@ -334,6 +334,7 @@ def bench_sequence(
     test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task. Default: all.")] = 100_000,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows, of LoRA too.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other rows and starts.")] = 3,
+    fixed_seeds: Annotated[int, typer.Option(min=1, help="Of these, those that the fixed modes run too.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Ways and seeds that run side by side.")] = 2,
     as_json: Json = False,
 ) -> None:
@@ -356,6 +357,7 @@ def bench_sequence(
         test_rows=test_rows,
         epochs=epochs,
         seeds=seeds,
+        fixed_seeds=fixed_seeds,
         processes=processes,
     )
     _finish(run_sequence(options, _note), as_json, sequence_table)

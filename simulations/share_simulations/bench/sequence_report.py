@@ -54,9 +54,11 @@ def finals(chains: Chains) -> dict[str, list[float]]:
 def difference(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the mean of ``ours - theirs`` on the same tasks, seeds and rows, with a 95 % interval.
 
+    Where one has more seeds, the first that both have are compared.
+
     The interval is the percentile bootstrap over tasks, each with all its seeds: tasks differ more than seeds do.
     """
-    by_task = [fmean(a - b for a, b in zip(ours[task], theirs[task], strict=True)) for task in ours]
+    by_task = [fmean(a - b for a, b in zip(ours[task], theirs[task], strict=False)) for task in ours]
     draw = random.Random(0)
     means = sorted(fmean(draw.choices(by_task, k=len(by_task))) for _ in range(DRAWS))
     return {"mean": fmean(by_task), "low": means[int(0.025 * DRAWS)], "high": means[int(0.975 * DRAWS) - 1]}
