@@ -418,6 +418,25 @@ def test_traffic_adds_up(journal: Journal) -> None:
     assert (bob.updates, bob.down_snapshots, bob.down_heads) == (0, 2, 0)
 
 
+def test_traffic_of_format_3_is_taken_over(tmp_path: Path) -> None:
+    """That format did not count heads that were sent."""
+    path = tmp_path / "journal.db"
+    journal = Journal(path, "sha256:toy")
+    add_traffic(journal, [("acme/alice", 10, 3, 0)])
+    journal.close()
+    with sqlite3.connect(path) as older:
+        older.execute("ALTER TABLE traffic DROP COLUMN down_heads")
+        older.execute("PRAGMA user_version=3")
+    older.close()
+    PageSums(path).recount()
+    for sent, expected in ((5, 5), (2, 7)):
+        journal = Journal(path, "sha256:toy")
+        add_traffic(journal, [("acme/alice", 0, 0, sent)])
+        (row,) = list_traffic(journal)
+        assert (row.down_deltas, row.down_snapshots, row.down_heads) == (10, 3, expected)
+        journal.close()
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "emptied"])
 def test_payloads_without_their_journal_are_not_taken_for_an_empty_space(
     tmp_path: Path, toy_spec: SpaceSpec, damage: Callable[[Path], object]
