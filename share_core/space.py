@@ -63,6 +63,11 @@ def advance(space: Space, delta: Delta) -> Space:
     return Space(version=delta.version, bases=bases, cores=cores)
 
 
+def columns_of(bases: Mapping[str, SiteBasis]) -> int:
+    """Return the number of basis vectors over all sites, both sides together."""
+    return sum(basis.k_out + basis.k_in for basis in bases.values())
+
+
 def carry_basis(site: str, basis: SiteBasis, step: SiteTransition) -> SiteBasis:
     """Return the bases of one site after a transition, in float32.
 

@@ -21,6 +21,7 @@ from share_client.session_log import SessionLog
 from share_client.spending import Spending
 from share_client.trainer import LocalTask, Refit, Step, Trained, Trainer
 from share_core.errors import ConfigError
+from share_core.space import columns_of
 from share_core.types import Space
 
 MOST_REFITS = 3
@@ -33,18 +34,13 @@ CLEARLY = 2.0
 """Standard errors by which a refit must be better on the test rows to be sent."""
 
 
-def columns_of(space: Space) -> int:
-    """Return the number of basis vectors over all sites, both sides together."""
-    return sum(basis.k_out + basis.k_in for basis in space.bases.values())
-
-
 def is_due(record: TaskRecord, content_hash: str, columns: int) -> bool:
     """Whether a merged task is to be looked at in bases of ``columns`` vectors.
 
     Args:
         record: what is known of the task.
         content_hash: hash of its data now; changed data is trained, not refitted.
-        columns: :func:`columns_of` the newest version.
+        columns: :func:`~share_core.space.columns_of` the newest version.
     """
     trained = bool(record.heads) and record.heads[-1].content_hash == content_hash
     if not trained or record.refused_hash == content_hash or record.columns == 0:
@@ -79,7 +75,7 @@ class Refits:
 
     def next(self, tasks: list[LocalTask], space: Space, task_id: Callable[[LocalTask], str]) -> LocalTask | None:
         """Return the first of ``tasks`` that is due in ``space``; None if none is."""
-        columns = columns_of(space)
+        columns = columns_of(space.bases)
         for task in tasks:
             due = is_due(self._records.get(task.name), task.content_hash, columns)
             if due and is_allowed(task) and task_id(task) in space.cores and self._affordable(task):
@@ -104,7 +100,7 @@ class Refits:
         try:
             found = self._trainer.refit(task, space, task_id, self._head(record), before, progress)
         except ConfigError as error:  # such as a head that no longer fits, after `rows` was changed
-            self._records.not_refitted(task.name, columns_of(space))
+            self._records.not_refitted(task.name, columns_of(space.bases))
             self._log.write("refit", task=task.name, version=space.version, reason=str(error))
             return None
         if found.trained is not None and found.trained.declared is not None:
@@ -126,7 +122,7 @@ class Refits:
         self._records.add_history(task.name, line)
         self._log.write(**line)
         if not sent:
-            self._records.not_refitted(task.name, columns_of(space))
+            self._records.not_refitted(task.name, columns_of(space.bases))
             return None
         return found.trained
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from share_client.data.content import content_hash, stamps
+from share_client.kind_names import is_import_path
 from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
 from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
-from share_core.space import task_adapter, update_adapter
+from share_core.space import columns_of, task_adapter, update_adapter
 from share_core.types import Adapter, SharedHead, Space, Update
 
 if TYPE_CHECKING:
@@ -36,8 +38,8 @@ class LocalTask:
     name: str
     """Name inside the organisation."""
     content_hash: str
-    """Hash of its data, of how it is read (columns, options) and of its ``[privacy]`` table: who changes one of them
-    asks for another training."""
+    """Hash of its data, of what is learned of it and how it is read (kind, columns, options) and of its ``[privacy]``
+    table: who changes one of them asks for another training."""
     config: TaskConfig | None = None
     """Its entry in tasks.toml; None for trainers that read no file."""
     is_whole: bool = True
@@ -230,15 +232,15 @@ class BackboneTrainer:
             _require_packages(str(self._path))
         return [
             *(
-                self._local(task, settling is None or settling.is_whole(*_data(task), named=True))
+                self._local(task, settling is None or settling.is_whole(*_data(task), named=True), file)
                 for task in file.tasks
             ),
-            *(replace(self._local(task, True), dropped=True) for task in dropped.tasks),
+            *(replace(self._local(task, True, file), dropped=True) for task in dropped.tasks),
             *(LocalTask(name, "", is_whole=False) for name in dropped.filling),
         ]
 
-    def _local(self, task: TaskConfig, is_whole: bool) -> LocalTask:
-        return LocalTask(task.name, self._hash(task) if is_whole else "", task, is_whole)
+    def _local(self, task: TaskConfig, is_whole: bool, file: TasksFile) -> LocalTask:
+        return LocalTask(task.name, self._hash(task, file) if is_whole else "", task, is_whole)
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
@@ -319,7 +321,7 @@ class BackboneTrainer:
             rows=prepared.train_rows,
             trained_numbers=result.trained_numbers,
             declared=result.declared,
-            columns=refit.columns_of(usable),
+            columns=columns_of(usable),
             captured=captured,
             schema_sha256=prepared.schema_sha256 if result.update.head else "",
         )
@@ -331,13 +333,15 @@ class BackboneTrainer:
         result = evaluate(self._backbone(), self._prepare(task), adapter, head)
         return Measured(metric=result.metric, value=result.value, rows=result.rows)
 
-    def _hash(self, task: TaskConfig) -> str:
-        """Hash the data files, again only when size or time of one has changed, and how they are to be read."""
+    def _hash(self, task: TaskConfig, file: TasksFile) -> str:
+        """Hash the data files, again only when size or time of one has changed, and what is to be made of them."""
         paths = _data(task)
         key = tuple(stamp for path in paths for stamp in stamps(path))
         if key not in self._hashes:
             self._hashes[key] = content_hash(*paths)
-        reading = [task.validation, dict(task.columns), dict(task.options)]
+        reading: list[object] = [task.validation, dict(task.columns), dict(task.options)]
+        if task.kind != _usual_kind(file):
+            reading.append(_portable(task.kind, file))
         if task.privacy is None and not any(reading):
             return self._hashes[key]
         return hashlib.sha256(f"{self._hashes[key]} {task.privacy} {reading}".encode()).hexdigest()
@@ -357,6 +361,19 @@ class BackboneTrainer:
 def _forward(progress: Callable[[Step], None]) -> Callable[[Progress], None]:
     """Return a callback for the training loop that tells ``progress``."""
     return lambda seen: progress(Step(epoch=seen.epoch, step=seen.step, steps=seen.steps, loss=seen.loss))
+
+
+def _usual_kind(file: TasksFile) -> str:
+    """Return the kind that is not written into hashes: the only one there was on such a backbone when there were two.
+
+    So what clients have on their disks from then still says that these tasks are trained.
+    """
+    return "image-classification" if file.backbone.model == "digits-vit" else "text-classification"
+
+
+def _portable(kind: str, file: TasksFile) -> str:
+    """Return a kind without the place of the tasks file, which may be moved."""
+    return os.path.relpath(kind, file.path.parent.resolve()) if is_import_path(kind) else kind
 
 
 def _data(task: TaskConfig) -> list[Path]:

@@ -25,6 +25,7 @@ from share_client.trainer import LocalTask, Refit, Trained
 from share_client.training import declare
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS
+from share_core.space import columns_of
 from share_core.types import Core, SiteBasis, SiteUpdate, Space, Update
 
 OPTIONS = SessionOptions(linger_s=0.4, poll_s=0.02, lock_s=0.5)
@@ -203,7 +204,7 @@ def eager(fake: Any) -> Any:
             with (self.path.parent / "refitted.jsonl").open("a") as file:
                 file.write(json.dumps({"task": task.name, "version": space.version}) + "\n")
             cores = {site: SiteUpdate(core=Core(2 * core.out, core.in_)) for site, core in space.cores[task_id].items()}
-            columns = refits.columns_of(space)
+            columns = columns_of(space.bases)
             trained = Trained(
                 Update(space.version, cores), head, 0.1, steps=1, seconds=0.0, rows=9, columns=columns, captured=0.1
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from share_client import values
 from share_client.backbones import Backbone, Batch, ImageBackbone
 from share_client.data import IMAGE_OPTIONS, Field, Fit, Table, load_pictures, read_splits
+from share_client.kinds.fitting import misfit
 from share_client.kinds.kind import Rows
 from share_client.tasks_file import TaskConfig, read_options
 from share_core.errors import ConfigError
@@ -45,9 +46,10 @@ def image_backbone(config: TaskConfig, backbone: Backbone, kind: str) -> ImageBa
     Raises:
         ConfigError: it does not.
     """
-    if not isinstance(backbone, ImageBackbone):
-        raise ConfigError(f"task {config.name!r}: kind {kind}: expected a backbone for images, got {backbone.name}")
-    return backbone
+    if isinstance(backbone, ImageBackbone):
+        return backbone
+    such_as = "digits-vit, a ResNet, timm:NAME or a Hugging Face vision model (docs/kinds-vision.md)"
+    raise misfit(config.name, kind, backbone, "takes images", such_as)
 
 
 def read_image_tables(

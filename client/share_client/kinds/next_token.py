@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from share_client.backbones import Backbone, Batch, DecoderBackbone
+from share_client.kinds.fitting import misfit
 from share_client.kinds.kind import Kind, PreparedTask
 from share_client.kinds.texts import TextRows
 from share_client.tasks_file import TaskConfig
-from share_core.errors import ConfigError
 
 SCORES = 2**25
 """Scores in memory at a time, at most: positions times tokens of the vocabulary."""
@@ -50,11 +50,11 @@ def decoder(config: TaskConfig, backbone: Backbone) -> DecoderBackbone:
     """
     if isinstance(backbone, DecoderBackbone):
         return backbone
-    raise ConfigError(
-        f"task {config.name!r}: kind: {config.kind} expects a backbone that predicts the next token, got "
-        f"{backbone.name}: set backbone in tasks.toml to the directory of a causal language model, whose config.json "
-        'says so in "architectures" (such as LlamaForCausalLM)'
+    such_as = (
+        'the directory of a causal language model, whose config.json says so in "architectures" (such as '
+        "LlamaForCausalLM)"
     )
+    raise misfit(config.name, config.kind, backbone, "predicts the next token", such_as)
 
 
 class NextToken(Kind):

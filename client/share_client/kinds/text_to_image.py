@@ -21,10 +21,10 @@ from share_client import values
 from share_client.backbones import Backbone, Batch
 from share_client.backbones.diffusion import EPSILON, FLOW, DiffusionBackbone
 from share_client.data import Field, Table
+from share_client.kinds.fitting import misfit
 from share_client.kinds.image_tables import read_image_tables
 from share_client.kinds.kind import Kind, PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
-from share_core.errors import ConfigError
 
 FIELDS = (Field("caption", (str,)),)
 OPTIONS = {"objective": lambda value, where: values.one_of(value, (EPSILON, FLOW), where)}
@@ -131,10 +131,8 @@ class TextToImage(Kind):
             ConfigError: unreadable data, images of another size, or a backbone that is no denoiser.
         """
         if not isinstance(backbone, DiffusionBackbone):
-            raise ConfigError(
-                f"task {config.name!r}: kind {self.name}: expected a pipeline directory of diffusers as backbone, got "
-                f"{backbone.name}"
-            )
+            such_as = "a pipeline directory of diffusers"
+            raise misfit(config.name, self.name, backbone, "makes images of texts", such_as)
         train, test, options = read_image_tables(config, FIELDS, backbone.image_shape, OPTIONS)
         noising = Noising(options.get("objective", backbone.objective), backbone.signal)
         captions = sorted({*train[0].columns["caption"], *test[0].columns["caption"]})

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from share_client.backbones import Backbone, Batch, TextBackbone
 from share_client.data import Field, Table
+from share_client.kinds.fitting import misfit
 from share_client.kinds.kind import Rows
 from share_client.tasks_file import TaskConfig
-from share_core.errors import ConfigError
 
 TEXTS = (Field("text", (str,)), Field("text_b", (str,), required=False))
 """One text or two."""
@@ -48,9 +48,8 @@ def text_backbone(config: TaskConfig, backbone: Backbone) -> TextBackbone:
     """
     if isinstance(backbone, TextBackbone):
         return backbone
-    raise ConfigError(
-        f"task {config.name!r}: kind: expected image-classification for backbone {backbone.name}, got {config.kind}"
-    )
+    such_as = "minilm or the directory of a Hugging Face text model (docs/kinds.md)"
+    raise misfit(config.name, config.kind, backbone, "takes texts", such_as)
 
 
 def text_rows(table: Table, targets: Tensor, backbone: TextBackbone, config: TaskConfig) -> TextRows:

@@ -134,11 +134,6 @@ def _appended(basis: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([basis, fresh.to(basis.dtype)], dim=1)
 
 
-def columns_of(bases: Mapping[str, SiteBasis]) -> int:
-    """Return the number of basis vectors over all sites, both sides together."""
-    return sum(basis.k_out + basis.k_in for basis in bases.values())
-
-
 def compare(
     backbone: Backbone,
     task: PreparedTask,

@@ -11,6 +11,9 @@ import torch
 
 from share_client.backbones import Backbone, load_backbone
 from share_client.backbones.backbone import choose_device
+from share_client.backbones.diffusion import DiffusionBackbone
+from share_client.kind_names import KINDS
+from share_client.kinds.fitting import kinds_for
 from share_client.tasks_file import TaskConfig
 from share_client.training import TrainingOptions, evaluate, prepare_task, train_in_space
 from share_core.errors import ConfigError, SpaceMismatchError
@@ -129,7 +132,24 @@ def test_padding_does_not_change_features(minilm: Backbone, text_files: Path) ->
 
 def test_kind_and_backbone_must_agree(backbone: Backbone, text_files: Path) -> None:
     config = text_config(text_files)
-    with pytest.raises(ConfigError, match="expected image-classification for backbone digits-vit"):
+    expected = "expects a backbone that takes texts, got digits-vit: .*; kinds for digits-vit are image-classification"
+    with pytest.raises(ConfigError, match=expected):
         prepare_task(config, backbone)
     with pytest.raises(ConfigError, match="kind: expected one of"):
         prepare_task(replace(config, kind="poetry"), backbone)
+
+
+def test_the_kinds_that_a_refusal_names_are_those_that_fit(
+    backbone: Backbone, minilm: Backbone, text_files: Path
+) -> None:
+    denoiser = DiffusionBackbone.__new__(DiffusionBackbone)
+    denoiser.name, denoiser.image_shape = "denoiser", (1, 8, 8)
+    for one in (backbone, minilm, denoiser):
+        refused = set()
+        for kind in KINDS:
+            config = replace(text_config(text_files), kind=kind, columns={"caption": "no such", "text": "no such"})
+            with pytest.raises(ConfigError) as told:  # a fitting kind gets as far as the data
+                prepare_task(config, one)
+            if f"{kind} expects a backbone that" in str(told.value):
+                refused.add(kind)
+        assert refused == set(KINDS) - set(kinds_for(one)) != set(KINDS)

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from share_client import trainer
 from share_client.data import Field, content_hash, held_out, read_splits, read_table, splits
 from share_client.data import delimited as delimited_module
 from share_client.data import lines as lines_module
 from share_client.data import table as table_module
+from share_client.kind_names import KINDS
 from share_client.tasks_file import TaskConfig
 from share_client.trainer import BackboneTrainer
 from share_core.errors import ConfigError
@@ -355,3 +357,32 @@ def test_who_reads_otherwise_asks_for_another_training(tmp_path: Path) -> None:
     seen.append(hashed("d", "validation = 0.2"))
     assert len(set(seen)) == len(seen)
     assert hashed("a.jsonl", 'test = "a.jsonl"', "epochs = 9") == hashed("a.jsonl", 'test = "a.jsonl"')
+
+
+def test_another_kind_asks_for_another_training(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text("{}\n")
+
+    def hashed(backbone: str, kind: str, *more: str, folder: Path = tmp_path) -> str:
+        path = folder / "tasks.toml"
+        lines = ['name = "t"', f'kind = "{kind}"', 'train = "a.jsonl"', 'test = "a.jsonl"', *more]
+        path.write_text(f'backbone = "{backbone}"\n[[task]]\n' + "\n".join(lines))
+        (task,) = BackboneTrainer(path).tasks()
+        return task.content_hash
+
+    for backbone in ("minilm", "digits-vit"):
+        for more in ((), ("options = { x = 1 }",)):
+            seen = [hashed(backbone, kind, *more) for kind in (*KINDS, "own:Kind", "sub/own:Kind")]
+            assert len(set(seen)) == len(seen)
+    as_before = content_hash(data, data)  # of clients that trained when no other kind was possible on the backbone
+    assert hashed("minilm", "text-classification") == hashed("digits-vit", "image-classification") == as_before
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    (elsewhere / "a.jsonl").write_text("{}\n")
+    assert hashed("minilm", "own:Kind", folder=elsewhere) == hashed("minilm", "own:Kind")
+
+
+def test_a_kind_that_is_left_out_of_the_hash_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_portable", lambda kind, file: None)
+    with pytest.raises(AssertionError):
+        test_another_kind_asks_for_another_training(tmp_path)

@@ -16,7 +16,6 @@ from share_client.training import Backbone, PreparedTask, TrainingOptions, Train
 from share_client.training.loop import fresh_head
 from share_client.training.refit import (
     captured_share,
-    columns_of,
     compare,
     gradients_at,
     paired_noise,
@@ -26,7 +25,7 @@ from share_client.training.refit import (
 from share_client.training.start import weight_gradients
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
-from share_core.space import task_adapter, update_adapter
+from share_core.space import columns_of, task_adapter, update_adapter
 from share_core.types import Factors, SiteBasis, SiteUpdate, Space, Update
 
 SITE = "site"
