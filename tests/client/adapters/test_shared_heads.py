@@ -113,7 +113,7 @@ def test_two_organisations_share_a_head_and_peft_loads_their_mean(
     assert equal(inside(tmp_path / "out"), mean)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert "classifier" in config["modules_to_save"]
-    loaded = PeftModel.from_pretrained(load_classifier(), tmp_path / "out")
+    loaded: Any = PeftModel.from_pretrained(load_classifier(), tmp_path / "out")
     used = loaded.base_model.model.classifier.modules_to_save["default"]
     assert torch.allclose(used.weight, mean["classifier.weight"], atol=1e-6)
     assert torch.allclose(used.bias, mean["classifier.bias"], atol=1e-6)
