@@ -23,6 +23,7 @@ from share_client.link import HubLink
 from share_client.member import ClientLayout
 from share_client.pull import MARKER, Pulled, PullOptions, pull
 from share_client.serving import hot_swap
+from share_core.durable import flush_directory
 from share_core.errors import AdapterError, ConfigError, FedshareError, ManifestError, UnknownTaskError
 from share_core.linalg import balanced
 from share_core.peft.names import site_of
@@ -253,7 +254,7 @@ def pull_failing_at(
         out = tmp_path / "there" / "out"
         pull(layout, link, "films", out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
-        rename, flush = Path.rename, share_client.pull.flush_directory
+        rename, flush = Path.rename, flush_directory
 
         def fail_once(path: Path) -> None:
             if path in (out, out.parent):
@@ -298,7 +299,7 @@ def test_an_old_directory_that_is_removed_first_is_missed(
         if out.exists():
             shutil.rmtree(out)
         staged.rename(out)
-        share_client.pull.flush_directory(out.parent)
+        flush_directory(out.parent)
 
     monkeypatch.setattr(share_client.pull, "_move", remove_first)
     with pytest.raises(AssertionError, match="the older directory is not back"):
