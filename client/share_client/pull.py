@@ -21,7 +21,6 @@ from torch import Tensor
 
 from share_client.chain import ManifestChain, open_chain
 from share_client.contribute import FRAME_KEY
-from share_client.durable import remove_tree
 from share_client.frames import Frame, read_frame
 from share_client.heads import fetch_head
 from share_client.link import HubLink
@@ -238,11 +237,23 @@ def _write(
 
 
 def _move(staged: Path, out: Path) -> None:
+    """Move the new directory to its place; an old one there is removed when that has worked, and put back if not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if (out / MARKER).is_file():
-        remove_tree(out)
-    staged.rename(out)  # over an empty directory, if there is one
-    flush_directory(out.parent)
+    if not (out / MARKER).is_file():
+        staged.rename(out)  # over an empty directory, if there is one
+        flush_directory(out.parent)
+        return
+    aside = out.with_name(f"{TEMPORARY}{out.name}-{uuid.uuid4().hex[:8]}")
+    out.rename(aside)
+    try:
+        staged.rename(out)
+        flush_directory(out.parent)
+    except BaseException:
+        if not staged.exists():
+            out.rename(staged)
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _factors(space: Space, task_id: str) -> Adapter:
