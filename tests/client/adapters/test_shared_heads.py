@@ -192,7 +192,8 @@ def test_bytes_of_heads_are_counted_apart_both_ways(
 ) -> None:
     put_in(save_adapter("films", head=True), share_head=True)
     pull(*colleague, "films", tmp_path / "out")
-    end, counted = time.monotonic() + 30, {}
+    end = time.monotonic() + 30
+    counted: dict[str, hub_pb2.MemberTraffic] = {}
     # The last chunk is counted when it was taken, which may be a moment after it has arrived.
     while time.monotonic() < end and ("second" not in counted or not counted["second"].down_heads):
         status = colleague[1].hub.GetStatus(hub_pb2.GetStatusRequest())
