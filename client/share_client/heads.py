@@ -7,7 +7,7 @@ from share_client.link import HubLink
 from share_client.session_log import SessionLog
 from share_core.errors import FedshareError, ManifestError
 from share_core.types import SharedHead, Space
-from share_core.wire import decode_head
+from share_core.wire import MAX_HEAD_PAYLOAD_BYTES, decode_head
 
 
 def first_head(link: HubLink, chain: ManifestChain, space: Space, task_id: str, log: SessionLog) -> SharedHead | None:
@@ -47,7 +47,7 @@ def fetch_head(link: HubLink, chain: ManifestChain, task_id: str, version: int) 
         ManifestError: it is not what the hub has signed for this task and version.
         FedshareError: what the call or the payload raises.
     """
-    payload = link.fetch_head(chain.space_id, task_id, version, chain.check_head)
+    payload = link.fetch_head(chain.space_id, task_id, version, MAX_HEAD_PAYLOAD_BYTES, chain.check_head)
     if payload is None:
         return None
     head = decode_head(payload)

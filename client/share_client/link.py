@@ -21,7 +21,6 @@ from share_client.member import Credentials
 from share_client.uploading import Submission, upload
 from share_core.errors import GO_AHEAD_KEY, DigestError, FedshareError, UnavailableError, UnknownUpdateError
 from share_core.types import SiteSpec, SpaceSpec
-from share_core.wire import MAX_HEAD_PAYLOAD_BYTES
 from share_proto.v1 import fleet_pb2, fleet_pb2_grpc, hub_pb2, hub_pb2_grpc
 
 _T = TypeVar("_T")
@@ -219,18 +218,18 @@ class HubLink:
         return header.version, payload
 
     def fetch_head(
-        self, space_id: str, task_id: str, version: int, check: Callable[[hub_pb2.HeadHeader, int], object]
+        self, space_id: str, task_id: str, version: int, most: int, check: Callable[[hub_pb2.HeadHeader, int], object]
     ) -> bytes | None:
         """Return the payload of a task's shared head in a version; None from a hub that does not know the call.
 
-        ``check`` sees the header and the version before any payload byte is read, and may raise.
+        At most ``most`` bytes are taken. ``check`` sees header and version before any of them is read, and may raise.
         """
 
         def checked(header: hub_pb2.HeadHeader) -> None:
-            if header.payload_size > MAX_HEAD_PAYLOAD_BYTES:
+            if header.payload_size > most:
                 raise DigestError(
                     f"the head of {task_id} from {self.address} is announced with {header.payload_size} bytes, at "
-                    f"most {MAX_HEAD_PAYLOAD_BYTES} are possible"
+                    f"most {most} are possible"
                 )
             check(header, version)
 

@@ -28,7 +28,7 @@ from share_core.identity.manifest import parse_manifest
 from share_core.types import Factors, SharedHead, SiteUpdate, SpaceSpec, Update
 from share_core.wire import MAX_HEAD_BYTES, decode_head, encode_update
 from share_proto.v1 import hub_pb2
-from share_server.config import MergeConfig, ServerConfig, config_to_toml
+from share_server.config import MergeConfig, RobustConfig, ServerConfig, config_to_toml
 from share_server.hub import heads, intake, merging
 from share_server.hub.contents import Contents
 from share_server.hub.engine import Engine
@@ -160,6 +160,36 @@ def test_declared_rows_weigh_as_they_do_for_cores(
         assert same(found, {name: (head(1)[name] + 3 * head(2)[name]) / 4 for name in found})
 
     run_engine(tmp_path / "store", work, ServerConfig(merge=MergeConfig(rows_cap=30)))
+
+
+@pytest.mark.parametrize("judged", ["cosine", "off"])
+def test_who_is_outvoted_has_no_weight_in_the_head_either(
+    judged: str, tmp_path: Path, run_engine: Callable[..., None], toy_spec: SpaceSpec
+) -> None:
+    """The one that says the opposite came first, when nobody could judge it. Without judges it is in the mean."""
+
+    async def work(engine: Engine) -> None:
+        honest = ("lab", "mill", "north", "west")
+        await send(engine, "acme", BOTH, alike(toy_spec, 1, -1), sharing=hub_pb2.TaskSharing(open=True))
+        for number, organisation in enumerate(honest, 2):
+            assert await send(engine, organisation, BOTH, alike(toy_spec, number, 1)) == "MERGED"
+        found = await fetch(engine, BOTH)
+        counted = honest if judged == "cosine" else ("acme", *honest)
+        assert (found.organisations, found.left_out) == (counted, ())
+        parts = [(0, head(number)) for number, name in enumerate(("acme", *honest), 1) if name in counted]
+        assert same(found.tensors, slow_mean(parts, 5))
+
+    run_engine(tmp_path / "store", work, ServerConfig(robust=RobustConfig(filter=judged)))
+
+
+def alike(spec: SpaceSpec, seed: int, sign: int) -> bytes:
+    """Return a free update that says nearly what all others do, or the opposite, with a head of its own."""
+    draw, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    sites = {}
+    for name, site in spec.sites.items():
+        out = torch.randn(site.d_out, 1, generator=draw) + 0.1 * torch.randn(site.d_out, 1, generator=own)
+        sites[name] = SiteUpdate(residual=Factors(sign * out, torch.randn(site.d_in, 1, generator=draw)))
+    return encode_update(Update(0, sites, head(seed)))
 
 
 def test_a_private_task_gives_the_newest_head_to_its_organisation_only(

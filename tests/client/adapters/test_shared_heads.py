@@ -226,7 +226,7 @@ def test_a_head_that_the_hub_has_not_signed_is_not_taken(
     monkeypatch.setattr(ManifestChain, "check_head", forged)
     monkeypatch.setattr(link.hub, "FetchHead", other)
     if lie == "size":
-        monkeypatch.setattr("share_client.link.MAX_HEAD_PAYLOAD_BYTES", 10)
+        monkeypatch.setattr("share_client.heads.MAX_HEAD_PAYLOAD_BYTES", 10)
     if lie == "task":
         asked = (asked[0], link.describe().version)
     with pytest.raises(DigestError if lie == "size" else ManifestError):
