@@ -299,7 +299,7 @@ def test_an_old_directory_that_is_removed_first_is_missed(
         if out.exists():
             shutil.rmtree(out)
         staged.rename(out)
-        flush_directory(out.parent)
+        vars(share_client.pull)["flush_directory"](out.parent)
 
     monkeypatch.setattr(share_client.pull, "_move", remove_first)
     with pytest.raises(AssertionError, match="the older directory is not back"):
