@@ -139,6 +139,24 @@ class Update:
 
 
 @dataclass(frozen=True)
+class SharedHead:
+    """What the contributors to a task share of its head, in one version."""
+
+    task_id: str
+    """``organisation/name``."""
+    version: int
+    """The version with whose core it goes."""
+    organisations: tuple[str, ...]
+    """Whose heads it is the weighted mean of, sorted; none where nobody shares one."""
+    left_out: tuple[str, ...]
+    """Who shares one of other names or shapes than the newest, sorted: it is not in the mean."""
+    schema_sha256: str
+    """Digest of the label schema it was trained for; empty where it was not told."""
+    tensors: Mapping[str, Tensor]
+    """By parameter name; none where nobody shares one."""
+
+
+@dataclass(frozen=True)
 class SiteTransition:
     """How the bases of one site change: ``left' = [left append_left] @ rotate_left``, and likewise right."""
 

@@ -14,6 +14,9 @@ delta       ``Q_o/SITE`` (d_out, q), ``Q_i/SITE`` (d_in, q),              ``form
 snapshot    ``L/SITE`` (d_out, k_out), ``R/SITE`` (d_in, k_in),           ``format``, ``version``, ``tasks``: all
             ``E_o/TASK/SITE``, ``E_i/TASK/SITE``
 adapter     ``B/SITE`` (d_out, r), ``A/SITE`` (r, d_in)                   ``format``
+head        ``head/NAME`` (1 to 4 dimensions)                             ``format``, ``version``, ``task``,
+                                                                          ``organisations``, ``left_out``,
+                                                                          ``schema_sha256``
 ==========  ============================================================  =======================================
 
 ``format`` is ``fedshare/<payload>/1``. The header is one JSON object with sorted keys under the single metadata key
@@ -34,7 +37,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from share_core.errors import HeaderError, TensorNameError, TensorShapeError
-from share_core.names import split_task_id
+from share_core.names import check_name, split_task_id
 from share_core.space import check_core
 from share_core.tensorfile import (
     MAX_HEADER_BYTES,
@@ -53,6 +56,7 @@ from share_core.types import (
     Cores,
     Delta,
     Factors,
+    SharedHead,
     SiteBasis,
     SiteSpec,
     SiteTransition,
@@ -62,9 +66,13 @@ from share_core.types import (
     Update,
 )
 
-UPDATE, DELTA, SNAPSHOT, ADAPTER = (f"fedshare/{kind}/1" for kind in ("update", "delta", "snapshot", "adapter"))
+UPDATE, DELTA, SNAPSHOT, ADAPTER, HEAD = (
+    f"fedshare/{kind}/1" for kind in ("update", "delta", "snapshot", "adapter", "head")
+)
 MAX_HEAD_BYTES = 16 << 20
 """Most bytes of shared heads in one update."""
+MAX_HEAD_PAYLOAD_BYTES = 2 * MAX_HEAD_BYTES + MAX_HEADER_BYTES
+"""Most bytes of a published head: it is in float32, also where updates came in bfloat16."""
 MAX_NORM = 2.0**63
 """Largest Frobenius norm of one tensor of an update: the product of two of them then is finite in float32."""
 _ENTRY_BYTES = 160
@@ -288,6 +296,40 @@ def decode_adapter(payload: bytes, spec: SpaceSpec) -> Adapter:
     return {site: _residual(site, parts, spec) for site, parts in found.items()}
 
 
+def encode_head(head: SharedHead) -> bytes:
+    """Return a published head as bytes, in float32."""
+    header = {
+        "format": HEAD,
+        "version": head.version,
+        "task": head.task_id,
+        "organisations": list(head.organisations),
+        "left_out": list(head.left_out),
+        "schema_sha256": head.schema_sha256,
+    }
+    return _save({f"head/{name}": tensor for name, tensor in head.tensors.items()}, header)
+
+
+def decode_head(payload: bytes) -> SharedHead:
+    """Read a published head.
+
+    Raises:
+        PayloadError: a leaf of it, naming the tensor or the key, the expected and the got.
+    """
+    file = _open(read_tensors(payload), HEAD)
+    tensors = {_part(name, ("head",))[1]: tensor for name, tensor in file.tensors.items()}
+    task, schema = file.header.get("task"), file.header.get("schema_sha256")
+    if not isinstance(task, str) or not isinstance(schema, str):
+        raise HeaderError(f"header 'task' or 'schema_sha256': expected text, got {shown(task)} and {shown(schema)}")
+    return SharedHead(
+        task_id=task,
+        version=_number(file, "version"),
+        organisations=_names(file, "organisations"),
+        left_out=_names(file, "left_out"),
+        schema_sha256=schema,
+        tensors=tensors,
+    )
+
+
 def _save(tensors: Mapping[str, Tensor], header: Mapping[str, object], dtype: torch.dtype = torch.float32) -> bytes:
     filled = {name: t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items() if t.numel()}
     return bytes(save(filled, {"fedshare": json.dumps(header, sort_keys=True)}))
@@ -323,6 +365,13 @@ def _number(file: _Payload, key: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise HeaderError(f"header {key!r}: expected a whole number, got {shown(value)}")
     return value
+
+
+def _names(file: _Payload, key: str) -> tuple[str, ...]:
+    value = file.header.get(key)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise HeaderError(f"header {key!r}: expected a list of names, got {shown(value)}")
+    return tuple(check_name(name, "organisation") for name in value)
 
 
 def _part(name: str, allowed: tuple[str, ...] | Mapping[str, int]) -> tuple[str, str]:

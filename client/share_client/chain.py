@@ -21,7 +21,7 @@ from share_client.member import Credentials
 from share_core.durable import write_atomic
 from share_core.errors import ConfigError, ManifestError, VersionError
 from share_core.identity import Manifest, ManifestVerifier, SignedManifest
-from share_core.identity.manifest import GENESIS, SNAPSHOT, VERSION, check_newest
+from share_core.identity.manifest import GENESIS, HEAD, SNAPSHOT, VERSION, check_newest
 from share_proto.v1 import hub_pb2
 
 _SAVE_EVERY = 100
@@ -55,6 +55,11 @@ class ManifestChain:
                 f"this client holds signed versions up to {self._highest}, and now the hub says that it signs none: "
                 f"perhaps it is another hub; {_ASK}"
             )
+
+    @property
+    def space_id(self) -> str:
+        """The space that the chain is about."""
+        return self._space_id
 
     @property
     def verifies(self) -> bool:
@@ -150,6 +155,22 @@ class ManifestChain:
             self._same(header.version, version.sha256)
         return version.sha256
 
+    def check_head(self, header: hub_pb2.HeadHeader, version: int) -> None:
+        """Check the manifest of a shared head in ``version`` before its payload is read.
+
+        Raises:
+            ManifestError: it is missing, forged, about something else, or of another history.
+        """
+        if self._verifier is None:
+            return
+        what = f"the shared head of version {version}"
+        _, manifest = self._read(header, "manifest", what)
+        _compare(what, manifest, HEAD, self._space_id, header)
+        if manifest.version != version:
+            raise ManifestError(f"{what} comes with the manifest of version {manifest.version}; {_ASK}")
+        with self._lock:
+            self._same(version, manifest.previous)
+
     def take(self, version: int, sha256: str, newest: int) -> None:
         """Hold what a check returned, once the payload has arrived as announced; write it if it is the newest."""
         if not sha256:
@@ -180,7 +201,7 @@ class ManifestChain:
         self._unsaved = 0
 
     def _read(
-        self, header: hub_pb2.DeltaHeader | hub_pb2.SnapshotHeader, field: str, what: str
+        self, header: hub_pb2.DeltaHeader | hub_pb2.SnapshotHeader | hub_pb2.HeadHeader, field: str, what: str
     ) -> tuple[SignedManifest, Manifest]:
         assert self._verifier is not None
         if not header.HasField(field):
@@ -224,7 +245,11 @@ def open_chain(
 
 
 def _compare(
-    what: str, manifest: Manifest, kind: str, space_id: str, header: hub_pb2.DeltaHeader | hub_pb2.SnapshotHeader
+    what: str,
+    manifest: Manifest,
+    kind: str,
+    space_id: str,
+    header: hub_pb2.DeltaHeader | hub_pb2.SnapshotHeader | hub_pb2.HeadHeader,
 ) -> None:
     expected: Mapping[str, Any] = {
         "kind": kind,

@@ -338,7 +338,7 @@ def pull(
     like: Annotated[
         Path | None, typer.Option(metavar="ADAPTER_DIR", help="Take module names and base model from this adapter.")
     ] = None,
-    head: Annotated[bool, typer.Option(help="Put the private head in where this client has it.")] = True,
+    head: Annotated[bool, typer.Option(help="Put in the head that is shared, or the own one.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace what 'pull' wrote there before.")] = False,
     as_json: Json = False,
 ) -> None:

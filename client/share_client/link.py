@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 
@@ -212,18 +212,47 @@ class HubLink:
         request = hub_pb2.FetchSnapshotRequest(space_id=space_id, version=version)
         stream = self._hub.FetchSnapshot(request, timeout=20 * self._deadline)
         try:
-            first = next(iter(stream), None)
-            if first is None or first.WhichOneof("part") != "header":
-                raise DigestError(f"the snapshot from {self.address} does not begin with a header")
-            header = first.header
-            if check is not None:
-                check(header)
-            payload = collect(header.payload_size, header.payload_sha256, _snapshot_chunks(stream), "snapshot")
+            header, payload = self._whole(stream, "snapshot", check or (lambda header: None))
         except grpc.RpcError as error:
             raise refusal_from_rpc(error, f"fetching a snapshot at {self.address}") from error
+        return header.version, payload
+
+    def fetch_head(
+        self, space_id: str, task_id: str, version: int, most: int, check: Callable[[hub_pb2.HeadHeader, int], object]
+    ) -> bytes | None:
+        """Return the payload of a task's shared head in a version; None from a hub that does not know the call.
+
+        At most ``most`` bytes are taken. ``check`` sees header and version before any of them is read, and may raise.
+        """
+
+        def checked(header: hub_pb2.HeadHeader) -> None:
+            if header.payload_size > most:
+                raise DigestError(
+                    f"the head of {task_id} from {self.address} is announced with {header.payload_size} bytes, at "
+                    f"most {most} are possible"
+                )
+            check(header, version)
+
+        request = hub_pb2.FetchHeadRequest(space_id=space_id, task_id=task_id, version=version)
+        stream = self._hub.FetchHead(request, timeout=20 * self._deadline)
+        try:
+            return self._whole(stream, "head", checked)[1]
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return None
+            raise refusal_from_rpc(error, f"fetching the head of {task_id} at {self.address}") from error
+
+    def _whole(self, stream: Any, what: str, check: Callable[[Any], object]) -> tuple[Any, bytes]:
+        """Return header and payload of a stream of one payload, whose header ``check`` has seen."""
+        try:
+            first = next(iter(stream), None)
+            if first is None or first.WhichOneof("part") != "header":
+                raise DigestError(f"the {what} from {self.address} does not begin with a header")
+            header = first.header
+            check(header)
+            return header, collect(header.payload_size, header.payload_sha256, _chunks_of(stream, what), what)
         finally:
             stream.cancel()
-        return header.version, payload
 
     def _call(self, action: str, method: Callable[..., _T], request: object) -> _T:
         try:
@@ -269,10 +298,10 @@ def collect(size: int, sha256: str, chunks: Iterator[bytes], what: str, first: b
     return bytes(buffer)
 
 
-def _snapshot_chunks(stream: Iterator[hub_pb2.FetchSnapshotResponse]) -> Iterator[bytes]:
+def _chunks_of(stream: Any, what: str) -> Iterator[bytes]:
     for message in stream:
         if message.WhichOneof("part") != "chunk":
-            raise DigestError("snapshot: a second header among the chunks")
+            raise DigestError(f"{what}: a second header among the chunks")
         yield message.chunk
 
 

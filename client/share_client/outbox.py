@@ -158,10 +158,12 @@ class Outbox:
         lease_id: str = "",
         adapter: bytes = b"",
         declared: Declaration | None = None,
+        schema_sha256: str = "",
     ) -> Entry:
         """Make an update durable under a new update id and return it. Nothing has been sent yet.
 
-        ``declared`` is the clipping and noise in it. Where that hides the whole data set, so is the number of its rows.
+        ``schema_sha256`` is the label schema of the head in it, ``declared`` the clipping and noise. Where that hides
+        the whole data set, so is the number of its rows.
         """
         submission = Submission(
             update_id=uuid.uuid4().hex,
@@ -173,6 +175,7 @@ class Outbox:
             lease_id=lease_id,
             rows=0 if isinstance(declared, CoefficientNoise) else training.rows,
             privacy="" if declared is None else declaration_to_text(declared),
+            schema_sha256=schema_sha256,
         )
         return self._put(submission, training, payload, head, adapter)
 

@@ -19,23 +19,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from share_client.chain import ManifestChain, open_chain
 from share_client.contribute import FRAME_KEY
-from share_client.durable import remove_tree
 from share_client.frames import Frame, read_frame
+from share_client.heads import fetch_head
 from share_client.link import HubLink
 from share_client.member import ClientLayout, load_credentials, load_member
 from share_client.records import Records
 from share_client.status import fetch_snapshot
 from share_core.durable import PUBLIC, TEMPORARY, flush_directory, write_flushed
-from share_core.errors import AdapterError, ConfigError, StorageError, UnknownTaskError
+from share_core.errors import AccessError, AdapterError, ConfigError, StorageError, UnknownTaskError
 from share_core.linalg import balanced, canonical, safe_ratio
 from share_core.names import check_name, split_task_id
 from share_core.peft.export import PeftExport, PeftSite
+from share_core.peft.names import WRAPPER
 from share_core.peft.reader import read_adapter
 from share_core.peft.writer import write_adapter
 from share_core.space import task_adapter
 from share_core.tensorfile import parse_object, read_tensors
-from share_core.types import Adapter, Factors, Space, SpaceSpec
+from share_core.types import Adapter, Factors, SharedHead, Space, SpaceSpec
 from share_core.wire import decode_snapshot
 
 MARKER = "fedshare.json"
@@ -61,9 +63,21 @@ class PullOptions:
     like: Path | None = None
     """An adapter directory for the model to be served, whose module names and base model are taken over."""
     head: bool = True
-    """Whether the private head is put beside where this client has it."""
+    """Whether a head is put in: the shared one that the hub gives, or this client's own."""
     force: bool = False
     """Replace a directory that was written here before."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A head to write, and how the adapter that it belongs to is written."""
+
+    tensors: Mapping[str, Tensor]
+    """By key; none for no head."""
+    frame: PeftExport | None = None
+    """The frame of the adapter that this client contributed; None if it did not."""
+    shared: SharedHead | None = None
+    """Where the tensors come from, if not from this client."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,14 @@ class Pulled:
     cut: float
     """Share of the task's norm that a smaller rank left out; 0 for none."""
     head: str
-    """``none``, ``own`` (in the adapter, PEFT loads it) or ``beside`` (in head.safetensors)."""
+    """``none``; this client's private one: ``own`` (in the adapter, PEFT loads it) or ``beside`` (in head.safetensors);
+    the one that the hub publishes: ``shared`` (in the adapter) or ``shared_beside``."""
     head_tensors: tuple[str, ...] = field(default=())
     """Names of the head's tensors."""
+    head_of: tuple[str, ...] = field(default=())
+    """Organisations whose head it is: of a shared one, all of whom it is the mean."""
+    head_left_out: tuple[str, ...] = field(default=())
+    """Organisations that share a head of other shapes, which is not in the mean."""
 
 
 def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: PullOptions = PullOptions()) -> Pulled:
@@ -113,11 +132,18 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
     member = load_member(layout)
     task_id = task if "/" in task else f"{member.organisation}/{check_name(task, 'task name')}"
     split_task_id(task_id)
-    spec = link.describe().spec
-    version, payload = fetch_snapshot(link, load_credentials(layout, datetime.now(UTC)), options.version)
+    description, credentials = link.describe(), load_credentials(layout, datetime.now(UTC))
+    spec = description.spec
+    version, payload = fetch_snapshot(link, credentials, options.version)
     space = decode_snapshot(payload, spec)
     factors, cut = _cut(_factors(space, task_id), options.rank)
-    head, frame = _own_head(layout, member.organisation, task_id, version) if options.head else ({}, None)
+    head = _Head({})
+    if options.head:
+        chain = open_chain(description, credentials, None, datetime.now(UTC))
+        own = _own_head(layout, member.organisation, task_id, version)
+        head = _chosen(own, _shared_head(link, chain, task_id, version))
+    like = None if options.merged_into is not None else _frame(spec, options, head.frame, set(factors))
+    shared = head.shared
     made = Pulled(
         out=str(out),
         task_id=task_id,
@@ -126,23 +152,29 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
         form="adapter" if options.merged_into is None else "model",
         rank=max((one.rank for one in factors.values()), default=0),
         cut=cut,
-        head="none" if not head else "own" if frame is not None and options.merged_into is None else "beside",
-        head_tensors=tuple(sorted(head)),
+        head=_place(head, like),
+        head_tensors=tuple(sorted(head.tensors)),
+        head_of=shared.organisations if shared else (member.organisation,) if head.tensors else (),
+        head_left_out=shared.left_out if shared else (),
     )
-    _write(out, made, spec, factors, head, frame, options)
+    _write(out, made, spec, factors, head.tensors, like, options)
     return made
 
 
 def pulled_text(made: Pulled) -> str:
     """Return what was written as one sentence for people."""
+    whose = ", ".join(made.head_of)
     heads = {
         "none": "no head inside",
         "own": f"with this client's own head ({', '.join(made.head_tensors)})",
         "beside": f"this client's own head lies beside in {HEAD_FILE}, PEFT does not load it",
+        "shared": f"with the head shared by {whose} ({', '.join(made.head_tensors)})",
+        "shared_beside": f"the head shared by {whose} lies beside in {HEAD_FILE}, PEFT does not load it",
     }
     what = f"rank {made.rank}" if made.form == "adapter" else "merged into the weights"
     cut = f", {made.cut:.2%} of its norm cut" if made.cut else ""
-    return f"{made.out}: {made.task_id} of version {made.version}, {what}{cut}, {heads[made.head]}"
+    missing = f"; {', '.join(made.head_left_out)} shares one of other shapes" if made.head_left_out else ""
+    return f"{made.out}: {made.task_id} of version {made.version}, {what}{cut}, {heads[made.head]}{missing}"
 
 
 def _check_options(options: PullOptions) -> None:
@@ -178,18 +210,19 @@ def _write(
     spec: SpaceSpec,
     factors: Adapter,
     head: Mapping[str, Tensor],
-    frame: PeftExport | None,
+    like: PeftExport | None,
     options: PullOptions,
 ) -> None:
-    """Write everything beside ``out`` and move it there."""
+    """Write everything beside ``out`` and move it there; an adapter as ``like`` says."""
     staged = out.with_name(f"{TEMPORARY}{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         if options.merged_into is not None:
             _write_model(staged, options.merged_into, spec, factors)
         else:
-            like = _frame(spec, options, frame, set(factors))
-            write_adapter(staged, factors, like, extra=head if made.head == "own" else None)
-        if made.head == "beside":
+            assert like is not None, "an adapter has a frame"
+            extra = head if made.head == "own" else _in_peft(head) if made.head == "shared" else None
+            write_adapter(staged, factors, like, extra=extra)
+        if made.head in ("beside", "shared_beside"):
             write_flushed(staged / HEAD_FILE, safetensors.torch.save(dict(head)))
         said = {name: value for name, value in asdict(made).items() if name != "out"}
         write_flushed(staged / MARKER, (json.dumps(said, indent=1) + "\n").encode(), PUBLIC)
@@ -204,11 +237,23 @@ def _write(
 
 
 def _move(staged: Path, out: Path) -> None:
+    """Move the new directory to its place; an old one there is removed when that has worked, and put back if not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if (out / MARKER).is_file():
-        remove_tree(out)
-    staged.rename(out)  # over an empty directory, if there is one
-    flush_directory(out.parent)
+    if not (out / MARKER).is_file():
+        staged.rename(out)  # over an empty directory, if there is one
+        flush_directory(out.parent)
+        return
+    aside = out.with_name(f"{TEMPORARY}{out.name}-{uuid.uuid4().hex[:8]}")
+    out.rename(aside)
+    try:
+        staged.rename(out)
+        flush_directory(out.parent)
+    except BaseException:
+        if not staged.exists():
+            out.rename(staged)
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _factors(space: Space, task_id: str) -> Adapter:
@@ -237,9 +282,41 @@ def _cut(factors: Adapter, rank: int | None) -> tuple[Adapter, float]:
     return kept, safe_ratio(left_out**0.5, whole**0.5)
 
 
-def _own_head(
-    layout: ClientLayout, organisation: str, task_id: str, version: int
-) -> tuple[Mapping[str, Tensor], PeftExport | None]:
+def _shared_head(link: HubLink, chain: ManifestChain, task_id: str, version: int) -> SharedHead | None:
+    """Return the head that the hub publishes; None where there is none, or it is for others."""
+    try:
+        return fetch_head(link, chain, task_id, version)
+    except AccessError:
+        return None
+
+
+def _chosen(own: _Head, shared: SharedHead | None) -> _Head:
+    """Return the shared head, which goes with the core, unless it is the own one, of which more may be kept here."""
+    if shared is None:
+        return own
+    kept = {key.removeprefix(WRAPPER): tensor for key, tensor in own.tensors.items()}
+    if all(name in kept and torch.equal(kept[name].float(), tensor) for name, tensor in shared.tensors.items()):
+        return own
+    return _Head(shared.tensors, own.frame, shared)
+
+
+def _place(head: _Head, like: PeftExport | None) -> str:
+    """Return where a head goes: into the adapter if it belongs to modules that the adapter has, or else beside."""
+    if not head.tensors:
+        return "none"
+    if head.shared is None:
+        return "own" if head.frame is not None and like is not None else "beside"
+    modules = () if like is None else like.modules_to_save
+    belong = all(any(f".{module}." in f".{name}" for module in modules) for name in head.tensors)
+    return "shared" if belong else "shared_beside"
+
+
+def _in_peft(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a shared head under the keys that PEFT reads."""
+    return {f"{WRAPPER}{name}": tensor for name, tensor in head.items()}
+
+
+def _own_head(layout: ClientLayout, organisation: str, task_id: str, version: int) -> _Head:
     """Return the private head that belongs to a version, and the frame of the adapter that it came with.
 
     No tensors where this client has none; no frame where the task was trained here and not contributed.
@@ -248,10 +325,11 @@ def _own_head(
     records = Records(layout.tasks)
     known = records.get(name).head_at(version) if owner == organisation else None
     if known is None:
-        return {}, None
+        return _Head({})
     file = read_tensors(records.head_bytes(name, known))
     frame = file.metadata.get(FRAME_KEY)
-    return file.tensors, None if frame is None else PeftExport.from_json(parse_object(frame, f"metadata {FRAME_KEY!r}"))
+    text = None if frame is None else parse_object(frame, f"metadata {FRAME_KEY!r}")
+    return _Head(file.tensors, None if text is None else PeftExport.from_json(text))
 
 
 def _frame(spec: SpaceSpec, options: PullOptions, own: PeftExport | None, changed: set[str]) -> PeftExport:

@@ -21,6 +21,7 @@ import safetensors.torch
 from share_client.cache import SpaceCache, chain_path
 from share_client.chain import ManifestChain, open_chain
 from share_client.feed import VersionFeed, fetch_newest
+from share_client.heads import first_head
 from share_client.link import HubLink, SpaceDescription, patiently
 from share_client.member import ClientLayout, Member, load_credentials, load_member
 from share_client.outbox import Outbox, Training
@@ -328,13 +329,14 @@ class _Session:
         try:
             if task.config is not None:
                 self._spending.check(task.config, rows)
-            trained = self._trainer.train(task, space, task_id, self._progress(task, space.version))
+            known = bool(self._records.get(task.name).heads)
+            shared = None if known else first_head(self._link, self._chain, space, task_id, self._log)
+            trained = self._trainer.train(task, space, task_id, self._progress(task, space.version), shared)
         except ConfigError as error:
             self._refuse(task, error)
             return
         if trained.declared is not None:  # before anything of it can leave
             self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
-        known = bool(self._records.get(task.name).heads)
         self._keep(task, trained, space, "its data changed" if known else "it was new", refit=False)
 
     def _refuse(self, task: LocalTask, error: ConfigError) -> None:
@@ -387,6 +389,7 @@ class _Session:
             lease_id=self._lease.lease_id if self._lease else "",
             adapter=kept_adapter(trained.update, space),
             declared=trained.declared,
+            schema_sha256=trained.schema_sha256,
         )
         self._taken += 1
         self._log.write("trained", **{**vars(training), "payload_bytes": len(payload)})

@@ -114,7 +114,7 @@ class TaskConfig:
     max_length: int = 64
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
-    """Whether the head's tensors leave with the update."""
+    """Whether the head's tensors leave with the update, and the digest of its labels: for who may contribute."""
     refit: bool = False
     """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by
     default: it costs bytes, and of the 1.22 points of accuracy that it gained on digits, longer training without newer

@@ -22,7 +22,7 @@ from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.space import columns_of, task_adapter, update_adapter
-from share_core.types import Adapter, Space, Update
+from share_core.types import Adapter, SharedHead, Space, Update
 
 if TYPE_CHECKING:
     from share_client.training import Backbone, PreparedTask, Progress, TrainingOptions, TrainResult
@@ -88,6 +88,8 @@ class Trained:
     """Basis vectors that the training could use, over all sites and both sides, its own new directions included."""
     captured: float = 0.0
     """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
+    schema_sha256: str = ""
+    """Digest of the label schema of the head in the update; empty where it holds none."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,15 @@ class Trainer(Protocol):
         """Return the number of training rows."""
         ...
 
-    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
-        """Train one task in the coordinates of ``space``."""
+    def train(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        progress: Callable[[Step], None],
+        shared: SharedHead | None = None,
+    ) -> Trained:
+        """Train one task in the coordinates of ``space``, from the ``shared`` head if it is one for the same labels."""
         ...
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
@@ -237,16 +246,32 @@ class BackboneTrainer:
         """Return the number of training rows."""
         return self._prepare(task).train_rows
 
-    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
-        """Train one task in the coordinates of ``space``."""
+    def train(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        progress: Callable[[Step], None],
+        shared: SharedHead | None = None,
+    ) -> Trained:
+        """Train one task in the coordinates of ``space``, from the ``shared`` head if it is one for the same labels."""
         from share_client.training import TrainingOptions, declare, train_in_space
 
         prepared = self._prepare(task)
         options = TrainingOptions.of(prepared.config)
         declared = declare(prepared.config, prepared.train_rows)
         forward = _forward(progress)
-        result = train_in_space(self._backbone(), prepared, space, task_id, options, forward, declared=declared)
+        head = self._start_head(prepared, shared)
+        result = train_in_space(self._backbone(), prepared, space, task_id, options, forward, head, declared)
         return self._trained(prepared, space, options, result)
+
+    def _start_head(self, prepared: PreparedTask, shared: SharedHead | None) -> Mapping[str, Tensor] | None:
+        """Return the tensors of a shared head if it is one for the same labels and of the same form."""
+        from share_client.training import fits_head
+
+        if shared is None or shared.schema_sha256 != prepared.schema_sha256:
+            return None
+        return shared.tensors if fits_head(self._backbone(), prepared, shared.tensors) else None
 
     def refit(
         self,
@@ -298,6 +323,7 @@ class BackboneTrainer:
             declared=result.declared,
             columns=columns_of(usable),
             captured=captured,
+            schema_sha256=prepared.schema_sha256 if result.update.head else "",
         )
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:

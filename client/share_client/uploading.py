@@ -48,6 +48,8 @@ class Submission:
     """Hexadecimal signature; empty until it is signed."""
     privacy: str = ""
     """What is declared of clipping and noise (:mod:`share_core.privacy`); empty if nothing."""
+    schema_sha256: str = ""
+    """Digest of the label schema (:attr:`share_client.kinds.PreparedTask.schema_sha256`); told only with a head."""
 
     def header(self, offset: int = 0) -> hub_pb2.SubmitHeader:
         """Return the first message of a Submit call whose chunks begin at ``offset``."""
@@ -64,6 +66,7 @@ class Submission:
             sequence=self.sequence,
             signature=bytes.fromhex(self.signature),
             privacy=self.privacy,
+            schema_sha256=self.schema_sha256,
         )
 
 

@@ -44,13 +44,17 @@ def status_table(answer: hub_pb2.GetStatusResponse) -> Table:
 
 
 def traffic_table(answer: hub_pb2.GetStatusResponse) -> Table:
-    """Return the payload bytes exchanged with every member: up are coefficients and directions, down all versions."""
+    """Return the payload bytes exchanged with every member.
+
+    Up are coefficients and directions, down all versions; heads are what went both ways.
+    """
     table = _names_and_numbers("member", numbers=("updates", "up", "heads", "envelope", "down", "total"))
     table.title = "payload bytes"
     for row in answer.traffic:
         up = row.up.coefficients + row.up.directions
         down = row.down_deltas + row.down_snapshots
-        counts = (up, row.up.heads, row.up.envelope, down, up + row.up.heads + row.up.envelope + down)
+        heads = row.up.heads + row.down_heads
+        counts = (up, heads, row.up.envelope, down, up + heads + row.up.envelope + down)
         table.add_row(row.member, str(row.updates), *(decimal(count) for count in counts))
     return table
 

@@ -1,6 +1,7 @@
 """Signed manifests: what the hub says about the bytes it publishes.
 
-A manifest is about one payload: the step to a version (``kind`` ``version``), or a whole version (``snapshot``). A
+A manifest is about one payload: the step to a version (``kind`` ``version``), a whole version (``snapshot``), or the
+shared head of a task in a version (``head``; the payload names the task). A
 statement of kind ``newest`` is about none: it says which version was the newest when it was issued, and it is worth
 something only for :data:`FRESH_MS`. Without it, who stands between could show an old version for ever.
 Version manifests form a chain: each names the SHA-256 of the body before it, so a follower that holds one knows whether
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from share_core.errors import CertificateError, ManifestError, VersionError
 from share_core.identity.authority import check_validity, verified_signer_key
 
-VERSION, SNAPSHOT, NEWEST = "version", "snapshot", "newest"
+VERSION, SNAPSHOT, HEAD, NEWEST = "version", "snapshot", "head", "newest"
 """Kinds of manifests."""
 
 FRESH_MS = 600_000
@@ -41,15 +42,15 @@ class Manifest:
     """One statement."""
 
     kind: str
-    """``version``: the payload is the step from the version before. ``snapshot``: it is the whole version. ``newest``:
-    there is no payload."""
+    """``version``: the payload is the step from the version before. ``snapshot``: it is the whole version. ``head``: it
+    is the shared head of one of its tasks. ``newest``: there is no payload."""
     space_id: str
     """The space."""
     version: int
     """The version that the payload leads to or is."""
     previous: str
     """Hexadecimal SHA-256 of a body: for ``version`` that of the version before, ``""`` before version 1; for
-    ``snapshot`` and ``newest`` that of this version's own ``version`` manifest, ``""`` for version 0."""
+    the others that of this version's own ``version`` manifest, ``""`` for version 0."""
     payload_sha256: str
     """Digest of the payload; empty for a version without a step, which is only published whole."""
     payload_size: int
@@ -159,7 +160,7 @@ def parse_manifest(body: bytes) -> Manifest:
         expected = int if kind == "int" else str
         if type(getattr(manifest, name)) is not expected:
             raise ManifestError(f"manifest: {name} is {values[name]!r}, expected {expected.__name__}")
-    lowest = {VERSION: 1, SNAPSHOT: 1, NEWEST: 0}
+    lowest = {VERSION: 1, SNAPSHOT: 1, HEAD: 1, NEWEST: 0}
     if manifest.version < lowest.get(manifest.kind, manifest.version + 1):
         raise ManifestError(f"manifest: {manifest.kind!r} of version {manifest.version} is nothing that is published")
     return manifest

@@ -161,6 +161,7 @@ class Traffic:
     up_lora: int
     """One LoRA adapter per submission, same dtype."""
     heads: int
+    """Shared heads, up and down."""
     envelope: int
     down: int
     """Deltas and snapshots sent to the clients."""
@@ -171,13 +172,20 @@ class Traffic:
         return self.up + self.heads + self.envelope + self.down
 
 
-def traffic(submissions: Iterable[Submission], down: int, sites: Iterable[Site], lora_rank: int, dtype: str) -> Traffic:
+def traffic(
+    submissions: Iterable[Submission],
+    down: int,
+    sites: Iterable[Site],
+    lora_rank: int,
+    dtype: str,
+    down_heads: int = 0,
+) -> Traffic:
     """Count the bytes of ``submissions`` and what as many plain LoRA uploads would have taken."""
     updates = tuple(submissions)
     return Traffic(
         up=sum(s.coefficients + s.directions for s in updates),
         up_lora=len(updates) * lora_bytes(sites, lora_rank, dtype),
-        heads=sum(s.heads for s in updates),
+        heads=sum(s.heads for s in updates) + down_heads,
         envelope=sum(s.envelope for s in updates),
         down=down,
     )

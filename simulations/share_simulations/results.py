@@ -109,7 +109,7 @@ def summarise(
     matrix = metrics.accuracy_matrix(seen.measured, order, seen.version)
     own, final = metrics.own_accuracy(matrix, last), metrics.final_accuracy(matrix)
     forgetting = metrics.forgetting_per_task(own, final)
-    traffic = metrics.traffic(submissions, seen.down_bytes, seen.sites, LORA_RANK, scenario.dtype)
+    traffic = metrics.traffic(submissions, seen.down_bytes, seen.sites, LORA_RANK, scenario.dtype, seen.down_heads)
     stale = [s.staleness for s in submissions if s.staleness is not None]
     results = [baselines.get(t) for t in order]
     return Results(

@@ -30,6 +30,8 @@ class Observation:
     """Accuracies that clients reported."""
     down_bytes: int = 0
     """Deltas and snapshots sent."""
+    down_heads: int = 0
+    """Shared heads sent."""
     sites: tuple[Site, ...] = ()
     k_left: int = 0
     """Largest number of left basis vectors over the sites."""
@@ -110,6 +112,7 @@ class HubWatch:
                 if e.metric == "accuracy"
             ),
             down_bytes=sum(t.down_deltas + t.down_snapshots for t in status.traffic),
+            down_heads=sum(t.down_heads for t in status.traffic),
             sites=self._sites,
             k_left=status.k_left_max,
             k_right=status.k_right_max,

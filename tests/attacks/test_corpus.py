@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import safetensors
@@ -15,17 +13,17 @@ import safetensors
 from share_core import tensorfile, wire
 from share_core.errors import HeaderError, PayloadError
 from share_core.types import SiteSpec, SpaceSpec
+from share_simulations.fuzz import hostile
 from share_simulations.fuzz.planted import GUARDS, Guard, without
 
 HERE = Path(__file__).parent
-MAKE: dict[str, Any] = runpy.run_path(str(HERE / "make.py"))
 TABLE = HERE / "expected.json"
 EXPECTED: dict[str, list[str]] = json.loads(TABLE.read_text())
 SPEC = SpaceSpec(
     "sha256:attacks",
     "attacks",
-    {name: SiteSpec(name, shape[0], shape[1], "0" * 64) for name, shape in MAKE["SITES"].items()},
-    rank_limit=MAKE["RANK_LIMIT"],
+    {name: SiteSpec(name, shape[0], shape[1], "0" * 64) for name, shape in hostile.SITES.items()},
+    rank_limit=hostile.RANK_LIMIT,
 )
 LONGEST_SENTENCE = 600
 
@@ -44,8 +42,8 @@ def as_expected(got: tuple[str, str], error: str, words: str) -> bool:
 
 
 FILES = {name: (HERE / "files" / f"{name}.safetensors").read_bytes() for name in EXPECTED}
-FILES |= {case.name: case.data for case in MAKE["large"]()}
-EXPECTED |= {case.name: [case.error, case.words] for case in MAKE["large"]()}
+FILES |= {case.name: case.data for case in hostile.large()}
+EXPECTED |= {case.name: [case.error, case.words] for case in hostile.large()}
 
 
 def surprises(module: ModuleType) -> Iterator[str]:
@@ -57,7 +55,7 @@ def surprises(module: ModuleType) -> Iterator[str]:
 
 
 def test_the_files_are_what_the_script_makes() -> None:
-    cases = {case.name: case for case in MAKE["corpus"]()}
+    cases = {case.name: case for case in hostile.corpus()}
     assert {path.stem for path in (HERE / "files").iterdir()} == set(cases)
     assert {name: [case.error, case.words] for name, case in cases.items()} == json.loads(TABLE.read_text())
     different = [name for name, case in cases.items() if FILES[name] != case.data]
@@ -89,14 +87,14 @@ def test_what_is_accepted_the_library_accepts() -> None:
 
 
 def test_large_lies_get_theirs() -> None:
-    for case in MAKE["huge"]():
+    for case in hostile.huge():
         assert as_expected(outcome(wire, case.data), case.error, case.words), (case.name, outcome(wire, case.data))
 
 
 def crowd(count: int) -> bytes:
     """Return a file of ``count`` tensors of one value each."""
     entries = (b'"%x":{"dtype":"F16","shape":[1],"data_offsets":[%d,%d]}' % (n, 2 * n, 2 * n + 2) for n in range(count))
-    return bytes(MAKE["pack"](b"{" + b",".join(entries) + b"}", bytes(2 * count)))
+    return bytes(hostile.pack(b"{" + b",".join(entries) + b"}", bytes(2 * count)))
 
 
 GUARD_OF_CROWDS = "number of tensors"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -14,16 +12,16 @@ import torch
 from share_core.fingerprint import describe_space
 from share_server.local import LocalHub, submit_header, submit_messages
 from share_server.operator import named_error
+from share_simulations.fuzz import hostile
 
 HERE = Path(__file__).parent
-MAKE: dict[str, Any] = runpy.run_path(str(HERE / "make.py"))
 EXPECTED: dict[str, list[str]] = json.loads((HERE / "expected.json").read_text())
 EVERY = 9
 
 
 def test_lies_are_refused_by_name_over_the_wire(tmp_path: Path) -> None:
-    weights = {name: torch.zeros(shape) for name, shape in MAKE["SITES"].items()}
-    hub = LocalHub(tmp_path / "server", describe_space("attacks", weights, rank_limit=MAKE["RANK_LIMIT"]))
+    weights = {name: torch.zeros(shape) for name, shape in hostile.SITES.items()}
+    hub = LocalHub(tmp_path / "server", describe_space("attacks", weights, rank_limit=hostile.RANK_LIMIT))
     hub.start()
     lies = [name for name, (error, _) in EXPECTED.items() if error and name != "length-empty-file"]
     refused = 0
@@ -39,7 +37,7 @@ def test_lies_are_refused_by_name_over_the_wire(tmp_path: Path) -> None:
             assert (type(error).__name__, EXPECTED[name][1] in str(error)) == (EXPECTED[name][0], True), (name, error)
             refused += 1
         assert refused >= 30
-        header, data = MAKE["honest"]({"B/v": [8, 3], "A/v": [3, 14]})
-        header["__metadata__"]["fedshare"] = json.dumps({**MAKE["INNER"], "base_version": 0})
-        send(MAKE["pack"](header, data))
+        header, data = hostile.honest({"B/v": [8, 3], "A/v": [3, 14]})
+        header["__metadata__"]["fedshare"] = json.dumps({**hostile.INNER, "base_version": 0})
+        send(hostile.pack(header, data))
     assert hub.stop() == 0

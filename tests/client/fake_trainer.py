@@ -16,7 +16,7 @@ from torch import Tensor
 
 from share_client.trainer import LocalTask, Measured, Refit, Step, Trained
 from share_core.errors import ConfigError
-from share_core.types import Adapter, Factors, SiteUpdate, Space, Update
+from share_core.types import Adapter, Factors, SharedHead, SiteUpdate, Space, Update
 
 SITES = {"one": (12, 8), "two": (10, 10)}
 
@@ -52,7 +52,14 @@ class FakeTrainer:
     def rows(self, task: LocalTask) -> int:
         return 100
 
-    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
+    def train(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        progress: Callable[[Step], None],
+        shared: SharedHead | None = None,
+    ) -> Trained:
         with (self.path.parent / "trained.jsonl").open("a") as file:
             file.write(json.dumps({"task": task.name, "version": space.version}) + "\n")
         progress(Step(epoch=1, step=1, steps=1, loss=0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load, save
 
 from share_core import wire
 from share_core.errors import (
+    FedshareError,
     HeaderError,
     NonFiniteError,
     PayloadError,
@@ -25,7 +27,7 @@ from share_core.errors import (
 )
 from share_core.merge import MergePolicy, empty_state, merge
 from share_core.space import advance, empty_space
-from share_core.types import Core, Factors, SiteSpec, SiteUpdate, SpaceSpec, Update
+from share_core.types import Core, Factors, SharedHead, SiteSpec, SiteUpdate, SpaceSpec, Update
 
 SPEC = SpaceSpec(
     "sha256:test",
@@ -106,6 +108,40 @@ def test_adapter_round_trip() -> None:
     adapter = {"q": Factors(torch.randn(12, 3), torch.randn(10, 3))}
     again = wire.decode_adapter(wire.encode_adapter(adapter), SPEC)
     assert torch.equal(again["q"].in_, adapter["q"].in_)
+
+
+def shared_head(**changes: Any) -> SharedHead:
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+    return replace(SharedHead("org/t", 7, ("lab", "org"), ("zoo",), "ab" * 32, tensors), **changes)
+
+
+def test_published_heads_round_trip_also_without_tensors() -> None:
+    for head in (shared_head(), shared_head(organisations=(), tensors={})):
+        payload = wire.encode_head(head)
+        again = wire.decode_head(payload)
+        assert replace(again, tensors={}) == replace(head, tensors={})
+        assert {name: tensor.tolist() for name, tensor in again.tensors.items()} == {
+            name: tensor.tolist() for name, tensor in head.tensors.items()
+        }
+        assert wire.encode_head(again) == payload
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"organisations": ("../lab",)}, "organisation"),
+        ({"version": -1}, "version"),
+        ({"task_id": 3}, "expected text"),
+        ({"left_out": (1,)}, "list of names"),
+    ],
+)
+def test_a_published_head_that_lies_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(FedshareError, match=said):
+        wire.decode_head(wire.encode_head(shared_head(**changes)))
+    with pytest.raises(HeaderError, match="format"):
+        wire.decode_head(wire.encode_update(update()))
+    with pytest.raises(TensorNameError):
+        wire.decode_head(wire._save({"B/q": torch.ones(2, 2)}, {"format": wire.HEAD}))
 
 
 def test_largest_legitimate_update_is_within_the_size_limit() -> None:

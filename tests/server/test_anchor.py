@@ -45,7 +45,7 @@ def _killed(root: Path, count: int = 6) -> Path:
     journal = Journal(live / "journal.db", SPACE)
     for number in range(count):
         accept_update(journal, _new(number), number)
-    add_traffic(journal, [("acme/alice", 5, 7)])  # a transaction without an entry in the chain
+    add_traffic(journal, [("acme/alice", 5, 7, 0)])  # a transaction without an entry in the chain
     shutil.copytree(live, root / "killed")
     journal.close()
     return root / "killed" / "journal.db"

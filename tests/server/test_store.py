@@ -408,13 +408,33 @@ def test_node_ids_are_64_bits_wide_and_belong_to_one_key(journal: Journal) -> No
 def test_traffic_adds_up(journal: Journal) -> None:
     accept_update(journal, _new(), 1)
     accept_update(journal, _new(), 2)
-    add_traffic(journal, [("acme/alice", 10, 0), ("acme/bob", 1, 2)])
-    add_traffic(journal, [("acme/alice", 5, 7)])
+    add_traffic(journal, [("acme/alice", 10, 0, 4), ("acme/bob", 1, 2, 0)])
+    add_traffic(journal, [("acme/alice", 5, 7, 9)])
     rows = {row.member: row for row in list_traffic(journal)}
     alice = rows["acme/alice"]
     assert (alice.updates, alice.coefficients, alice.directions, alice.heads) == (2, 2, 4, 6)
-    assert (alice.down_deltas, alice.down_snapshots) == (15, 7)
-    assert (rows["acme/bob"].updates, rows["acme/bob"].down_snapshots) == (0, 2)
+    assert (alice.down_deltas, alice.down_snapshots, alice.down_heads) == (15, 7, 13)
+    bob = rows["acme/bob"]
+    assert (bob.updates, bob.down_snapshots, bob.down_heads) == (0, 2, 0)
+
+
+def test_traffic_of_format_3_is_taken_over(tmp_path: Path) -> None:
+    """That format did not count heads that were sent."""
+    path = tmp_path / "journal.db"
+    journal = Journal(path, "sha256:toy")
+    add_traffic(journal, [("acme/alice", 10, 3, 0)])
+    journal.close()
+    with sqlite3.connect(path) as older:
+        older.execute("ALTER TABLE traffic DROP COLUMN down_heads")
+        older.execute("PRAGMA user_version=3")
+    older.close()
+    PageSums(path).recount()
+    for sent, expected in ((5, 5), (2, 7)):
+        journal = Journal(path, "sha256:toy")
+        add_traffic(journal, [("acme/alice", 0, 0, sent)])
+        (row,) = list_traffic(journal)
+        assert (row.down_deltas, row.down_snapshots, row.down_heads) == (10, 3, expected)
+        journal.close()
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "emptied"])

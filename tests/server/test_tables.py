@@ -60,6 +60,10 @@ def test_traffic_adds_up_and_shows_whole_names() -> None:
     for size in ("3.0 MB", "30.0 kB", "4.0 kB", "501.0 MB", "504.0 MB"):
         assert size in text
     assert column(lines, "member", "updates") == MEMBER
+    row.down_heads = 500_000
+    text = " ".join(printed(traffic_table(hub_pb2.GetStatusResponse(traffic=[row]))))
+    for size in ("530.0 kB", "501.0 MB", "504.5 MB"):  # heads both ways, apart from versions, and in the total
+        assert size in text
 
 
 def test_status_shows_the_whole_space_id() -> None:

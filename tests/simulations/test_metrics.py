@@ -93,6 +93,8 @@ def test_bytes_count_every_submission_and_one_lora_for_each() -> None:
     assert counted.up_lora == 4 * (128 + 320) * 8 * 4
     assert (counted.heads, counted.envelope, counted.down) == (28, 12, 1000)
     assert counted.total == 600 + 28 + 12 + 1000
+    pulled = metrics.traffic(JOURNAL, 1000, sites, 8, "float32", down_heads=5)
+    assert (pulled.heads, pulled.down, pulled.total - counted.total) == (33, 1000, 5)
 
 
 def test_an_unmerged_update_left_the_client_but_has_no_staleness() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +70,12 @@ class PreparedTask:
     def train_rows(self) -> int:
         """Number of training rows in use."""
         return len(self.train)
+
+    @property
+    def schema_sha256(self) -> str:
+        """Hexadecimal SHA-256 of the kind and the labels in order: heads of one schema mean the same by an output."""
+        schema = [self.kind.name, *(str(label) for label in self.classes)]
+        return hashlib.sha256(json.dumps(["fedshare labels 1", *schema]).encode()).hexdigest()
 
     @property
     def test_rows(self) -> int:

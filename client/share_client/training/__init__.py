@@ -8,6 +8,7 @@ from share_client.training import refit
 from share_client.training.accounting import declare, total_epsilon
 from share_client.training.evaluation import evaluate
 from share_client.training.in_space import train_in_space
+from share_client.training.loop import fits_head
 from share_client.training.lora import train_lora
 from share_client.training.options import EvaluationResult, LoraResult, Progress, TrainingOptions, TrainResult
 
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingOptions",
     "declare",
     "evaluate",
+    "fits_head",
     "load_backbone",
     "prepare_task",
     "refit",

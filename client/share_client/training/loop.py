@@ -45,14 +45,23 @@ def fresh_head(backbone: Backbone, task: PreparedTask, seed: int, start: Mapping
     return head.to(backbone.device)
 
 
+def fits_head(backbone: Backbone, task: PreparedTask, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether ``tensors`` have the names and shapes of the task's head."""
+    head = fresh_head(backbone, task, 0, None)
+    return _shapes(head.state_dict()) == _shapes(tensors)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
 def load_head(head: nn.Module, tensors: Mapping[str, Tensor], task: PreparedTask) -> None:
     """Copy tensors into a head.
 
     Raises:
         ConfigError: a name or shape differs.
     """
-    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    got = {name: tuple(value.shape) for name, value in tensors.items()}
+    expected, got = _shapes(head.state_dict()), _shapes(tensors)
     if expected != got:
         raise ConfigError(
             f"task {task.config.name!r}: head: expected {expected} for {len(task.classes)} classes, got {got}; "

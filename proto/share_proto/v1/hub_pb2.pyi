@@ -304,6 +304,36 @@ class FetchSnapshotResponse(_message.Message):
     chunk: bytes
     def __init__(self, header: _Optional[_Union[SnapshotHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
+class FetchHeadRequest(_message.Message):
+    __slots__ = ("space_id", "task_id", "version")
+    SPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    space_id: str
+    task_id: str
+    version: int
+    def __init__(self, space_id: _Optional[str] = ..., task_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class HeadHeader(_message.Message):
+    __slots__ = ("version", "payload_size", "payload_sha256", "manifest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    payload_size: int
+    payload_sha256: str
+    manifest: Manifest
+    def __init__(self, version: _Optional[int] = ..., payload_size: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
+
+class FetchHeadResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: HeadHeader
+    chunk: bytes
+    def __init__(self, header: _Optional[_Union[HeadHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
 class ListTasksRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -379,18 +409,20 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class MemberTraffic(_message.Message):
-    __slots__ = ("member", "up", "down_deltas", "down_snapshots", "updates")
+    __slots__ = ("member", "up", "down_deltas", "down_snapshots", "updates", "down_heads")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     UP_FIELD_NUMBER: _ClassVar[int]
     DOWN_DELTAS_FIELD_NUMBER: _ClassVar[int]
     DOWN_SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    DOWN_HEADS_FIELD_NUMBER: _ClassVar[int]
     member: str
     up: PayloadBytes
     down_deltas: int
     down_snapshots: int
     updates: int
-    def __init__(self, member: _Optional[str] = ..., up: _Optional[_Union[PayloadBytes, _Mapping]] = ..., down_deltas: _Optional[int] = ..., down_snapshots: _Optional[int] = ..., updates: _Optional[int] = ...) -> None: ...
+    down_heads: int
+    def __init__(self, member: _Optional[str] = ..., up: _Optional[_Union[PayloadBytes, _Mapping]] = ..., down_deltas: _Optional[int] = ..., down_snapshots: _Optional[int] = ..., updates: _Optional[int] = ..., down_heads: _Optional[int] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("space_id", "version", "tasks", "accepted", "merged", "refused", "k_left_max", "k_right_max", "subscribers", "traffic", "started_unix_ms", "subspace_bytes", "compactions", "quarantined")

@@ -70,6 +70,11 @@ class HubStub(object):
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.FetchSnapshotRequest.SerializeToString,
                 response_deserializer=share__proto_dot_v1_dot_hub__pb2.FetchSnapshotResponse.FromString,
                 _registered_method=True)
+        self.FetchHead = channel.unary_stream(
+                '/share_proto.v1.Hub/FetchHead',
+                request_serializer=share__proto_dot_v1_dot_hub__pb2.FetchHeadRequest.SerializeToString,
+                response_deserializer=share__proto_dot_v1_dot_hub__pb2.FetchHeadResponse.FromString,
+                _registered_method=True)
         self.ListTasks = channel.unary_unary(
                 '/share_proto.v1.Hub/ListTasks',
                 request_serializer=share__proto_dot_v1_dot_hub__pb2.ListTasksRequest.SerializeToString,
@@ -173,6 +178,14 @@ class HubServicer(object):
 
     def FetchSnapshot(self, request, context):
         """FetchSnapshot streams one whole version: bases and the coefficients of every task.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchHead(self, request, context):
+        """FetchHead streams the shared head of one task in one version: the mean of what its contributors share. Only those
+        who may contribute to the task, and the operator, are given it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -286,6 +299,11 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.FetchSnapshot,
                     request_deserializer=share__proto_dot_v1_dot_hub__pb2.FetchSnapshotRequest.FromString,
                     response_serializer=share__proto_dot_v1_dot_hub__pb2.FetchSnapshotResponse.SerializeToString,
+            ),
+            'FetchHead': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchHead,
+                    request_deserializer=share__proto_dot_v1_dot_hub__pb2.FetchHeadRequest.FromString,
+                    response_serializer=share__proto_dot_v1_dot_hub__pb2.FetchHeadResponse.SerializeToString,
             ),
             'ListTasks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTasks,
@@ -528,6 +546,33 @@ class Hub(object):
             '/share_proto.v1.Hub/FetchSnapshot',
             share__proto_dot_v1_dot_hub__pb2.FetchSnapshotRequest.SerializeToString,
             share__proto_dot_v1_dot_hub__pb2.FetchSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/share_proto.v1.Hub/FetchHead',
+            share__proto_dot_v1_dot_hub__pb2.FetchHeadRequest.SerializeToString,
+            share__proto_dot_v1_dot_hub__pb2.FetchHeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

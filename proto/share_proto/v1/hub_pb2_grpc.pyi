@@ -59,6 +59,10 @@ class HubStub:
     """
     FetchSnapshot: _grpc.UnaryStreamMultiCallable[_hub_pb2.FetchSnapshotRequest, _hub_pb2.FetchSnapshotResponse]
     """FetchSnapshot streams one whole version: bases and the coefficients of every task."""
+    FetchHead: _grpc.UnaryStreamMultiCallable[_hub_pb2.FetchHeadRequest, _hub_pb2.FetchHeadResponse]
+    """FetchHead streams the shared head of one task in one version: the mean of what its contributors share. Only those
+    who may contribute to the task, and the operator, are given it.
+    """
     ListTasks: _grpc.UnaryUnaryMultiCallable[_hub_pb2.ListTasksRequest, _hub_pb2.ListTasksResponse]
     """ListTasks lists the tasks of the space with their error ledger."""
     ReportEvaluation: _grpc.UnaryUnaryMultiCallable[_hub_pb2.ReportEvaluationRequest, _hub_pb2.ReportEvaluationResponse]
@@ -106,6 +110,10 @@ class HubAsyncStub(HubStub):
     """
     FetchSnapshot: _aio.UnaryStreamMultiCallable[_hub_pb2.FetchSnapshotRequest, _hub_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
     """FetchSnapshot streams one whole version: bases and the coefficients of every task."""
+    FetchHead: _aio.UnaryStreamMultiCallable[_hub_pb2.FetchHeadRequest, _hub_pb2.FetchHeadResponse]  # type: ignore[assignment]
+    """FetchHead streams the shared head of one task in one version: the mean of what its contributors share. Only those
+    who may contribute to the task, and the operator, are given it.
+    """
     ListTasks: _aio.UnaryUnaryMultiCallable[_hub_pb2.ListTasksRequest, _hub_pb2.ListTasksResponse]  # type: ignore[assignment]
     """ListTasks lists the tasks of the space with their error ledger."""
     ReportEvaluation: _aio.UnaryUnaryMultiCallable[_hub_pb2.ReportEvaluationRequest, _hub_pb2.ReportEvaluationResponse]  # type: ignore[assignment]
@@ -192,6 +200,16 @@ class HubServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_hub_pb2.FetchSnapshotResponse], _abc.AsyncIterator[_hub_pb2.FetchSnapshotResponse]]:
         """FetchSnapshot streams one whole version: bases and the coefficients of every task."""
+
+    @_abc_1.abstractmethod
+    def FetchHead(
+        self,
+        request: _hub_pb2.FetchHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_hub_pb2.FetchHeadResponse], _abc.AsyncIterator[_hub_pb2.FetchHeadResponse]]:
+        """FetchHead streams the shared head of one task in one version: the mean of what its contributors share. Only those
+        who may contribute to the task, and the operator, are given it.
+        """
 
     @_abc_1.abstractmethod
     def ListTasks(

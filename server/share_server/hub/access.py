@@ -34,6 +34,7 @@ RULES: Mapping[str, frozenset[str]] = {
     "/share_proto.v1.Hub/ListUpdates": _SUBMITTERS | {"operator"},
     "/share_proto.v1.Hub/FollowVersions": MEMBER_ROLES | {"operator"},
     "/share_proto.v1.Hub/FetchSnapshot": MEMBER_ROLES | {"operator"},
+    "/share_proto.v1.Hub/FetchHead": MEMBER_ROLES | {"operator"},  # and only of tasks that are shared with the caller
     "/share_proto.v1.Hub/ListTasks": MEMBER_ROLES | {"operator"},
     "/share_proto.v1.Hub/ReportEvaluation": _SUBMITTERS,
     "/share_proto.v1.Hub/ListEvaluations": MEMBER_ROLES | {"operator"},

@@ -11,17 +11,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 
+from torch import Tensor
+
 from share_core.mixing import mix_adapters
 from share_core.space import task_adapter, update_adapter
 from share_core.types import Adapter, Factors, Space, SpaceSpec
-from share_core.wire import decode_adapter, decode_update
+from share_core.wire import check_update, decode_adapter, decode_update
 from share_server.hub.history import History
-from share_server.hub.judging import Background, Said, mean_of, newest_of_each, verdicts_on
-from share_server.hub.policy import StepPolicy
-from share_server.store.records import UpdateRow
+from share_server.hub.judging import Background, Said, counted_of, mean_of, newest_of_each, verdicts_on
+from share_server.hub.policy import StepPolicy, policy_from_text
+from share_server.store.records import TaskRow, UpdateRow
 from share_server.store.store import Store
 from share_server.store.updates import first_merged, newest_merged
-from share_server.store.versions import find_task
+from share_server.store.versions import find_task, policy_in_force
 
 
 class Contents:
@@ -44,6 +46,32 @@ class Contents:
         payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
         bases = await self._history.bases(row.new.base_version)
         return await self._store.io(lambda: update_adapter(decode_update(payload, self._spec), bases))
+
+    async def head_of(self, row: UpdateRow) -> Mapping[str, Tensor]:
+        """Return the tensors of a shared head by name; none where an update holds none."""
+        payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
+        return await self._store.io(lambda: decode_update(payload, self._spec).head)
+
+    async def head_shapes(self, row: UpdateRow) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of a shared head by name, without its values."""
+        payload = await self._store.io(lambda: self._store.blobs.read(row.new.sha256))
+        head = await self._store.io(lambda: check_update(payload, self._spec).head)
+        return {name: tuple(tensor.shape) for name, tensor in head.items()}
+
+    async def weights_of(self, task: TaskRow, rows: Sequence[UpdateRow], version: int) -> list[tuple[UpdateRow, float]]:
+        """Return the weight in ``version`` of each update that counts, of a task of which ``rows`` are the newest.
+
+        They are those of the cores where cores are averaged. Where they are moved by steps there is no weight of a
+        whole contribution, and the same rule is taken: one voice per organisation, less the older it is.
+        """
+        if not task.sharing.shared:
+            return [(row, 1.0) for row in rows]
+        merged_in = max(row.version for row in rows)
+        text = await self._store.do(lambda journal: policy_in_force(journal, merged_in, version))
+        policy = policy_from_text(text)
+        said = await self._read(rows) if policy.robust.filters else [Said(row, {}) for row in rows]
+        start = await self._start(task.task_id, merged_in - 1, policy)
+        return [(one.said.row, one.weight) for one in counted_of(newest_of_each(said), start, merged_in - 1, policy)]
 
     async def of_task(self, task_id: str, version: int, policy: StepPolicy) -> Adapter | None:
         """Return what the content of a task in ``version`` should be; None where only the version itself knows it."""

@@ -115,6 +115,7 @@ def traffic(row: TrafficRow) -> hub_pb2.MemberTraffic:
         ),
         down_deltas=row.down_deltas,
         down_snapshots=row.down_snapshots,
+        down_heads=row.down_heads,
         updates=row.updates,
     )
 

@@ -16,6 +16,7 @@ from share_server.hub.collecting import Collector
 from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
 from share_server.hub.gate.parsers import ParseGate, in_this_process
+from share_server.hub.heads import Heads
 from share_server.hub.history import History
 from share_server.hub.intake import Intake
 from share_server.hub.merging import MergeLoop
@@ -52,6 +53,8 @@ class Engine:
     """Counters."""
     gate: ParseGate
     """What parses the payloads of others."""
+    heads: Heads
+    """Shared heads as readers get them."""
 
     @classmethod
     async def open(
@@ -101,7 +104,8 @@ class Engine:
             store, feed, contents, stepper, collector, policy, config.merge, retention, signing_key, metrics
         )
         published = Published(store, feed, history, signing_key)
-        return cls(store, feed, history, published, intake, loop, collector, metrics, gate)
+        heads = Heads(store, feed, contents, signing_key)
+        return cls(store, feed, history, published, intake, loop, collector, metrics, gate, heads)
 
     async def close(self) -> None:
         """Close the store and end the parsers; the merge loop must have ended."""

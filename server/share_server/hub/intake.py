@@ -32,7 +32,7 @@ from share_core.identity import check_update_signature, statement_of
 from share_core.names import check_name, check_update_id, split_task_id
 from share_core.privacy import CoefficientNoise, declaration_from_text
 from share_core.types import SpaceSpec
-from share_core.wire import PayloadSplit, UpdateFacts, max_payload_bytes
+from share_core.wire import MAX_HEAD_BYTES, PayloadSplit, UpdateFacts, max_payload_bytes
 from share_proto.v1 import hub_pb2
 from share_server.config import ServerConfig
 from share_server.hub.access import Caller
@@ -193,6 +193,7 @@ class Intake:
             await self._store.io(lambda: self._finish(staged, rest, header))
             facts = await self._gate.examine(staged)
             _check_privacy(header, facts.split)
+            _check_head(facts.split)
             await self._check_base(facts)
         except (asyncio.CancelledError, UnavailableError):
             keep = True
@@ -362,6 +363,19 @@ def _check_privacy(header: hub_pb2.SubmitHeader, split: PayloadSplit) -> None:
             "privacy: an update that declares noise on its coefficients holds nothing else, got "
             f"{split.directions} bytes of free directions and {split.heads} of heads without noise: leave them out, or "
             "declare nothing"
+        )
+
+
+def _check_head(split: PayloadSplit) -> None:
+    """Refuse a head that is too large to be handed on.
+
+    Raises:
+        PayloadTooLargeError: with both sizes.
+    """
+    if split.heads > MAX_HEAD_BYTES:
+        raise PayloadTooLargeError(
+            f"the shared head has {split.heads} bytes, at most {MAX_HEAD_BYTES} are accepted: send it with "
+            "share_head = false"
         )
 
 

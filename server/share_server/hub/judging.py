@@ -71,15 +71,26 @@ def to_set_aside(background: Background, fresh: Sequence[Said], policy: StepPoli
     return out
 
 
-def mean_of(said: Sequence[Said], start: Adapter | None, version: int, policy: StepPolicy, rank: int) -> Adapter:
-    """Return the mixture of what counts, cut to ``rank``: one voice per organisation, less the older it is.
+@dataclass(frozen=True)
+class Counted:
+    """One update that counts in the content of a shared task."""
+
+    said: Said
+    """The update."""
+    verdict: Verdict
+    """What the others make of it."""
+    weight: float
+    """Its share; those of all that count sum to 1."""
+
+
+def counted_of(said: Sequence[Said], start: Adapter | None, version: int, policy: StepPolicy) -> list[Counted]:
+    """Return who counts and how much: one voice per organisation, less the older it is.
 
     Args:
-        said: what :func:`newest_of_each` gives.
+        said: what :func:`newest_of_each` gives. Where nobody is judged, the adapters are not looked at.
         start: what the task began with.
         version: the version it is merged into, from which ages count.
         policy: how it is weighed and judged.
-        rank: largest rank per site of a mixture.
     """
     verdicts = verdicts_on(said, start, policy)
     counted = [(one, verdict) for one, verdict in zip(said, verdicts, strict=True) if verdict.counts]
@@ -88,7 +99,13 @@ def mean_of(said: Sequence[Said], start: Adapter | None, version: int, policy: S
         for one, _ in counted
     ]
     weights = contributor_weights(contributions, policy.rule, policy.rows_cap)
-    parts = [(weight * verdict.factor, one.adapter) for weight, (one, verdict) in zip(weights, counted, strict=True)]
+    return [Counted(one, verdict, weight) for weight, (one, verdict) in zip(weights, counted, strict=True)]
+
+
+def mean_of(said: Sequence[Said], start: Adapter | None, version: int, policy: StepPolicy, rank: int) -> Adapter:
+    """Return the mixture of what counts, cut to ``rank`` per site; see :func:`counted_of` for the rest."""
+    counted = counted_of(said, start, version, policy)
+    parts = [(one.weight * one.verdict.factor, one.said.adapter) for one in counted]
     # A single one that is whole stays as it was sent, whatever its rank.
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else mix_adapters(parts, rank)
 

@@ -21,6 +21,7 @@ from share_server.hub.clock import now_ms
 from share_server.hub.collecting import Collector
 from share_server.hub.contents import Contents
 from share_server.hub.feed import Feed
+from share_server.hub.heads import misfit
 from share_server.hub.metrics import Metrics
 from share_server.hub.policy import StepPolicy
 from share_server.hub.signing import sign_version
@@ -28,7 +29,7 @@ from share_server.hub.stepping import Step, Stepper
 from share_server.store.records import NewUpdate, UpdateRow, VersionCommit, VersionRow
 from share_server.store.recovery import sizes_of
 from share_server.store.store import Store
-from share_server.store.updates import has_newer, list_accepted, quarantine_update, refuse_update
+from share_server.store.updates import has_newer, list_accepted, list_newest, quarantine_update, refuse_update
 from share_server.store.versions import commit_version, read_manifest
 
 
@@ -128,6 +129,9 @@ class MergeLoop:
         return None
 
     async def _merge(self, batch: Sequence[UpdateRow]) -> None:
+        batch = await self._with_fitting_heads(batch)
+        if not batch:
+            return
         state = self._feed.state
         started_ms = now_ms()
         for row in batch:
@@ -153,6 +157,20 @@ class MergeLoop:
             rows = {row.new.update_id: row for row in batch}
             waited_s = [(now_ms() - rows[one.update_id].received_ms) / 1000 for one in tried.step.merged]
             self._metrics.merged(len(waited_s), (now_ms() - started_ms) / 1000, waited_s)
+
+    async def _with_fitting_heads(self, batch: Sequence[UpdateRow]) -> list[UpdateRow]:
+        """Refuse the updates of shared tasks whose heads do not go with those of the others; return the rest."""
+        kept: list[UpdateRow] = []
+        for row in batch:
+            task_id = row.new.task_id
+            if row.new.heads and await self._contents.is_shared(task_id):
+                known = await self._store.do(lambda journal, task_id=task_id: list_newest(journal, task_id))  # type: ignore[misc]
+                known += [one for one in kept if one.new.task_id == task_id]
+                if (reason := await misfit(self._contents, row, known)) is not None:
+                    await self._refuse(row, reason)
+                    continue
+            kept.append(row)
+        return kept
 
     async def _hold(self, step: Step, batch: Sequence[UpdateRow]) -> None:
         """Do not publish a version that costs somebody else too much; find out which of its updates does."""

@@ -75,7 +75,7 @@ class Metrics:
             "1 while a new certificate file cannot be used and the old one serves.",
             registry=on,
         )
-        for kind in ("delta", "snapshot"):
+        for kind in ("delta", "snapshot", "head"):
             self._down.labels(kind)
         ProcessCollector(registry=self.registry)
 

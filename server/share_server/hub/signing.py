@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from share_core.identity import Manifest, SignedManifest, sign_manifest
-from share_core.identity.manifest import GENESIS, NEWEST, SNAPSHOT, VERSION
+from share_core.identity.manifest import GENESIS, HEAD, NEWEST, SNAPSHOT, VERSION
 from share_server.hub.clock import now_ms
 from share_server.hub.policy import StepPolicy
 from share_server.store.journal import Journal
@@ -43,6 +43,14 @@ def sign_whole(
     """
     link = "" if own is None else own.sha256
     return sign_manifest(key, Manifest(SNAPSHOT, space_id, version, link, *snapshot, now_ms()))
+
+
+def sign_head(
+    key: bytes, space_id: str, version: int, head: tuple[str, int], own: SignedManifest | None
+) -> SignedManifest:
+    """Return the signed manifest of a shared head as :func:`sign_whole` does; ``head`` is its digest and bytes."""
+    link = "" if own is None else own.sha256
+    return sign_manifest(key, Manifest(HEAD, space_id, version, link, *head, now_ms()))
 
 
 def sign_newest(key: bytes, space_id: str, version: int, own: SignedManifest | None) -> SignedManifest:

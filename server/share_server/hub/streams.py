@@ -1,4 +1,4 @@
-"""FollowVersions and FetchSnapshot: how versions leave a hub or a relay.
+"""FollowVersions, FetchSnapshot and FetchHead: how versions leave a hub or a relay, and heads a hub.
 
 Where the versions come from is behind :class:`Source`. A message is made only when the one before was taken (the
 interceptor cuts a reader that takes nothing for long), so a slow reader costs one message and one number: its position.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Protocol
 
 from share_core.errors import RequestError, SpaceMismatchError, UnavailableError, VersionError
@@ -88,7 +88,7 @@ class Streams:
             source: the versions.
             limits: streams per organisation, how often rights are checked.
             recheck: raises when the rights of a caller with an open stream have ended.
-            sent: told (member, "delta" or "snapshot", payload bytes) of everything that was taken.
+            sent: told (member, "delta", "snapshot" or "head", payload bytes) of everything that was taken.
         """
         self._source = source
         self._limits = limits
@@ -161,6 +161,28 @@ class Streams:
             for chunk in _chunks(payload):
                 yield hub_pb2.FetchSnapshotResponse(chunk=chunk)
                 self._sent(caller.member, "snapshot", len(chunk))
+        finally:
+            self._fetching[caller.organisation] -= 1
+
+    async def fetch_head(
+        self,
+        caller: Caller,
+        request: hub_pb2.FetchHeadRequest,
+        head_of: Callable[[Caller, str, int], Awaitable[tuple[hub_pb2.HeadHeader, bytes]]],
+    ) -> AsyncGenerator[hub_pb2.FetchHeadResponse, None]:
+        """Send the head that ``head_of`` gives a caller of a task in a version.
+
+        Raises:
+            SpaceMismatchError, FedshareError: another space, or what ``head_of`` raises.
+        """
+        self._check_space(request.space_id)
+        self._take(self._fetching, caller, "fetches")
+        try:
+            header, payload = await head_of(caller, request.task_id, request.version)
+            yield hub_pb2.FetchHeadResponse(header=header)
+            for chunk in _chunks(payload):
+                yield hub_pb2.FetchHeadResponse(chunk=chunk)
+                self._sent(caller.member, "head", len(chunk))
         finally:
             self._fetching[caller.organisation] -= 1
 

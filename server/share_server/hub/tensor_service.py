@@ -58,6 +58,7 @@ class HubService(hub_pb2_grpc.HubServicer):
         self._intake = engine.intake
         self._loop = engine.loop
         self._collector = engine.collector
+        self._heads = engine.heads
         self._streams = streams
         self._traffic = traffic
         self._membership = membership
@@ -119,6 +120,12 @@ class HubService(hub_pb2_grpc.HubServicer):
     ) -> AsyncIterator[hub_pb2.FetchSnapshotResponse]:
         """One whole version."""
         return self._streams.fetch(CALLER.get(), request)
+
+    def FetchHead(
+        self, request: hub_pb2.FetchHeadRequest, context: Context
+    ) -> AsyncIterator[hub_pb2.FetchHeadResponse]:
+        """The shared head of one task in one version."""
+        return self._streams.fetch_head(CALLER.get(), request, self._heads.of_task)
 
     async def ListTasks(self, request: hub_pb2.ListTasksRequest, context: Context) -> hub_pb2.ListTasksResponse:
         """Every task that the newest version holds, with its ledger."""

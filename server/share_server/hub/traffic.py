@@ -8,6 +8,7 @@ on it.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from share_server.store.members import add_traffic
 from share_server.store.store import Store
@@ -20,21 +21,21 @@ class Traffic:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._deltas: dict[str, int] = {}
-        self._snapshots: dict[str, int] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
 
     def count(self, member: str, kind: str, size: int) -> None:
-        """Count payload bytes of a ``delta`` or ``snapshot`` sent to ``member``."""
-        counts = self._deltas if kind == "delta" else self._snapshots
-        counts[member] = counts.get(member, 0) + size
+        """Count payload bytes of a ``delta``, ``snapshot`` or ``head`` sent to ``member``."""
+        self._counts[member, kind] += size
 
     async def flush(self) -> None:
         """Write what was counted since the last call."""
-        if not self._deltas and not self._snapshots:
+        if not self._counts:
             return
-        deltas, self._deltas = self._deltas, {}
-        snapshots, self._snapshots = self._snapshots, {}
-        down = [(member, deltas.get(member, 0), snapshots.get(member, 0)) for member in sorted({*deltas, *snapshots})]
+        counts, self._counts = self._counts, Counter()
+        down = [
+            (member, counts[member, "delta"], counts[member, "snapshot"], counts[member, "head"])
+            for member in sorted({member for member, _ in counts})
+        ]
         await self._store.do(lambda journal: add_traffic(journal, down))
 
     async def run(self) -> None:

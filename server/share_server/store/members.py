@@ -179,15 +179,16 @@ def bind_node(journal: Journal, member: str, node_id: int) -> None:
             raise RequestError(f"member {member[:160]!r} has no node to bind: it enrolled without a node key")
 
 
-def add_traffic(journal: Journal, down: Iterable[tuple[str, int, int]]) -> None:
-    """Add (member, delta bytes, snapshot bytes) to the counters."""
+def add_traffic(journal: Journal, down: Iterable[tuple[str, int, int, int]]) -> None:
+    """Add (member, delta bytes, snapshot bytes, head bytes) to the counters."""
     with journal.transaction():
-        for member, deltas, snapshots in down:
+        for member, deltas, snapshots, heads in down:
             journal.change(
-                "INSERT INTO traffic VALUES (?, ?, ?) ON CONFLICT (member) DO UPDATE SET "
+                "INSERT INTO traffic VALUES (?, ?, ?, ?) ON CONFLICT (member) DO UPDATE SET "
                 "down_deltas = down_deltas + excluded.down_deltas, "
-                "down_snapshots = down_snapshots + excluded.down_snapshots",
-                (member, deltas, snapshots),
+                "down_snapshots = down_snapshots + excluded.down_snapshots, "
+                "down_heads = down_heads + excluded.down_heads",
+                (member, deltas, snapshots, heads),
             )
 
 

@@ -279,6 +279,8 @@ class TrafficRow:
     """Down: delta payloads."""
     down_snapshots: int = 0
     """Down: snapshot payloads."""
+    down_heads: int = 0
+    """Down: shared heads."""
 
 
 @dataclass(frozen=True)

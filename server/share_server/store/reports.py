@@ -60,7 +60,11 @@ def list_traffic(journal: Journal) -> list[TrafficRow]:
         TrafficRow(
             member=member,
             **({name: up[member][name] for name in names} if member in up else {}),
-            **({name: down[member][name] for name in ("down_deltas", "down_snapshots")} if member in down else {}),
+            **(
+                {name: down[member][name] for name in ("down_deltas", "down_snapshots", "down_heads")}
+                if member in down
+                else {}
+            ),
         )
         for member in sorted({*up, *down})
     ]

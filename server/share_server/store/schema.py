@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Written as ``user_version``. An older store is brought forward by :data:`MIGRATIONS`, a newer one is refused."""
 
 APPLICATION_ID = 0x66736872
@@ -157,7 +157,8 @@ CREATE TABLE used_tokens (
 CREATE TABLE traffic (
   member TEXT PRIMARY KEY,
   down_deltas INTEGER NOT NULL DEFAULT 0,
-  down_snapshots INTEGER NOT NULL DEFAULT 0
+  down_snapshots INTEGER NOT NULL DEFAULT 0,
+  down_heads INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 {_CERTIFICATES}{_PRIVACY}"""
 
@@ -193,5 +194,6 @@ DROP TABLE updates_2;
 {_UPDATE_INDEXES}{_CERTIFICATES}{_PRIVACY}
 ALTER TABLE members ADD COLUMN hosts TEXT NOT NULL DEFAULT '';
 INSERT INTO certificates SELECT key_sha256, member, certificate, enrolled_ms FROM members;""",
+    3: "ALTER TABLE traffic ADD COLUMN down_heads INTEGER NOT NULL DEFAULT 0;",
 }
 """Statements that bring a store of each older format to the next one, run in one transaction."""

@@ -53,20 +53,29 @@ def oldest_waiting_base(journal: Journal) -> int | None:
     return None if row is None else row[0]
 
 
+_EVERY_VERSION = 2**62
+
+
+def list_newest(journal: Journal, task_id: str, upto: int = _EVERY_VERSION) -> list[UpdateRow]:
+    """Return the newest update of each organisation for a task that is merged in a version up to ``upto``."""
+    rows = journal.rows(
+        f"{_SELECT} WHERE u.ingest_seq IN (SELECT max(ingest_seq) FROM updates WHERE task_id = ? AND version BETWEEN 1 "
+        "AND ? GROUP BY organisation) ORDER BY u.organisation",
+        (task_id, upto),
+    )
+    return [_update(row) for row in rows]
+
+
 def newest_merged(journal: Journal, task_id: str, upto: int) -> list[UpdateRow]:
     """Return the updates that a task's content in version ``upto`` came from: the newest of each organisation.
 
     Raises:
         StorageError: the task has none: the journal is damaged.
     """
-    rows = journal.rows(
-        f"{_SELECT} WHERE u.ingest_seq IN (SELECT max(ingest_seq) FROM updates WHERE task_id = ? AND version BETWEEN 1 "
-        "AND ? GROUP BY organisation) ORDER BY u.organisation",
-        (task_id, upto),
-    )
+    rows = list_newest(journal, task_id, upto)
     if not rows:
         raise StorageError(f"task {task_id} has no merged update: the journal is damaged")
-    return [_update(row) for row in rows]
+    return rows
 
 
 def first_merged(journal: Journal, task_id: str, upto: int) -> UpdateRow | None:

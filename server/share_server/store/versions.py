@@ -41,6 +41,24 @@ def read_version(journal: Journal, version: int) -> VersionRow:
     raise no_longer_kept(version, newest)
 
 
+def policy_in_force(journal: Journal, merged_in: int, upto: int) -> str:
+    """Return the recorded policy under which a task, last merged in version ``merged_in``, stands in version ``upto``.
+
+    That is the one of its merge, unless the space was rebuilt since: then every task was mixed again. What a
+    forgetting made was merged again under the policies of its merges.
+    """
+    row = journal.row(
+        "SELECT policy FROM versions JOIN entries ON seq = entry_seq WHERE version BETWEEN ? AND ? AND (version = ? OR "
+        "json_extract(body, '$.updates') = '[]' AND version NOT IN "
+        "(SELECT json_extract(body, '$.version') FROM entries WHERE kind = 'forgotten')) "
+        "ORDER BY version DESC LIMIT 1",
+        (merged_in, upto, merged_in),
+    )
+    if row is None:
+        raise StorageError(f"version {merged_in} is missing: the journal is damaged")
+    return str(row[0])
+
+
 def read_manifest(journal: Journal, version: int) -> SignedManifest | None:
     """Return what the hub said of a version; None before the first, and for versions of format 1."""
     row = journal.row("SELECT manifest, signature FROM versions WHERE version = ? AND manifest <> x''", (version,))

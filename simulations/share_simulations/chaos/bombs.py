@@ -4,6 +4,8 @@ Every bomb is thrown several times at a real hub over mutual TLS. What counts is
 refusal (from the call, where it is refused before that) and by how much the hub and its parsers together grew at their
 peak. After each the hub must say SERVING and, in the end, take and merge an honest update.
 
+What is compressed is so before the clock runs, and sent over a connection of its own (:mod:`.bare`).
+
 A message above gRPC's limit is refused by gRPC before any of our code runs, and the caller learns it 0.1 to 1 s later,
 from a bare ``grpc.aio`` server without TLS as well (grpcio 1.85.1). Its time is told and not held against the hub.
 """
@@ -14,9 +16,10 @@ import json
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,12 @@ from share_core.types import Space, SpaceSpec, Update
 from share_core.wire import UPDATE, encode_update, update_limits
 from share_proto.v1 import hub_pb2, hub_pb2_grpc
 from share_server.hub.options import MESSAGE_BYTES
-from share_server.local import Holder, LocalHub, sign_header, submit_header, submit_messages
+from share_server.local import LocalHub, sign_header, submit_header, submit_messages
 from share_simulations.bench.machine import describe, pick_device
 from share_simulations.bench.stats import rss_mib
+from share_simulations.chaos import bare
 from share_simulations.chaos.bombs_planted import BUGS, write_hub
+from share_simulations.chaos.bombs_stand import CALL_S, SUBMIT, Refused, Stand, at_stand
 from share_simulations.chaos.load import toy_space, toy_update
 from share_simulations.chaos.show import Meter
 from share_simulations.interrupts import reporting
@@ -43,11 +48,8 @@ MOST_MIB = 16.0
 """Hub and parsers together may grow by so much over one bomb."""
 
 _MIB = 2**20
-_SUBMIT = "/share_proto.v1.Hub/Submit"
 _DESCRIBE = "/share_proto.v1.Hub/DescribeSpace"
 _REPORT = "/share_proto.v1.Hub/ReportEvaluation"
-_CALL_S = 120.0
-_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass(frozen=True)
@@ -75,55 +77,11 @@ class Bomb:
     what: str
     """In words."""
     throw: Callable[[Stand], None]
-    """Throws it; returns when it was accepted, raises RpcError when it was refused."""
+    """Throws it; returns when it was accepted, raises RpcError or Refused when it was refused."""
     errors: tuple[str, ...]
     """What it may be refused as: class of the hub's error, or gRPC's own status."""
     by_grpc: bool = False
     """Whether gRPC refuses it by itself and in its own time; then only the memory counts."""
-
-
-@dataclass
-class Stand:
-    """Where bombs are thrown from: a connection of a member."""
-
-    channel: grpc.Channel
-    """With mutual TLS."""
-    spec: SpaceSpec
-    """The space of the hub."""
-    holder: Holder
-    """The member."""
-    since: float = 0.0
-    """When the last byte of the newest call was on its way, or when the call began."""
-
-    def raw(self, method: str, message: bytes, compression: grpc.Compression | None = None) -> None:
-        """Send bytes as the only request of a method."""
-        self._send(method, [message], compression)
-
-    def stream(self, *messages: bytes) -> None:
-        """Send bytes as the messages of an upload."""
-        self._send(_SUBMIT, messages)
-
-    def payload(self, payload: bytes) -> None:
-        """Send an upload with an honest header."""
-        header = sign_header(submit_header(self.spec, "acme/bomb", payload), self.holder)
-        self._send(_SUBMIT, [message.SerializeToString() for message in submit_messages(header, payload)])
-
-    def _send(self, method: str, messages: Sequence[bytes], compression: grpc.Compression | None = None) -> None:
-        # On the wire a call with one request is a stream of one.
-        call: Any = self.channel.stream_unary(method)
-        self.since = time.monotonic()
-        call(self._noting(messages), timeout=_CALL_S, compression=compression)
-
-    def _noting(self, messages: Sequence[bytes]) -> Iterator[bytes]:
-        yield from messages
-        self.since = time.monotonic()  # gRPC asks for another message when it has sent the one before
-
-    def announce(self, size: int) -> None:
-        """Announce an upload of so many bytes."""
-        header = submit_header(self.spec, "acme/bomb", b"x")
-        header.payload_size = size
-        sign_header(header, self.holder)
-        self.stream(hub_pb2.SubmitRequest(header=header).SerializeToString())
 
 
 @dataclass
@@ -164,6 +122,12 @@ def _length_delimited(field: int, data: bytes) -> bytes:
     return bytes([field << 3 | 2]) + bytes(length) + bytes([number]) + data
 
 
+@cache
+def compressed_zeros() -> bytes:
+    """Return the message of the compressed bombs, which is made once, before it is thrown."""
+    return bare.framed(_ZEROS, compress=True)
+
+
 def _full_header(stand: Stand, text: bytes, piece: bytes) -> bytes:
     """Return a header as long as one may be: ``text``, then ``piece`` again and again, then the end."""
     most = update_limits(stand.spec).header_bytes
@@ -191,12 +155,12 @@ _EMPTY_PARTS = b"\x0a\x00" * 1_000_000
 BOMBS: Mapping[str, Bomb] = {
     "gzip": Bomb(
         "20 MiB of zeros in a compressed request",
-        lambda stand: stand.raw(_DESCRIBE, _ZEROS, grpc.Compression.Gzip),
+        lambda stand: stand.compressed(_DESCRIBE, compressed_zeros()),
         ("UNIMPLEMENTED", "RESOURCE_EXHAUSTED"),
     ),
     "gzip upload": Bomb(
         "20 MiB of zeros as one compressed message of an upload",
-        lambda stand: stand.raw(_SUBMIT, _ZEROS, grpc.Compression.Gzip),
+        lambda stand: stand.compressed(SUBMIT, compressed_zeros()),
         ("UNIMPLEMENTED", "RESOURCE_EXHAUSTED"),
     ),
     "large message": Bomb(
@@ -333,8 +297,7 @@ def campaign(options: BombOptions, thrown: dict[str, Throw], meter: Meter, bug: 
 
 def _throw_all(server: LocalHub, options: BombOptions, thrown: dict[str, Throw], meter: Meter) -> Iterator[str]:
     holder = server.enrol("acme/bomber")
-    with ExitStack() as stack:
-        stand = Stand(stack.enter_context(_channel(server, holder)), server.spec, holder)
+    with at_stand(server, holder) as stand:
         _honest(stand, 1)
         for name in options.only or BOMBS:
             meter.show(name)
@@ -363,6 +326,8 @@ def throw(server: LocalHub, stand: Stand, bomb: Bomb) -> Throw:
     with _Peak(server) as peak:
         try:
             bomb.throw(stand)
+        except Refused as error:
+            done.error = str(error)
         except grpc.RpcError as error:
             done.error = _name(error)
         done.ms = 1000 * (time.monotonic() - stand.since)
@@ -392,10 +357,10 @@ def _honest(stand: Stand, seed: int) -> None:
     payload = encode_update(Update(0, update.sites))
     header = sign_header(submit_header(stand.spec, f"acme/honest{seed}", payload), stand.holder)
     stub = hub_pb2_grpc.HubStub(stand.channel)
-    stub.Submit(submit_messages(header, payload), timeout=_CALL_S)
-    end = time.monotonic() + _CALL_S
+    stub.Submit(submit_messages(header, payload), timeout=CALL_S)
+    end = time.monotonic() + CALL_S
     while time.monotonic() < end:
-        record = stub.GetUpdate(hub_pb2.GetUpdateRequest(update_id=header.update_id), timeout=_CALL_S).update
+        record = stub.GetUpdate(hub_pb2.GetUpdateRequest(update_id=header.update_id), timeout=CALL_S).update
         if record.state == hub_pb2.UPDATE_STATE_MERGED:
             return
         time.sleep(0.02)
@@ -406,11 +371,6 @@ def _empty(spec: SpaceSpec) -> Space:
     from share_core.space import empty_space
 
     return empty_space(spec)
-
-
-def _channel(server: LocalHub, holder: Holder) -> grpc.Channel:
-    credentials = grpc.ssl_channel_credentials(server.layout.ca_cert.read_bytes(), holder.key, holder.certificate)
-    return grpc.secure_channel(server.config.local_hub_address, credentials, _OPTIONS)
 
 
 def _name(error: grpc.RpcError) -> str:

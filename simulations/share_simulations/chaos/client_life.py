@@ -30,7 +30,7 @@ from share_client.trainer import BackboneTrainer, LocalTask, Refit, Step, Traine
 from share_client.uploading import Submission
 from share_core.errors import ConfigError, FedshareError
 from share_core.lifeline import arm
-from share_core.types import Space
+from share_core.types import SharedHead, Space
 from share_proto.v1 import hub_pb2
 from share_simulations.chaos.client_bugs import BUGS
 from share_simulations.chaos.ptrace import GO, KILL, Call, Handler, Verdict, trace
@@ -245,9 +245,16 @@ class _TellingTrainer(BackboneTrainer):
 
     say: Callable[[str], None]
 
-    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
+    def train(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        progress: Callable[[Step], None],
+        shared: SharedHead | None = None,
+    ) -> Trained:
         """Train, and tell."""
-        trained = super().train(task, space, task_id, progress)
+        trained = super().train(task, space, task_id, progress, shared)
         self.say(f"trained {task.name}")
         return trained
 

@@ -30,7 +30,7 @@ from share_client.outbox import list_outbox
 from share_client.trainer import LocalTask, Measured, Refit, Step, Trained
 from share_client.uploading import Submission
 from share_core.errors import ConfigError, DigestError, FedshareError, TokenError, UnavailableError
-from share_core.types import Adapter, Space
+from share_core.types import Adapter, SharedHead, Space
 from share_proto.v1 import hub_pb2
 from share_simulations.chaos.load import toy_space, toy_update, toy_weights
 
@@ -152,7 +152,14 @@ class SleepingTrainer:
         """Return some number."""
         return 100
 
-    def train(self, task: LocalTask, space: Space, task_id: str, progress: Callable[[Step], None]) -> Trained:
+    def train(
+        self,
+        task: LocalTask,
+        space: Space,
+        task_id: str,
+        progress: Callable[[Step], None],
+        shared: SharedHead | None = None,
+    ) -> Trained:
         """Sleep, sometimes until the hub has forgotten ``space``, and return a random update in it."""
         begin = time.monotonic()
         if self._random.random() < self._plan.stale:

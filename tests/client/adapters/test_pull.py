@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from share_client.link import HubLink
 from share_client.member import ClientLayout
 from share_client.pull import MARKER, Pulled, PullOptions, pull
 from share_client.serving import hot_swap
+from share_core.durable import flush_directory
 from share_core.errors import AdapterError, ConfigError, FedshareError, ManifestError, UnknownTaskError
 from share_core.linalg import balanced
 from share_core.peft.names import site_of
@@ -239,6 +241,69 @@ def test_a_failure_leaves_the_old_directory_and_nothing_else(
         pull(layout, link, "films", out, PullOptions(rank=1, force=True))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.fixture
+def pull_failing_at(
+    films: Adapter, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Return a function that pulls over an older directory, fails at the end, and looks for the older one."""
+
+    def check(step: str) -> None:
+        layout, link, _ = member
+        out = tmp_path / "there" / "out"
+        pull(layout, link, "films", out)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        rename, flush = Path.rename, flush_directory
+
+        def fail_once(path: Path) -> None:
+            if path in (out, out.parent):
+                monkeypatch.setattr(Path, "rename", rename)
+                monkeypatch.setattr(share_client.pull, "flush_directory", flush)
+                raise OSError(5, "Input/output error")
+
+        def failing_rename(path: Path, target: Path) -> Path:
+            if step == "rename":
+                fail_once(target)
+            return rename(path, target)
+
+        def failing_flush(path: Path) -> None:
+            if step == "flush":
+                fail_once(path)
+            flush(path)
+
+        monkeypatch.setattr(Path, "rename", failing_rename)
+        monkeypatch.setattr(share_client.pull, "flush_directory", failing_flush)
+        with pytest.raises(FedshareError, match=r"Input/output error.*nothing was changed"):
+            pull(layout, link, "films", out, PullOptions(rank=1, force=True))
+        left = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
+        assert left == before, "the older directory is not back"
+        assert list(out.parent.iterdir()) == [out]
+
+    return check
+
+
+@pytest.mark.parametrize("step", ["rename", "flush"])
+def test_where_the_new_directory_cannot_take_its_place_the_old_one_is_back(
+    step: str, pull_failing_at: Callable[[str], None]
+) -> None:
+    pull_failing_at(step)
+
+
+@pytest.mark.parametrize("step", ["rename", "flush"])
+def test_an_old_directory_that_is_removed_first_is_missed(
+    step: str, pull_failing_at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_first(staged: Path, out: Path) -> None:
+        out.parent.mkdir(exist_ok=True)
+        if out.exists():
+            shutil.rmtree(out)
+        staged.rename(out)
+        vars(share_client.pull)["flush_directory"](out.parent)
+
+    monkeypatch.setattr(share_client.pull, "_move", remove_first)
+    with pytest.raises(AssertionError, match="the older directory is not back"):
+        pull_failing_at(step)
 
 
 def test_a_version_that_the_hub_has_not_signed_is_not_written(

@@ -234,15 +234,15 @@ def test_a_newer_format_is_refused_and_not_a_byte_is_changed(
     fingerprint: Callable[[Path], Mapping[str, object]],
     rewrite: Callable[[Path, str], None],
 ) -> None:
-    rewrite(server, "PRAGMA user_version = 4")
+    rewrite(server, "PRAGMA user_version = 5")
     (server / "store" / "staging" / "t-0123").write_bytes(b"an upload of the newer release")
     before = fingerprint(server / "store")
     process = reopen(server).launch()
     process.join(60)
     assert process.exitcode == 1
     said = (server / "logs" / "hub.log").read_text()
-    assert "the store has format 4 and this release of fedshare writes format 3" in said
+    assert "the store has format 5 and this release of fedshare writes format 4" in said
     assert fingerprint(server / "store") == before
-    with pytest.raises(ConfigError, match="format 4"):
+    with pytest.raises(ConfigError, match="format 5"):
         verify(Layout(server))
     assert fingerprint(server / "store") == before
