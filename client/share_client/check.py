@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,8 @@ class TaskCheck:
     """Every tensor of the head where it is private; it is written only under the client directory."""
     reports: str | None
     """The metric on the test rows that is reported to the hub, or None."""
+    plan: Mapping[str, str]
+    """By site: rank of the coefficients, number of new directions, and why, in one line."""
     privacy: str
     """What the update declares of noise, or ``none``."""
     notes: tuple[str, ...]
@@ -232,6 +234,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
         ),
         stays=() if result.update.head else tuple(_line(name, tensor) for name, tensor in result.head.items()),
         reports=task.kind.metric if LocalTask(config.name, "", config).reports else None,
+        plan={site: str(one) for site, one in result.plan.items()},
         privacy="none" if declared is None else repr(declared),
         notes=tuple(notes),
     )
@@ -343,6 +346,9 @@ def print_check(found: Checked, tell: Callable[[str], None]) -> None:
         )
         for note in task.notes:
             tell(f"  note: {note}")
+        tell("  trains at each site, as the gradient of a few batches is now:")
+        for site, plan in task.plan.items():
+            tell(f"    {site}  {plan}")
         tell(f"  leaves, {task.payload_bytes} bytes with the header, in version {found.version} of the space:")
         _print_tensors(task.leaves, tell)
         tell(f"  reports to the hub: {f'{task.reports} on the test rows' if task.reports else 'no metric'}")

@@ -392,6 +392,7 @@ class _Session:
             schema_sha256=trained.schema_sha256,
         )
         self._taken += 1
+        self._log.write("plan", task=task.name, sites=dict(trained.plan))
         self._log.write("trained", **{**vars(training), "payload_bytes": len(payload)})
 
     def _progress(self, task: LocalTask, version: int) -> Callable[[Step], None]:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -86,6 +86,8 @@ class Trained:
     """Clipping and noise in the update."""
     columns: int = 0
     """Basis vectors that the training could use, over all sites and both sides, its own new directions included."""
+    plan: Mapping[str, str] = field(default_factory=dict)
+    """By site: rank of the coefficients, number of new directions, and why."""
     captured: float = 0.0
     """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
     schema_sha256: str = ""
@@ -323,6 +325,7 @@ class BackboneTrainer:
             declared=result.declared,
             columns=columns_of(usable),
             captured=captured,
+            plan={site: str(one) for site, one in result.plan.items()},
             schema_sha256=prepared.schema_sha256 if result.update.head else "",
         )
 

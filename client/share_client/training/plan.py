@@ -17,3 +17,7 @@ class SitePlan:
     """Share of the gradient's energy that coefficients can follow; None: it was not looked at."""
     why: str
     """In words, for the owner."""
+
+    def __str__(self) -> str:
+        """Return the plan in one line."""
+        return f"rank {self.pseudo_rank}, {self.directions} new: {self.why}"
