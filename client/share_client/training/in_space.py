@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
-from share_client.training.adaptation import MOST_DIRECTIONS, auto_plan, fixed_plan
+from share_client.training.adaptation import NARROW_AT, auto_plan, fixed_plan, learned_by, narrowed, wide_plan
 from share_client.training.factors import FixedFactors, SpaceFactors
 from share_client.training.gradients import site_gradients
 from share_client.training.loop import fresh_head, head_tensors, train
@@ -69,6 +70,13 @@ def train_in_space(
     changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared)
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
+    elif declared is None and options.directions is None:
+        wide = train(backbone, task, trained_head, changes, options, progress, (0.0, NARROW_AT))
+        learned = {site: learned_by(change) for site, change in changes.items()}
+        plan = auto_plan(space.bases, learned, options.pseudo_rank)
+        changes = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
+        trained = train(backbone, task, trained_head, changes, options, progress, (NARROW_AT, 1.0))
+        trained = replace(trained, steps=wide.steps + trained.steps)
     else:
         trained = train(backbone, task, trained_head, changes, options, progress)
     submission = _submission(changes)
@@ -147,13 +155,13 @@ def _start(
         plan = fixed_plan(bases, rank, _private_directions(space, options, declared), "fixed beside noise")
         free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
     else:
-        count = MOST_DIRECTIONS if options.directions is None else options.directions
-        gradients = site_gradients(backbone, task, head, bases, count, options)
-        cores = start_cores(space, task_id, rank, gradients, draw)
         if options.directions is None:
-            plan = auto_plan(bases, gradients, rank)
+            plan = wide_plan(bases, rank)
         else:
             plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
+        count = max((one.directions for one in plan.values()), default=0)
+        gradients = site_gradients(backbone, task, head, bases, count, options)
+        cores = start_cores(space, task_id, rank, gradients, draw)
         free = free_directions(gradients, bases, {site: one.directions for site, one in plan.items()})
     factors = {site: SpaceFactors(bases[site], cores[site], free[site]).to(backbone.device) for site in bases}
     return factors, plan
