@@ -7,7 +7,7 @@ Stein, 1961), and the start is the mean at that norm::
 
     start = sqrt(max(0, 1 - e / (T |M|^2))) M
 
-With one task, or with unrelated ones, it is zero; with many that agree it tends to their mean (docs/adr/0020).
+With one task, or with unrelated ones, it is zero; with many that agree it tends to their mean (docs/adr/0021).
 """
 
 from __future__ import annotations

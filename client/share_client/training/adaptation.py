@@ -3,9 +3,9 @@
 For the first half of the steps every site has coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as
 many as a LoRA. Then what was learned, ``dW = L E_o (R E_i).T + B A.T``, is sorted: as far as it lies in the subspace it
 becomes coefficients of rank p, and of the rest, by singular values over all sites, the directions stay that hold most
-energy per number that they cost to send, until all together send :data:`BUDGET` of what that LoRA would. The second half
-of the steps trains what stayed. So tasks that find an empty subspace bring directions, and later ones bring few
-(docs/adr/0020; pruning by what was learned is AdaLoRA's idea, arXiv 2303.10512).
+energy per number that they cost to send, until all together send :data:`BUDGET` of what that LoRA would. The second
+half of the steps trains what stayed. So tasks that find an empty subspace bring directions, and later ones bring few
+(docs/adr/0021; pruning by what was learned is AdaLoRA's idea, arXiv 2303.10512).
 """
 
 from __future__ import annotations

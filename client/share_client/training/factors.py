@@ -43,7 +43,7 @@ REFERENCE_COLUMNS = 8
 
 CORE_RATE = 2.0
 """Multiple of the cores' rate on top of that for their length: a core has fewer numbers to overfit with, and bases that
-others have filled can be followed faster (docs/adr/0020)."""
+others have filled can be followed faster (docs/adr/0021)."""
 
 
 def rate_for(length: int) -> float:

@@ -97,7 +97,7 @@ def train(
         changes: by site.
         options: see :class:`TrainingOptions`.
         progress: called after every step.
-        span: which part of the steps is taken, of the same rows and rates as if all were; (0.5, 1.0) is the second half.
+        span: which part of the steps is taken, with the rows and rates as if all were; (0.5, 1.0) is the second half.
     """
     stop: EarlyStop | None = None
     rated = [one for change in changes.values() for one in change.rated()]

@@ -16,7 +16,7 @@ DEFAULT_EPOCHS = 3
 """Passes over the training rows where there are enough of them."""
 
 LEAST_STEPS = 40
-"""Steps below which few rows are passed over more often: the first steps are spent on the head (docs/adr/0020)."""
+"""Steps below which few rows are passed over more often: the first steps are spent on the head (docs/adr/0021)."""
 
 
 def passes(epochs: int | None, rows: int, batch_size: int) -> int:

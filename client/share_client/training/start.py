@@ -4,7 +4,7 @@ A task that the space already holds starts from its own core. A new one starts f
 common (:mod:`share_core.warm_start`), which is nothing while they are few or do not agree. Half of the columns at least
 are left to the task itself. Their ``in_`` sides, and those of the free directions, are the strongest directions of the
 task's own gradient: random ones would hold only p of the k directions there are, and learn that much slower
-(docs/adr/0020).
+(docs/adr/0021).
 """
 
 from __future__ import annotations

@@ -8,15 +8,17 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import MOST_DIRECTIONS, auto_plan, fixed_plan
-from share_client.training.factors import REFERENCE_COLUMNS
-from share_client.training.gradients import SiteGradient, seen_by
+from share_client.training.adaptation import Learned, auto_plan, fixed_plan, learned_by, narrowed
+from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
 from share_client.training.plan import SitePlan
-from share_core.types import SiteBasis
+from share_core.linalg import small_svd
+from share_core.types import Core, SiteBasis
 
 SITES = ("a", "b", "c")
+MOST = REFERENCE_COLUMNS
 
 
 def bases_of(width: int, k: int) -> dict[str, SiteBasis]:
@@ -25,13 +27,65 @@ def bases_of(width: int, k: int) -> dict[str, SiteBasis]:
     return {site: SiteBasis(made, made) for site in SITES}
 
 
-def gradients_for(bases: dict[str, SiteBasis], seed: int) -> dict[str, SiteGradient]:
+def change_of(basis: SiteBasis, seed: int, size: float = 1.0, directions: int = MOST) -> SpaceFactors:
+    """Return a change whose numbers are random, as a training might have left them."""
     draw = torch.Generator().manual_seed(seed)
-    width = bases["a"].left.shape[0]
+    rank, width = min(8, basis.k_in), basis.right.shape[0]
+    core = Core(size * torch.randn(basis.k_out, rank, generator=draw), torch.randn(basis.k_in, rank, generator=draw))
+    change = SpaceFactors(basis, core, torch.randn(width, directions, generator=draw))
+    with torch.no_grad():
+        change.free_out.copy_(size * torch.randn(change.free_out.shape, generator=draw))
+    return change
+
+
+def learned_for(bases: dict[str, SiteBasis], seed: int) -> dict[str, Learned]:
     return {
-        site: seen_by(basis, torch.randn(width, width, generator=draw) * (number + 1), MOST_DIRECTIONS)
+        site: learned_by(change_of(basis, 10 * seed + number, number + 1.0))
         for number, (site, basis) in enumerate(bases.items())
     }
+
+
+def dense(change: SpaceFactors) -> Tensor:
+    out, in_ = change.factors()
+    return (out.detach() @ in_.detach().T).double()
+
+
+def test_what_was_learned_is_sorted_into_the_subspace_and_the_rest() -> None:
+    basis = bases_of(24, 5)["a"]
+    change = change_of(basis, 3)
+    learned = learned_by(change)
+    whole, left, right = dense(change), basis.left.double(), basis.right.double()
+    torch.testing.assert_close(learned.inside, left.T @ whole @ right, atol=1e-4, rtol=1e-4)
+    rest = whole - left @ learned.inside @ right.T
+    torch.testing.assert_close((learned.out * learned.values) @ learned.in_.T, rest, atol=1e-4, rtol=1e-4)
+    assert learned.energy == pytest.approx(float(whole.square().sum()), rel=1e-5)
+
+
+def check_what_stays_is_the_best_of_its_size() -> None:
+    basis = bases_of(24, 5)["a"]
+    change = change_of(basis, 4)
+    learned = learned_by(change)
+    kept = narrowed(change, learned, SitePlan(3, 2, None, ""))
+    u, s, vh = torch.linalg.svd(learned.inside)
+    x, t, yh = torch.linalg.svd(dense(change) - basis.left.double() @ learned.inside @ basis.right.double().T)
+    best = basis.left.double() @ (u[:, :3] * s[:3]) @ vh[:3] @ basis.right.double().T + (x[:, :2] * t[:2]) @ yh[:2]
+    torch.testing.assert_close(dense(kept), best, atol=1e-4, rtol=1e-4)
+    for columns in (kept.core_in, kept.free_in):
+        torch.testing.assert_close(columns.norm(dim=0), torch.full((columns.shape[1],), IN_NORM), atol=1e-5, rtol=1e-5)
+    plain = SpaceFactors(basis, Core(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(24, 2))
+    assert plain.rated()[2].multiple == 4 * kept.rated()[2].multiple, "directions that were found take plain steps"
+
+
+def test_what_stays_is_the_best_of_its_size() -> None:
+    check_what_stays_is_the_best_of_its_size()
+
+
+def test_all_of_it_stays_where_there_is_room_for_all() -> None:
+    basis = bases_of(24, 4)["a"]
+    change = change_of(basis, 5, directions=1)
+    torch.testing.assert_close(
+        dense(narrowed(change, learned_by(change), SitePlan(4, 3, None, ""))), dense(change), atol=1e-4, rtol=1e-4
+    )
 
 
 def sent(plan: dict[str, SitePlan], bases: dict[str, SiteBasis]) -> int:
@@ -44,13 +98,13 @@ def sent(plan: dict[str, SitePlan], bases: dict[str, SiteBasis]) -> int:
 def check_it_is_the_best_that_the_budget_buys() -> None:
     for seed, k, budget in ((0, 3, 0.2), (1, 3, 0.4), (2, 5, 0.3), (3, 2, 0.6)):
         bases = bases_of(24, k)
-        gradients = gradients_for(bases, seed)
-        plan = auto_plan(bases, gradients, 8, budget)
+        learned = learned_for(bases, seed)
+        plan = auto_plan(bases, learned, 8, budget)
         allowed = budget * REFERENCE_COLUMNS * 3 * 48
         assert sent(plan, bases) <= allowed
-        won = {site: gradients[site].strengths.cumsum(0).tolist() for site in SITES}
+        won = {site: learned[site].values.square().cumsum(0).tolist() for site in SITES}
         best = 0.0
-        for counts in product(range(MOST_DIRECTIONS + 1), repeat=3):
+        for counts in product(range(MOST + 1), repeat=3):
             other = {site: SitePlan(k, count, None, "") for site, count in zip(SITES, counts, strict=True)}
             if sent(other, bases) <= allowed:
                 best = max(best, sum(won[site][one.directions - 1] for site, one in other.items() if one.directions))
@@ -64,32 +118,34 @@ def test_it_is_the_best_that_the_budget_buys() -> None:
 
 def check_sites_without_bases_come_first() -> None:
     bases = {**bases_of(24, 4), "b": SiteBasis(torch.zeros(24, 0), torch.zeros(24, 0))}
-    weak = {**gradients_for(bases, 0), "b": seen_by(bases["b"], 1e-3 * torch.ones(24, 24), MOST_DIRECTIONS)}
+    weak = {**learned_for(bases, 0), "b": learned_by(change_of(bases["b"], 1, 1e-3))}
     plan = auto_plan(bases, weak, 2, 0.12)
     assert {site: one.directions for site, one in plan.items()} == {"a": 0, "b": 1, "c": 1}
-    assert plan["b"].why.startswith("no bases yet")
+    assert plan["b"].why.startswith("the subspace is empty here")
 
 
 def test_sites_without_bases_come_first() -> None:
     check_sites_without_bases_come_first()
 
 
-def test_a_site_that_the_loss_does_not_depend_on_gets_nothing() -> None:
+def test_a_site_where_nothing_was_learned_gets_nothing() -> None:
     bases = bases_of(24, 0)
-    gradients = {**gradients_for(bases, 0), "c": seen_by(bases["c"], torch.zeros(24, 24), MOST_DIRECTIONS)}
-    plan = auto_plan(bases, gradients, 8, 10.0)
+    plan = auto_plan(bases, {**learned_for(bases, 0), "c": learned_by(change_of(bases["c"], 0, 0.0))}, 8, 10.0)
     assert plan["c"].directions == 0
-    assert plan["a"].directions == MOST_DIRECTIONS
-    assert "does not depend" in plan["c"].why
+    assert plan["a"].directions == MOST
+    assert "nothing was learned" in plan["c"].why
 
 
-def test_what_it_says_is_what_the_gradient_is() -> None:
+def test_what_it_says_is_what_was_learned() -> None:
     bases = bases_of(24, 4)
-    whole = bases["a"].left @ torch.randn(4, 4) @ bases["a"].right.T
-    gradients = {site: seen_by(basis, whole, MOST_DIRECTIONS) for site, basis in bases.items()}
-    for one in auto_plan(bases, gradients, 2, 1.0).values():
+    inside = {site: learned_by(change_of(basis, 2, directions=0)) for site, basis in bases.items()}
+    for one in auto_plan(bases, inside, 8, 1.0).values():
         assert one.captured == pytest.approx(1.0, abs=1e-5)
-        assert "follow 100% of the gradient" in one.why
+        assert "the subspace holds 100%" in one.why
+    for site, one in auto_plan(bases, learned_for(bases, 1), 2, 1.0).items():
+        learned = learned_for(bases, 1)[site]
+        held = float(torch.linalg.svdvals(learned.inside)[:2].square().sum()) / learned.energy
+        assert one.captured == pytest.approx(held)
 
 
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:
@@ -106,17 +162,23 @@ def _weakest_first(*given: Any) -> Any:
     return ((first, -worth, site) for first, worth, site in real(*given))
 
 
+def _weakest_kept(x: Tensor) -> Any:
+    u, s, v = small_svd(x)
+    return u.flip(1), s.flip(0), v.flip(1)
+
+
 def _no_site_first(*given: Any) -> Any:
     return ((True, worth, site) for _, worth, site in real(*given))
 
 
 @pytest.mark.parametrize(
-    ("bug", "check"),
+    ("where", "bug", "check"),
     [
-        (_weakest_first, check_it_is_the_best_that_the_budget_buys),
-        (_no_site_first, check_sites_without_bases_come_first),
+        ("small_svd", _weakest_kept, check_what_stays_is_the_best_of_its_size),
+        ("_candidates", _weakest_first, check_it_is_the_best_that_the_budget_buys),
+        ("_candidates", _no_site_first, check_sites_without_bases_come_first),
     ],
 )
-def test_planted_bug_is_caught(bug: Any, check: Any) -> None:
-    with mock.patch.object(adaptation, "_candidates", bug), pytest.raises(AssertionError):
+def test_planted_bug_is_caught(where: str, bug: Any, check: Any) -> None:
+    with mock.patch.object(adaptation, where, bug), pytest.raises(AssertionError):
         check()
