@@ -346,7 +346,7 @@ def print_check(found: Checked, tell: Callable[[str], None]) -> None:
         )
         for note in task.notes:
             tell(f"  note: {note}")
-        tell("  trains at each site, as the gradient of a few batches is now:")
+        tell("  sends at each site, as two steps see it:")
         for site, plan in task.plan.items():
             tell(f"    {site}  {plan}")
         tell(f"  leaves, {task.payload_bytes} bytes with the header, in version {found.version} of the space:")

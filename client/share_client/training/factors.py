@@ -111,18 +111,9 @@ class SpaceFactors(SiteFactors):
     left: Tensor
     right: Tensor
 
-    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor, few: bool = True) -> None:
-        """Start from a core (p columns) and free ``in_`` directions (d_in, phi); their ``out`` starts at zero.
-
-        Args:
-            basis: of the site.
-            core: where the coefficients start.
-            free_in: where the free directions start.
-            few: whether few free directions take larger steps, as the module's docstring says. False where they were
-                found by a wide training and are only to be refined.
-        """
+    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor) -> None:
+        """Start from a core (p columns) and free ``in_`` directions (d_in, phi); their ``out`` starts at zero."""
         super().__init__()
-        self._few = REFERENCE_COLUMNS / max(1, free_in.shape[1]) if few else 1.0
         self.register_buffer("left", basis.left)
         self.register_buffer("right", basis.right)
         self.core_out = nn.Parameter(core.out.clone())
@@ -137,9 +128,10 @@ class SpaceFactors(SiteFactors):
 
     def rated(self) -> Sequence[Rated]:
         """Core factors and free directions, by the rules of the module's docstring."""
+        few = REFERENCE_COLUMNS / max(1, self.free_out.shape[1])
         return [
             Rated(self.core_out, CORE_RATE * rate_for(self.left.shape[1])),
             Rated(self.core_in, CORE_RATE * rate_for(self.right.shape[1])),
-            Rated(self.free_out, self._few * rate_for(self.left.shape[0])),
-            Rated(self.free_in, self._few * rate_for(self.right.shape[0])),
+            Rated(self.free_out, few * rate_for(self.left.shape[0])),
+            Rated(self.free_in, few * rate_for(self.right.shape[0])),
         ]

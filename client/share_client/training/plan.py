@@ -14,7 +14,7 @@ class SitePlan:
     directions: int
     """Free directions phi."""
     captured: float | None
-    """Share of the gradient's energy that coefficients can follow; None: it was not looked at."""
+    """Share of the energy of what was learned that lies in the subspace; None: it was not looked at."""
     why: str
     """In words, for the owner."""
 

@@ -72,8 +72,6 @@ def check_what_stays_is_the_best_of_its_size() -> None:
     torch.testing.assert_close(dense(kept), best, atol=1e-4, rtol=1e-4)
     for columns in (kept.core_in, kept.free_in):
         torch.testing.assert_close(columns.norm(dim=0), torch.full((columns.shape[1],), IN_NORM), atol=1e-5, rtol=1e-5)
-    plain = SpaceFactors(basis, Core(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(24, 2))
-    assert plain.rated()[2].multiple == 4 * kept.rated()[2].multiple, "directions that were found take plain steps"
 
 
 def test_what_stays_is_the_best_of_its_size() -> None:
@@ -97,35 +95,32 @@ def sent(plan: dict[str, SitePlan], bases: dict[str, SiteBasis]) -> int:
 
 def check_it_is_the_best_that_the_budget_buys() -> None:
     for seed, k, budget in ((0, 3, 0.2), (1, 3, 0.4), (2, 5, 0.3), (3, 2, 0.6)):
-        bases = bases_of(24, k)
+        bases = {site: basis for site, basis in bases_of(24, k).items() if site != "c"}
         learned = learned_for(bases, seed)
         plan = auto_plan(bases, learned, 8, budget)
-        allowed = budget * REFERENCE_COLUMNS * 3 * 48
+        allowed = budget * REFERENCE_COLUMNS * 2 * 48
         assert sent(plan, bases) <= allowed
-        won = {site: learned[site].values.square().cumsum(0).tolist() for site in SITES}
+        inside = {site: torch.linalg.svdvals(learned[site].inside).square().tolist() for site in bases}
+        new = {site: learned[site].values.square().tolist() for site in bases}
+
+        def won(plan: dict[str, SitePlan], inside: Any = inside, new: Any = new) -> float:
+            return sum(
+                sum(inside[site][: one.pseudo_rank]) + sum(new[site][: one.directions]) for site, one in plan.items()
+            )
+
+        least = min(value / 48 for site, one in plan.items() for value in new[site][: one.directions] or [1e9])
         best = 0.0
-        for counts in product(range(MOST + 1), repeat=3):
-            other = {site: SitePlan(k, count, None, "") for site, count in zip(SITES, counts, strict=True)}
+        for r_a, n_a, r_b, n_b in product(range(k + 1), range(MOST + 1), range(k + 1), range(MOST + 1)):
+            other = {"a": SitePlan(r_a, n_a, None, ""), "b": SitePlan(r_b, n_b, None, "")}
             if sent(other, bases) <= allowed:
-                best = max(best, sum(won[site][one.directions - 1] for site, one in other.items() if one.directions))
-        chosen = sum(won[site][one.directions - 1] for site, one in plan.items() if one.directions)
-        assert chosen == pytest.approx(best)
+                best = max(best, won(other))
+        # The greedy choice may leave room that is too small for one more direction: by no more than that one.
+        assert won(plan) >= best - 48 * least
+        assert won(plan) >= 0.9 * best
 
 
 def test_it_is_the_best_that_the_budget_buys() -> None:
     check_it_is_the_best_that_the_budget_buys()
-
-
-def check_sites_without_bases_come_first() -> None:
-    bases = {**bases_of(24, 4), "b": SiteBasis(torch.zeros(24, 0), torch.zeros(24, 0))}
-    weak = {**learned_for(bases, 0), "b": learned_by(change_of(bases["b"], 1, 1e-3))}
-    plan = auto_plan(bases, weak, 2, 0.12)
-    assert {site: one.directions for site, one in plan.items()} == {"a": 0, "b": 1, "c": 1}
-    assert plan["b"].why.startswith("the subspace is empty here")
-
-
-def test_sites_without_bases_come_first() -> None:
-    check_sites_without_bases_come_first()
 
 
 def test_a_site_where_nothing_was_learned_gets_nothing() -> None:
@@ -141,11 +136,13 @@ def test_what_it_says_is_what_was_learned() -> None:
     inside = {site: learned_by(change_of(basis, 2, directions=0)) for site, basis in bases.items()}
     for one in auto_plan(bases, inside, 8, 1.0).values():
         assert one.captured == pytest.approx(1.0, abs=1e-5)
-        assert "the subspace holds 100%" in one.why
-    for site, one in auto_plan(bases, learned_for(bases, 1), 2, 1.0).items():
+        assert one.why.startswith("100% of what was learned lies in the subspace")
+    for site, one in auto_plan(bases, learned_for(bases, 1), 2, 0.3).items():
         learned = learned_for(bases, 1)[site]
-        held = float(torch.linalg.svdvals(learned.inside)[:2].square().sum()) / learned.energy
-        assert one.captured == pytest.approx(held)
+        inside = torch.linalg.svdvals(learned.inside).square()
+        assert one.captured == pytest.approx(float(inside.sum()) / learned.energy)
+        sent = float(inside[: one.pseudo_rank].sum() + learned.values[: one.directions].square().sum())
+        assert f"{sent / learned.energy:.0%} of it is sent" in one.why
 
 
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:
@@ -159,7 +156,7 @@ real = adaptation._candidates
 
 
 def _weakest_first(*given: Any) -> Any:
-    return ((first, -worth, site) for first, worth, site in real(*given))
+    return ((-worth, *rest) for worth, *rest in real(*given))
 
 
 def _weakest_kept(x: Tensor) -> Any:
@@ -167,16 +164,11 @@ def _weakest_kept(x: Tensor) -> Any:
     return u.flip(1), s.flip(0), v.flip(1)
 
 
-def _no_site_first(*given: Any) -> Any:
-    return ((True, worth, site) for _, worth, site in real(*given))
-
-
 @pytest.mark.parametrize(
     ("where", "bug", "check"),
     [
         ("small_svd", _weakest_kept, check_what_stays_is_the_best_of_its_size),
         ("_candidates", _weakest_first, check_it_is_the_best_that_the_budget_buys),
-        ("_candidates", _no_site_first, check_sites_without_bases_come_first),
     ],
 )
 def test_planted_bug_is_caught(where: str, bug: Any, check: Any) -> None:
