@@ -109,7 +109,7 @@ def auto_plan(
 def _candidates(
     bases: Mapping[str, SiteBasis], learned: Mapping[str, Learned], rank: int
 ) -> Iterator[tuple[float, int, str, bool]]:
-    """Yield of everything that could be sent minus its energy per number, its numbers, site, and whether it is inside."""
+    """Yield minus the energy per number of all that could be sent, its numbers, its site, and whether it is inside."""
     for site, one in learned.items():
         basis = bases[site]
         inside = small_svd(one.inside)[1][:rank].tolist()

@@ -104,9 +104,8 @@ def check_it_is_the_best_that_the_budget_buys() -> None:
         new = {site: learned[site].values.square().tolist() for site in bases}
 
         def won(plan: dict[str, SitePlan], inside: Any = inside, new: Any = new) -> float:
-            return sum(
-                sum(inside[site][: one.pseudo_rank]) + sum(new[site][: one.directions]) for site, one in plan.items()
-            )
+            pairs = [(inside[s][: one.pseudo_rank], new[s][: one.directions]) for s, one in plan.items()]
+            return float(sum(sum(held) + sum(added) for held, added in pairs))
 
         least = min(value / 48 for site, one in plan.items() for value in new[site][: one.directions] or [1e9])
         best = 0.0

@@ -294,7 +294,7 @@ def test_the_update_says_what_was_trained(backbone: Backbone, bars: PreparedTask
         return train(*arguments)
 
     with mock.patch.object(in_space, "train", watched):
-        result = train_in_space(backbone, bars, grown, "o/new", replace(OPTIONS, epochs=1))
+        result = train_in_space(backbone, bars, grown, "o/new", replace(OPTIONS, epochs=1, directions=2))
     adapter = update_adapter(result.update, grown.bases)
     assert trained.keys() == adapter.keys()
     for site, change in trained.items():
