@@ -215,14 +215,25 @@ def dropped_task(file: TasksFile, folder: Path, table: Mapping[str, object]) -> 
         table: keys of a ``[[task]]`` but ``name``.
 
     Raises:
-        ConfigError: the first thing that is wrong with it.
+        ConfigError: the first thing that is wrong with it, or it names code as its kind. Who may drop folders need not
+            be who may run code here: only the tasks file names code, also for dropped folders, in ``[defaults]``.
     """
+    _require_no_code(table, folder / "task.toml")
     problems = _Problems()
     task = _task({**table, "name": folder.name}, file.defaults, folder / "task.toml", 1, problems)
     for problem in problems:
         raise problem
     assert task is not None, "a task without a problem is one"
     return task
+
+
+def _require_no_code(table: Mapping[str, object], path: Path) -> None:
+    kind = table.get("kind")
+    if isinstance(kind, str) and kind not in KINDS:
+        raise ConfigError(
+            f"{path}: kind: expected one of {', '.join(KINDS)}, got {values.show(kind)}: a dropped folder may name no "
+            "code to run; a kind of your own is named in [defaults] of the tasks file, or in a [[task]] there"
+        )
 
 
 class _Problems(list[ConfigError]):
@@ -257,6 +268,9 @@ def _examined(text: str, path: Path) -> Examined:
     known = [key for key in _READERS if key not in _NOT_IN_DEFAULTS]
     problems.extend(values.unknown(defaults, known, f"{where}: [defaults]"))
     defaults = {key: value for key, value in defaults.items() if key in known}
+    kind = defaults.get("kind")
+    if isinstance(kind, str) and is_import_path(kind):
+        defaults["kind"] = _beside(path, kind)  # not beside the task.toml of a dropped folder
     if "privacy" in document:
         defaults = {**defaults, "privacy": document["privacy"]}
     watch = problems.tried(lambda: _watched(document, path), None)
@@ -305,7 +319,7 @@ def _task(
         if given.get(key) is not None:
             given[key] = problems.tried(partial(_data_path, path.parent / given[key], f"{where}: {key}"), None)
     if is_import_path(given.get("kind") or ""):
-        given["kind"] = str((path.parent / given["kind"]).resolve())
+        given["kind"] = _beside(path, given["kind"])
     if len(problems) > before:
         return None
     if "test" in given:
@@ -313,6 +327,11 @@ def _task(
     task = TaskConfig(**given)
     problems.extend(_exposed(task, where))
     return None if len(problems) > before else task
+
+
+def _beside(path: Path, kind: str) -> str:
+    """Return a kind by import path with its folder, from that of the file ``path``."""
+    return str((path.parent / kind).resolve())
 
 
 def _one_test(where: str, both: bool) -> ConfigError:

@@ -4,7 +4,7 @@
 
     incoming/<task>/train.jsonl     or train.csv, train.parquet, train.npz, a directory train/ ...: docs/data.md
                     test.jsonl      or validation = 0.2 in task.toml or [defaults]
-                    task.toml       optional: keys of a [[task]] but name, train and test
+                    task.toml       optional: keys of a [[task]] but name, train and test; kind names no code
 
 Whoever copies a file here writes it bit by bit. A file counts as whole when its size and its time of change were the
 same at two looks that lie :data:`SETTLE_S` apart; of a folder that holds for every file in it, and for which there are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from share_client import watched
+from share_client import tasks_file, watched
 from share_client.backbones import load_backbone
+from share_client.kind_names import is_import_path
+from share_client.kinds.custom import load_custom
 from share_client.records import Records
 from share_client.session import SessionOptions, run_session
 from share_client.tasks_file import TasksFile, read_tasks
@@ -178,6 +181,58 @@ def test_a_folder_that_is_no_task_says_why_and_disturbs_no_other(
     assert found == ["good"]
     assert says in remark
     assert str(incoming / "broken") in remark
+
+
+EVIL = """
+import pathlib
+from share_client.kinds.text_classification import TextClassification as Kind
+pathlib.Path(__file__).with_name("ran").touch()
+"""
+HARMLESS = "from share_client.kinds.text_classification import TextClassification as Kind\n"
+
+
+def code_runs(folder: Path, look: Any, settling: Settling, module: str) -> bool:
+    """Drop a task with code beside it; return whether that code runs when the task is prepared."""
+    drop(folder, train_npz="x", test_npz="t", **{f"{module}_py": EVIL})
+    look()
+    tasks = dropped_tasks(read_tasks(folder.parent.parent / "tasks.toml"), settling).tasks
+    for task in tasks:
+        if is_import_path(task.kind):
+            load_custom(task.kind)
+    return (folder / "ran").exists()
+
+
+def test_what_is_dropped_names_no_code(
+    incoming: Path, look: Any, settling: Settling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("evilone:Kind", "../bad/evilone:Kind", "share_client.kinds.pose:Pose", "evilone"):
+        drop(incoming / "bad", task_toml=f'kind = "{kind}"\n')
+        assert not code_runs(incoming / "bad", look, settling, "evilone")
+        found, (remark,) = look()
+        assert found == []
+        assert all(word in remark for word in (str(incoming / "bad" / "task.toml"), kind, "no code", "[defaults]"))
+    drop(incoming / "bad", task_toml='kind = "text-classification"\n')
+    assert look() == (["bad"], [])
+    drop(incoming / "bad", task_toml='kind = "evilone:Kind"\n')
+    monkeypatch.setattr(tasks_file, "_require_no_code", lambda *_: None)
+    assert code_runs(incoming / "bad", look, settling, "evilone"), "the planted bug is not seen"
+
+
+def test_a_kind_in_defaults_is_the_one_beside_the_tasks_file_whatever_lies_in_the_folder(
+    incoming: Path, look: Any, settling: Settling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (incoming.parent / "tasks.toml").write_text(HEAD.replace("image-classification", "mineone:Kind"))
+    (incoming.parent / "mineone.py").write_text(HARMLESS)
+    assert not code_runs(incoming / "one", look, settling, "mineone")
+    (task,) = dropped_tasks(read_tasks(incoming.parent / "tasks.toml"), settling).tasks
+    assert task.kind == str(incoming.parent / "mineone:Kind")
+    assert load_custom(task.kind).name == "text-classification"
+    del sys.modules["mineone"]
+    honest = tasks_file._beside
+    monkeypatch.setattr(
+        tasks_file, "_beside", lambda path, kind: kind if path.name == "tasks.toml" else honest(path, kind)
+    )
+    assert code_runs(incoming / "one", look, settling, "mineone"), "the planted bug is not seen"
 
 
 def test_names_are_checked_and_used_once(incoming: Path, look: Any) -> None:

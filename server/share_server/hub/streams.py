@@ -88,7 +88,7 @@ class Streams:
             source: the versions.
             limits: streams per organisation, how often rights are checked.
             recheck: raises when the rights of a caller with an open stream have ended.
-            sent: told (member, "delta", "snapshot" or "head", payload bytes) of everything that was taken.
+            sent: told (member, "delta", "snapshot" or "head", payload bytes) of everything that is sent.
         """
         self._source = source
         self._limits = limits
@@ -181,8 +181,9 @@ class Streams:
             header, payload = await head_of(caller, request.task_id, request.version)
             yield hub_pb2.FetchHeadResponse(header=header)
             for chunk in _chunks(payload):
-                yield hub_pb2.FetchHeadResponse(chunk=chunk)
+                # Counted before: a reader that has all bytes ends the call, and nothing after the last one would run.
                 self._sent(caller.member, "head", len(chunk))
+                yield hub_pb2.FetchHeadResponse(chunk=chunk)
         finally:
             self._fetching[caller.organisation] -= 1
 
