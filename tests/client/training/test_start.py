@@ -29,7 +29,7 @@ from share_core.space import update_adapter
 from share_core.types import Core, SiteBasis, Space
 from share_core.warm_start import shared_start
 
-OPTIONS = TrainingOptions(epochs=1)
+OPTIONS = TrainingOptions(epochs=1, directions=4)
 
 
 @pytest.fixture(scope="module")
