@@ -1,6 +1,8 @@
 """How much of itself a task may add at each site: ``auto`` trains wide and sends what a budget of numbers buys.
 
-Every site is trained with coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as many as a LoRA has.
+Every site is trained with coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as many as a LoRA has,
+but for one case: a task of few rows at a site whose bases others have filled trains coefficients only. There free
+directions learn the rows and not the task: with 100 rows on a space of 16 tasks they cost more than the start was worth.
 Then what was learned, ``dW = L E_o (R E_i).T + B A.T``, is sorted. What lies in the subspace is sent as coefficients,
 at ``k_out + k_in`` numbers for each rank; of the rest a direction costs ``d_out + d_in``. Over all sites the singular
 values with most energy per number are kept, until all together send :data:`BUDGET` of what that LoRA would. So tasks
@@ -25,6 +27,13 @@ from share_core.types import Core, SiteBasis
 
 BUDGET = 0.2
 """Share of the numbers of a LoRA of rank 8 that one update sends, heads not counted."""
+
+
+FEW_ROWS = 500
+"""Training rows below which a task adds no directions where others have filled the bases."""
+
+FILLED = 2
+"""A site's bases count as filled from so many times the rank of the coefficients on."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,17 @@ def fixed_plan(bases: Mapping[str, SiteBasis], rank: int, directions: int, why: 
     }
 
 
-def wide_plan(bases: Mapping[str, SiteBasis], rank: int) -> dict[str, SitePlan]:
-    """Return what is trained at every site before anything is sorted."""
-    return fixed_plan(bases, rank, REFERENCE_COLUMNS, "all of it is trained")
+def wide_plan(bases: Mapping[str, SiteBasis], rank: int, rows: int) -> dict[str, SitePlan]:
+    """Return what is trained at every site of a task with ``rows`` training rows, before anything is sorted."""
+    return {
+        site: SitePlan(
+            _rank(basis, rank),
+            0 if rows < FEW_ROWS and _is_filled(basis, rank) else min(REFERENCE_COLUMNS, _room(basis)),
+            None,
+            "all of it is trained",
+        )
+        for site, basis in bases.items()
+    }
 
 
 def auto_plan(
@@ -134,6 +151,10 @@ def _planned(learned: Learned, rank: int, count: int) -> SitePlan:
 
 def _rank(basis: SiteBasis, rank: int) -> int:
     return min(rank, basis.k_out, basis.k_in)
+
+
+def _is_filled(basis: SiteBasis, rank: int) -> bool:
+    return rank > 0 and min(basis.k_out, basis.k_in) >= FILLED * rank
 
 
 def _room(basis: SiteBasis) -> int:

@@ -153,7 +153,7 @@ def _start(
         free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
     else:
         if options.directions is None:
-            plan = wide_plan(bases, rank)
+            plan = wide_plan(bases, rank, task.train_rows)
         else:
             plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
         count = max((one.directions for one in plan.values()), default=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import Learned, auto_plan, fixed_plan, learned_by, narrowed
+from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, fixed_plan, learned_by, narrowed
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
 from share_client.training.plan import SitePlan
 from share_core.linalg import small_svd
@@ -144,6 +144,20 @@ def test_what_it_says_is_what_was_learned() -> None:
         assert f"{sent / learned.energy:.0%} of it is sent" in one.why
 
 
+def check_few_rows_add_nothing_to_filled_bases() -> None:
+    bases = {**bases_of(24, 16), "c": bases_of(24, 15)["a"]}
+    few, many = wide_plan(bases, 8, FEW_ROWS - 1), wide_plan(bases, 8, FEW_ROWS)
+    assert [few[site].directions for site in SITES] == [0, 0, MOST]
+    assert [many[site].directions for site in SITES] == [MOST] * 3
+    assert {one.pseudo_rank for one in (*few.values(), *many.values())} == {8}
+    empty = wide_plan(bases_of(24, 0), 0, 1)
+    assert {one.directions for one in empty.values()} == {MOST}, "without coefficients there is nothing else to train"
+
+
+def test_few_rows_add_nothing_to_filled_bases() -> None:
+    check_few_rows_add_nothing_to_filled_bases()
+
+
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:
     bases = {"a": bases_of(6, 4)["a"], "b": SiteBasis(torch.zeros(6, 0), torch.zeros(6, 0))}
     plan = fixed_plan(bases, 8, 3, "asked for")
@@ -167,6 +181,8 @@ def _weakest_kept(x: Tensor) -> Any:
     ("where", "bug", "check"),
     [
         ("small_svd", _weakest_kept, check_what_stays_is_the_best_of_its_size),
+        ("_is_filled", lambda basis, rank: True, check_few_rows_add_nothing_to_filled_bases),
+        ("_is_filled", lambda basis, rank: False, check_few_rows_add_nothing_to_filled_bases),
         ("_candidates", _weakest_first, check_it_is_the_best_that_the_budget_buys),
     ],
 )
