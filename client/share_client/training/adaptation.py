@@ -2,7 +2,7 @@
 
 Every site is trained with coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as many as a LoRA has,
 but for one case: a task of few rows at a site whose bases others have filled trains coefficients only. There free
-directions learn the rows and not the task: with 100 rows on a space of 16 tasks they cost more than the start was worth.
+directions learn the rows and not the task: with 100 rows in a space of 16 tasks they cost more than they were worth.
 Then what was learned, ``dW = L E_o (R E_i).T + B A.T``, is sorted. What lies in the subspace is sent as coefficients,
 at ``k_out + k_in`` numbers for each rank; of the rest a direction costs ``d_out + d_in``. Over all sites the singular
 values with most energy per number are kept, until all together send :data:`BUDGET` of what that LoRA would. So tasks

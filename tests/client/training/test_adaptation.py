@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, fixed_plan, learned_by, narrowed
+from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, fixed_plan, learned_by, narrowed, wide_plan
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
 from share_client.training.plan import SitePlan
 from share_core.linalg import small_svd
