@@ -4,7 +4,7 @@ For every seed the same rows serve every way of adapting: the defaults (``auto``
 the frozen backbone with a trained head. A task is trained in the newest version, encoded as it would be sent, decoded,
 and merged before the next one arrives; a delta goes to every client. Accuracies are on whole test sets, right after a
 task's own merge and again at the end, with the same head. Ways and seeds are independent and run side by side; each is
-kept in a file, so that an interrupted run goes on where it was.
+kept in a file, so that an interrupted run goes on where it was, and a later one may add ways and seeds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SequenceOptions:
     """Folder for what is finished, ``sequence.json`` and ``sequence.png``."""
     tasks: tuple[str, ...] = TASKS
     """In the order in which they arrive; task i arrives at client i modulo ``clients``."""
-    modes: tuple[str, ...] = tuple(MODES)
+    modes: tuple[str, ...] = (*MODES, FROZEN)
     clients: int = 4
     rows: int = 1500
     test_rows: int = 100_000
@@ -93,10 +93,11 @@ class SequenceOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        unknown = sorted(set(self.modes) - set(MODES))
+        unknown = sorted({*self.modes} - {*MODES, FROZEN})
         if unknown or "auto" not in self.modes:
             raise ConfigError(
-                f"bench sequence: expected auto and others of {', '.join(MODES)}, got {', '.join(self.modes)}"
+                f"bench sequence: modes: expected auto and others of {', '.join((*MODES, FROZEN))}, got "
+                f"{', '.join(self.modes)}"
             )
 
 
@@ -107,7 +108,7 @@ def run_sequence(options: SequenceOptions, note: Note) -> dict[str, Any]:
         ConfigError: data are missing, or ``out`` holds a run with other options.
     """
     _claim(options)
-    seeds = {way: min(options.seeds, options.fixed_seeds) for way in (FROZEN, *options.modes)}
+    seeds = {way: min(options.seeds, options.fixed_seeds) for way in options.modes}
     seeds |= dict.fromkeys((SEPARATE, "auto"), options.seeds)
     pairs = sorted(((way, seed) for way, count in seeds.items() for seed in range(count)), key=_urgency)
     wanted = [(options, way, seed) for way, seed in pairs]
@@ -116,8 +117,7 @@ def run_sequence(options: SequenceOptions, note: Note) -> dict[str, Any]:
         for way, seed, mean in pool.imap_unordered(_chain, open_, chunksize=1):
             note(f"seed {seed}, {way}: mean accuracy {mean:.4f}")
     found = {way: [json.loads(_kept(options, way, s).read_text()) for s in range(n)] for way, n in seeds.items()}
-    report = summary(found, options.modes)
-    report["options"] = _described(options)
+    report = {**summary(found), "options": _described(options), "seeds": seeds}
     (options.out / "sequence.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     from share_simulations.bench.sequence_plot import write_sequence_plot
 
@@ -133,7 +133,7 @@ def _urgency(job: tuple[str, int]) -> tuple[bool, int]:
 
 def _described(options: SequenceOptions) -> dict[str, Any]:
     own = asdict(options)
-    for name in ("data", "out", "processes", "fixed_seeds", "seeds"):
+    for name in ("data", "out", "modes", "processes", "fixed_seeds", "seeds"):
         own.pop(name)
     return json.loads(json.dumps(own))  # type: ignore[no-any-return]
 

@@ -23,6 +23,8 @@ def write_sequence_plot(report: Mapping[str, Any], path: Path) -> None:
 def _accuracies(axes: Any, tasks: Mapping[str, Mapping[str, float]]) -> None:
     names = list(tasks)
     for way, marker, colour in (("frozen", "_", "0.5"), ("lora", "D", "C1"), ("auto", "o", "C0")):
+        if way not in tasks[names[0]]:
+            continue
         axes.plot(names, [tasks[name][way] for name in names], marker, color=colour, label=way, ls="")
     axes.set_ylabel("accuracy at the end, mean of the seeds")
     axes.tick_params(axis="x", rotation=60)
@@ -36,7 +38,8 @@ def _costs(axes: Any, ways: Mapping[str, Mapping[str, float]]) -> None:
             continue
         axes.errorbar(own["bytes_up"] / 1e6, own["final"], yerr=own["spread_over_seeds"], marker="o", capsize=3)
         axes.annotate(way, (own["bytes_up"] / 1e6, own["final"]), textcoords="offset points", xytext=(6, 4))
-    axes.axhline(ways["frozen"]["final"], color="0.5", ls="--", label="frozen backbone")
+    if "frozen" in ways:
+        axes.axhline(ways["frozen"]["final"], color="0.5", ls="--", label="frozen backbone")
+        axes.legend(loc="lower right")
     axes.set_xlabel("MB up for all tasks, heads not counted")
     axes.set_ylabel("mean accuracy at the end")
-    axes.legend(loc="lower right")

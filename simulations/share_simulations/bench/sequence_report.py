@@ -16,12 +16,11 @@ Chains = Sequence[Mapping[str, Any]]
 """One way of adapting: what every seed gave."""
 
 
-def summary(found: Mapping[str, Chains], modes: Sequence[str]) -> dict[str, Any]:
+def summary(found: Mapping[str, Chains]) -> dict[str, Any]:
     """Return means over tasks and seeds, paired differences with their intervals, and bytes.
 
     Args:
-        found: by way, ``lora`` and ``frozen`` among them, one mapping ``{down, tasks: [...]}`` for each seed.
-        modes: the ways that train in a space, ``auto`` among them.
+        found: by way, ``lora`` and ``auto`` among them, one mapping ``{down, tasks: [...]}`` for each seed.
     """
     ways = {way: _way(chains) for way, chains in found.items()}
     lora_up = ways["lora"]["bytes_up"]
@@ -35,8 +34,8 @@ def summary(found: Mapping[str, Chains], modes: Sequence[str]) -> dict[str, Any]
         "points_below_lora": -100 * difference(final["auto"], final["lora"])["mean"],
         "forgetting_points": 100 * auto["forgetting"],
         "bytes_up_to_lora": auto["bytes_up_to_lora"],
-        "against_lora": {way: difference(final[way], final["lora"]) for way in modes},
-        "auto_against": {way: difference(final["auto"], final[way]) for way in modes if way != "auto"},
+        "against_lora": {way: difference(final[way], final["lora"]) for way in final if way != "lora"},
+        "auto_against": {way: difference(final["auto"], final[way]) for way in final if way != "auto"},
         "ways": ways,
         "tasks": {
             task: {way: fmean(values[task]) for way, values in final.items()} | {"forgetting": forgotten[task]}
