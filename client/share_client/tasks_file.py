@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 from share_client import values
 from share_client.backbone_config import BackboneConfig, read_backbone
 from share_client.kind_names import KINDS, is_import_path
+from share_client.sharing import ONE_OWNER, read_organisation, read_share_with
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
@@ -115,6 +116,10 @@ class TaskConfig:
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
     """Whether the head's tensors leave with the update, and the digest of its labels: for who may contribute."""
+    share_with: tuple[str, ...] = ()
+    """Organisations that may contribute too, or (``everybody``,): counts when the first update makes the task."""
+    owner: str = ""
+    """The organisation whose task it is; it is never made from here. Empty: this client's own."""
     refit: bool = False
     """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by
     default: it costs bytes, and of the 1.22 points of accuracy that it gained on digits, longer training without newer
@@ -129,6 +134,11 @@ class TaskConfig:
     """Whether activations are computed again instead of being kept, to save memory; it changes no result."""
     privacy: PrivacyConfig | None = None
     """Clipping and noise. None: updates carry none."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several organisations contribute, so that the label schema is told."""
+        return bool(self.owner or self.share_with)
 
 
 @dataclass(frozen=True)
@@ -309,6 +319,8 @@ def _task(
             problems.append(ConfigError(f'{where}: key {key!r} is missing; add {key} = "..." to this [[task]]'))
     if ("test" in table) == ("validation" in table) and ("test" in table or "validation" not in merged):
         problems.append(_one_test(where, both="test" in table))
+    if "owner" in merged and "share_with" in merged:
+        problems.append(ConfigError(f"{where}: expected either owner or share_with, got both: {ONE_OWNER}"))
     given: dict[str, Any] = {}
     for key, value in merged.items():
         given[key] = problems.tried(partial(_READERS[key], value, f"{where}: {key}"), None)
@@ -473,6 +485,8 @@ _READERS: Mapping[str, values.Reader] = {
     "test_rows": values.integer(1, 2**53),
     "max_length": values.integer(4, 8192),
     "share_head": values.boolean,
+    "share_with": read_share_with,
+    "owner": read_organisation,
     "refit": values.boolean,
     "pace": values.number(0, 60),
     "precision": lambda value, where: values.one_of(value, PRECISIONS, where),

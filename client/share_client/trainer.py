@@ -59,9 +59,14 @@ class LocalTask:
         return self.privacy is not None and self.privacy.mechanism == COEFFICIENTS
 
     @property
+    def owner(self) -> str:
+        """The organisation whose task it is, where the tasks file names one; empty: this client's own."""
+        return "" if self.config is None else self.config.owner
+
+    @property
     def reports(self) -> bool:
-        """Whether its evaluations are reported to the hub."""
-        return self.privacy is None or self.privacy.report_metrics
+        """Whether its evaluations are reported to the hub, which takes them from the task's owner only."""
+        return not self.owner and (self.privacy is None or self.privacy.report_metrics)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Trained:
     captured: float = 0.0
     """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
     schema_sha256: str = ""
-    """Digest of the label schema of the head in the update; empty where it holds none."""
+    """Digest of the label schema; empty where the update holds no head and the task is not shared."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +328,7 @@ class BackboneTrainer:
             declared=result.declared,
             columns=columns_of(usable),
             captured=captured,
-            schema_sha256=prepared.schema_sha256 if result.update.head else "",
+            schema_sha256=prepared.schema_sha256 if result.update.head or prepared.config.is_shared else "",
         )
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
@@ -342,6 +347,8 @@ class BackboneTrainer:
         reading: list[object] = [task.validation, dict(task.columns), dict(task.options)]
         if task.kind != _usual_kind(file):
             reading.append(_portable(task.kind, file))
+        if task.owner:
+            reading.append(["owner", task.owner])  # the same data, for another task
         if task.privacy is None and not any(reading):
             return self._hashes[key]
         return hashlib.sha256(f"{self._hashes[key]} {task.privacy} {reading}".encode()).hexdigest()
