@@ -48,8 +48,8 @@ def require_open(link: HubLink, chain: ManifestChain, task_id: str, version: int
         pass
     raise UnknownTaskError(
         f"there is no task {task_id} yet, and only {owner} can make it: ask {owner} to send the first update of its "
-        f"own task {name!r} with share_with naming {organisation}, or correct the name ('share-client tasks' lists what "
-        "there is)"
+        f"own task {name!r} with share_with naming {organisation}, or correct the name ('share-client tasks' lists "
+        "what there is)"
     )
 
 
