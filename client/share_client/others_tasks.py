@@ -61,7 +61,7 @@ class OthersTasks:
         self._chain = chain
         self._organisation = organisation
         self._log = log
-        # By task: the version and time of the last question, and what was the matter.
+        # By task id: the version and time of the last question, and what was the matter.
         self._closed: dict[str, tuple[int, float, str]] = {}
 
     def is_closed(self, task: LocalTask, version: int) -> bool:
@@ -74,17 +74,18 @@ class OthersTasks:
         """
         if not task.owner:
             return False
-        asked_in, asked, told = self._closed.get(task.name, (-1, 0.0, ""))
+        task_id = f"{task.owner}/{task.name}"
+        asked_in, asked, told = self._closed.get(task_id, (-1, 0.0, ""))
         if asked_in == version and time.monotonic() < asked + AGAIN_S:
             return True
         try:
-            require_open(self._link, self._chain, f"{task.owner}/{task.name}", version, self._organisation)
+            require_open(self._link, self._chain, task_id, version, self._organisation)
         except ManifestError:
             raise
         except FedshareError as error:
             if str(error) != told:
                 self._log.write("closed", task=task.name, reason=str(error))
-            self._closed[task.name] = (version, time.monotonic(), str(error))
+            self._closed[task_id] = (version, time.monotonic(), str(error))
             return True
-        self._closed.pop(task.name, None)
+        self._closed.pop(task_id, None)
         return False

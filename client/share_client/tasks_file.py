@@ -14,6 +14,7 @@
     kind = "image-classification"  # or another of KINDS in share_client.kind_names, or "module:object" of your own
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
     test = "rot90/test.npz"        # or validation = 0.2: hold out a fifth of train
+    share_with = ["lab"]           # or "everybody"; or owner = "acme" for a task of others: docs/adapters.md
     columns = { label = "gold" }   # where a column is not called as its field is
 
     [task.options]                 # what only this kind knows
