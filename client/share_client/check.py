@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from share_client.sharing import EVERYBODY
 from share_client.tasks_file import Examined, TaskConfig, examine_tasks
 from share_core.errors import ConfigError, FedshareError
 
@@ -72,6 +73,8 @@ class TaskCheck:
     """Every tensor of the payload."""
     stays: tuple[TensorLine, ...]
     """Every tensor of the head where it is private; it is written only under the client directory."""
+    goes_to: str
+    """Whose task it is and who may contribute, in words; empty for a private one of the own organisation."""
     reports: str | None
     """The metric on the test rows that is reported to the hub, or None."""
     plan: Mapping[str, str]
@@ -233,11 +236,25 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
             TensorLine(t["name"], t["dtype"], tuple(t["shape"]), t["bytes"]) for t in describe_tensors(payload)
         ),
         stays=() if result.update.head else tuple(_line(name, tensor) for name, tensor in result.head.items()),
+        goes_to=_goes_to(config),
         reports=task.kind.metric if LocalTask(config.name, "", config).reports else None,
         plan={site: str(one) for site, one in result.plan.items()},
         privacy="none" if declared is None else repr(declared),
         notes=tuple(notes),
     )
+
+
+def _goes_to(config: TaskConfig) -> str:
+    """Return whose task it is and with whom it is shared; empty where nobody else has to do with it."""
+    if config.owner:
+        return (
+            f"into the task {config.owner}/{config.name} of {config.owner}, who must have made it and named your "
+            "organisation; never made from here"
+        )
+    if not config.share_with:
+        return ""
+    whom = "everybody in the federation" if config.share_with == (EVERYBODY,) else ", ".join(config.share_with)
+    return f"shared with {whom}: as the first update says it, a later change of share_with changes nothing"
 
 
 def _notes(task: PreparedTask) -> list[str]:
@@ -344,6 +361,8 @@ def print_check(found: Checked, tell: Callable[[str], None]) -> None:
             f"  about {_duration(task.seconds)} for {task.steps} steps ({task.seconds_per_step:.3f} s for the most "
             f"expensive), at most {task.peak_bytes / 2**20:.0f} MiB of memory on {found.device}; noise: {task.privacy}"
         )
+        if task.goes_to:
+            tell(f"  {task.goes_to}")
         for note in task.notes:
             tell(f"  note: {note}")
         tell("  sends at each site, as two steps see it:")

@@ -296,6 +296,17 @@ def contribute(
     share_head: Annotated[
         bool, typer.Option("--share-head", help="Let the modules under modules_to_save leave too.")
     ] = False,
+    share_with: Annotated[
+        str | None,
+        typer.Option(metavar="ORG,...", help="Who else may contribute to the task that this makes, or 'everybody'."),
+    ] = None,
+    owner: Annotated[
+        str | None, typer.Option(metavar="ORG", help="Whose task it is, if not your own organisation's.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(metavar="KIND", help="For shared tasks: the kind of the task.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="For shared tasks: the labels in the order of the outputs.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until it is merged.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -305,9 +316,10 @@ def contribute(
     from share_client.contribute import contribute as send
     from share_client.contribute import outcome_text, read_contributions
     from share_client.member import ClientLayout
+    from share_client.sharing import read_terms
 
     with plain_errors("share-client"):
-        wanted = read_contributions(adapters, task, share_head)
+        wanted = read_contributions(adapters, task, share_head, read_terms(share_with, owner, kind, labels))
         with _connected(directory) as link:
             found = send(
                 ClientLayout(directory), link, wanted, backbone=backbone, approval=approval, wait=wait, tell=_tell

@@ -27,6 +27,7 @@ from share_client.feed import fetch_newest
 from share_client.frames import read_frame
 from share_client.link import HubLink, patiently
 from share_client.member import ClientLayout, load_member
+from share_client.others_tasks import require_open
 from share_client.outbox import Entry, Outbox, Training
 from share_client.rebase import Rebaser, express
 from share_client.records import Records
@@ -34,6 +35,7 @@ from share_client.sending import Pass, Sender
 from share_client.session import check_space
 from share_client.session_lock import only_session
 from share_client.session_log import SessionLog
+from share_client.sharing import OWN, Terms
 from share_client.signing import SubmissionSigner
 from share_core.errors import AccessError, AdapterError, ConfigError, SpaceMismatchError
 from share_core.identity import check_approval
@@ -67,7 +69,13 @@ class Contribution:
     sha256: str
     """Digest of the factors: what an operator approves."""
     content_hash: str
-    """Digest of the factors, of everything beside them, and of what is shared."""
+    """Digest of the factors, of everything beside them, of what is shared, and of whose task it is for."""
+    terms: Terms = OWN
+    """Whose task it is for, and on which terms."""
+
+    def task_id(self, organisation: str) -> str:
+        """Return ``organisation/name`` of its task, for a client of ``organisation``."""
+        return f"{self.terms.owner or organisation}/{self.task}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Outcome:
 
 
 def read_contributions(
-    directories: Sequence[Path], task: str | None = None, share_head: bool = False
+    directories: Sequence[Path], task: str | None = None, share_head: bool = False, terms: Terms = OWN
 ) -> list[Contribution]:
     """Read adapter directories; nothing is sent before all of them can be used.
 
@@ -108,6 +116,7 @@ def read_contributions(
         directories: as PEFT's ``save_pretrained`` wrote them.
         task: name of the task, for one directory. None: each directory's own name.
         share_head: whether the modules under ``modules_to_save`` leave too.
+        terms: whose tasks they are for.
 
     Raises:
         AdapterError: one of them cannot be used, changes nothing, or has no head to share; names it and what to do.
@@ -126,8 +135,16 @@ def read_contributions(
             raise ConfigError(
                 f"{found[name].directory} and {directory} would both be task {name!r}: give one alone, with --task"
             )
-        found[name] = _read(directory, name, share_head)
+        found[name] = _for(_read(directory, name, share_head), terms)
     return list(found.values())
+
+
+def _for(one: Contribution, terms: Terms) -> Contribution:
+    """Return an adapter under terms: for another owner's task it is another contribution."""
+    if not terms.owner:
+        return replace(one, terms=terms)
+    whole = hashlib.sha256(f"{one.content_hash} for {terms.owner}".encode()).hexdigest()
+    return replace(one, terms=terms, content_hash=whole)
 
 
 def _read(directory: Path, task: str, share_head: bool) -> Contribution:
@@ -255,7 +272,8 @@ def contribute(
 
     Raises:
         SpaceMismatchError: the hub's space is another one, or one of the adapters does not belong to it.
-        AccessError: nothing shows that they do.
+        AccessError: nothing shows that they do, or a task is not shared with this organisation.
+        UnknownTaskError: the task of another owner is not there.
         SignatureError: the approval is of something else.
         AdapterError: an adapter is larger than the space takes. In all these cases nothing has been sent.
         UnavailableError: a session works in the directory.
@@ -306,6 +324,9 @@ class _Contributor:
             )
         else:
             self._check_approval(one, approval)
+        if one.terms.owner:
+            ours = self._member.organisation
+            require_open(self._link, self._chain, one.task_id(ours), self._description.version, ours)
 
     def _check_approval(self, one: Contribution, approval: str) -> None:
         signer, authority = self._description.signer_certificate, self._link.credentials.authority
@@ -348,7 +369,7 @@ class _Contributor:
         return not (refused or self._on_its_way(one) or self._merged(one))
 
     def _put(self, one: Contribution) -> None:
-        task_id = f"{self._member.organisation}/{one.task}"
+        task_id = one.task_id(self._member.organisation)
         version = self._patiently(self._link.describe).version
         known = {task.task_id for task in self._patiently(self._link.list_tasks).tasks}
         update = replace(_plain(one, self._spec), base_version=version)
@@ -359,7 +380,9 @@ class _Contributor:
             Training(one.task, one.content_hash, version, loss=0.0, steps=0, seconds=0.0, rows=0),
             space_id=self._spec.space_id,
             task_id=task_id,
-            create=task_id not in known,
+            create=not one.terms.owner and task_id not in known,
+            schema_sha256=one.terms.schema_sha256,
+            share_with=one.terms.share_with,
         )
         self._log.write(
             "contributing",
@@ -374,7 +397,7 @@ class _Contributor:
     def _outcome(self, one: Contribution, state: Pass, new: bool) -> Outcome:
         outcome = Outcome(
             directory=str(one.directory),
-            task_id=f"{self._member.organisation}/{one.task}",
+            task_id=one.task_id(self._member.organisation),
             state="refused",
             new=new,
             head="shared" if one.head else "private" if one.adapter.extra else "none",

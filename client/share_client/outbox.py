@@ -159,11 +159,13 @@ class Outbox:
         adapter: bytes = b"",
         declared: Declaration | None = None,
         schema_sha256: str = "",
+        share_with: tuple[str, ...] = (),
     ) -> Entry:
         """Make an update durable under a new update id and return it. Nothing has been sent yet.
 
-        ``schema_sha256`` is the label schema of the head in it, ``declared`` the clipping and noise. Where that hides
-        the whole data set, so is the number of its rows.
+        ``schema_sha256`` is the label schema of the head in it or of the shared task, ``share_with`` who else may
+        contribute, ``declared`` the clipping and noise. Where that hides the whole data set, so is the number of its
+        rows.
         """
         submission = Submission(
             update_id=uuid.uuid4().hex,
@@ -176,6 +178,7 @@ class Outbox:
             rows=0 if isinstance(declared, CoefficientNoise) else training.rows,
             privacy="" if declared is None else declaration_to_text(declared),
             schema_sha256=schema_sha256,
+            share_with=share_with,
         )
         return self._put(submission, training, payload, head, adapter)
 
@@ -309,7 +312,8 @@ def _read(directory: Path) -> Entry:
         header = json.loads((directory / "header.json").read_bytes())
         signature = directory / _SIGNATURE
         signed = json.loads(signature.read_bytes()) if signature.exists() else {}
-        submission = Submission(**{**header["submission"], **signed})
+        told = {**header["submission"], **signed}
+        submission = Submission(**{**told, "share_with": tuple(told.get("share_with", ()))})
         training = Training(**header["training"])
         adapter_sha256 = str(header.get("adapter_sha256", ""))
         if check_update_id(submission.update_id) != directory.name:

@@ -321,9 +321,10 @@ def _own_head(layout: ClientLayout, organisation: str, task_id: str, version: in
 
     No tensors where this client has none; no frame where the task was trained here and not contributed.
     """
-    owner, name = split_task_id(task_id)
+    _, name = split_task_id(task_id)
     records = Records(layout.tasks)
-    known = records.get(name).head_at(version) if owner == organisation else None
+    record = records.get(name)
+    known = record.head_at(version) if record.id_for(organisation) == task_id else None
     if known is None:
         return _Head({})
     file = read_tensors(records.head_bytes(name, known))

@@ -58,12 +58,18 @@ class TaskRecord:
     """Basis vectors that the last training, or the last such try, could use; 0: not known."""
     captured: float = 0.0
     """Share of the gradient's energy that the bases of the last training captured, see :mod:`.refits`."""
+    task_id: str = ""
+    """``organisation/name`` that it is merged into; empty: a task of this organisation."""
 
     def wants(self, content_hash: str) -> bool:
         """Whether data with this hash has yet to be trained."""
         if content_hash == self.refused_hash:
             return False
         return not self.heads or self.heads[-1].content_hash != content_hash
+
+    def id_for(self, organisation: str) -> str:
+        """Return the id of the task, for a client of ``organisation``."""
+        return self.task_id or f"{organisation}/{self.task}"
 
     def head_at(self, version: int) -> Head | None:
         """Return the head that belongs to the core a version holds; None before the first merge."""
@@ -100,16 +106,18 @@ class Records:
         refit: bool = False,
         columns: int = 0,
         captured: float = 0.0,
+        task_id: str = "",
     ) -> None:
-        """Record that a training was merged in ``version``. Doing it twice changes nothing."""
+        """Record that a training was merged into a task in ``version``. Doing it twice changes nothing."""
         record = self.get(task)
         if any(known.version == version for known in record.heads):
             return
         write_atomic(self._head_path(task, version), head)
-        heads = tuple(sorted((*record.heads, Head(version, content_hash)), key=lambda head: head.version))
+        earlier = record.heads if record.task_id in ("", task_id) else ()  # those of another task belong to its cores
+        heads = tuple(sorted((*earlier, Head(version, content_hash)), key=lambda head: head.version))
         fresh = replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0)
         refits = record.refits + 1 if refit else 0
-        self._save(replace(fresh, refits=refits, columns=columns, captured=captured))
+        self._save(replace(fresh, refits=refits, columns=columns, captured=captured, task_id=task_id))
 
     def not_refitted(self, task: str, columns: int) -> None:
         """Record that a refit in bases of ``columns`` vectors was not worth sending."""

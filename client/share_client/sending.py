@@ -221,6 +221,7 @@ class Sender:
             refit=training.refit,
             columns=training.columns,
             captured=training.captured,
+            task_id=entry.submission.task_id,
         )
         merge = {
             "event": "merged",
@@ -248,7 +249,7 @@ class Sender:
         made = self._rebaser.express(entry) if self._rebaser is not None else None
         if made is None:
             raise error
-        create = entry.submission.task_id not in made.space.cores
+        create = entry.submission.create and entry.submission.task_id not in made.space.cores
         fresh = self._outbox.rebase(entry, made.payload, made.space.version, create, made.adapter)
         self._log.write(
             "rebased",

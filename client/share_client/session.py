@@ -24,6 +24,7 @@ from share_client.feed import VersionFeed, fetch_newest
 from share_client.heads import first_head
 from share_client.link import HubLink, SpaceDescription, patiently
 from share_client.member import ClientLayout, Member, load_credentials, load_member
+from share_client.others_tasks import OthersTasks
 from share_client.outbox import Outbox, Training
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
@@ -160,6 +161,7 @@ class _Session:
         self._outbox = Outbox(layout.outbox)
         self._records = Records(layout.tasks)
         self._spending = Spending(layout.tasks)
+        self._others = OthersTasks(self._link, chain, member.organisation, log)
         self._refits = Refits(trainer, self._records, self._spending, log)
         self._cache = SpaceCache(layout.cache, self._spec, chain)
         self._view = View(self._first_space(description))
@@ -276,7 +278,8 @@ class _Session:
         for task in self._tasks():
             if task.only_coefficients and not any(basis.k_out for basis in self._view.newest.bases.values()):
                 continue  # as long as the space has no bases there are no coefficients
-            if task.name not in self._set_aside and self._records.get(task.name).wants(task.content_hash):
+            wanted = task.name not in self._set_aside and self._records.get(task.name).wants(task.content_hash)
+            if wanted and not self._others.is_closed(task, self._view.newest.version):
                 return task
         return None
 
@@ -359,7 +362,7 @@ class _Session:
         return True
 
     def _task_id(self, task: LocalTask) -> str:
-        return f"{self._member.organisation}/{task.name}"
+        return f"{task.owner or self._member.organisation}/{task.name}"
 
     def _keep(self, task: LocalTask, trained: Trained, space: Space, why: str, refit: bool) -> None:
         """Put what was trained into the outbox: from here on no crash loses it."""
@@ -385,11 +388,12 @@ class _Session:
             training,
             space_id=self._spec.space_id,
             task_id=task_id,
-            create=task_id not in space.cores,
+            create=not task.owner and task_id not in space.cores,
             lease_id=self._lease.lease_id if self._lease else "",
             adapter=kept_adapter(trained.update, space),
             declared=trained.declared,
             schema_sha256=trained.schema_sha256,
+            share_with=() if task.config is None else task.config.share_with,
         )
         self._taken += 1
         self._log.write("plan", task=task.name, sites=dict(trained.plan))

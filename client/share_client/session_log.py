@@ -41,6 +41,7 @@ _SENTENCES: Mapping[str, str] = {
     "failed": "session failed: {reason}",
     "certificate": "{reason}",
     "tasks": "tasks: {reason}",
+    "closed": "{task}: not trained, looks again later: {reason}",
     "head": "{task}: head: {reason}",
     "node": "{reason}",
 }

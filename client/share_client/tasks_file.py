@@ -14,6 +14,7 @@
     kind = "image-classification"  # or another of KINDS in share_client.kind_names, or "module:object" of your own
     train = "rot90/train.npz"      # relative to the directory of tasks.toml
     test = "rot90/test.npz"        # or validation = 0.2: hold out a fifth of train
+    share_with = ["lab"]           # or "everybody"; or owner = "acme" for a task of others: docs/adapters.md
     columns = { label = "gold" }   # where a column is not called as its field is
 
     [task.options]                 # what only this kind knows
@@ -39,6 +40,8 @@ from typing import Any, TypeVar
 from share_client import values
 from share_client.backbone_config import BackboneConfig, read_backbone
 from share_client.kind_names import KINDS, is_import_path
+from share_client.privacy_table import PrivacyConfig, read_privacy
+from share_client.sharing import ONE_OWNER, read_organisation, read_share_with
 from share_core.errors import ConfigError, TaskNameError
 from share_core.names import check_name
 from share_core.privacy import COEFFICIENTS, SAMPLES
@@ -48,33 +51,6 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "auto")
 _TOP = ("backbone", "device", "watch", "defaults", "privacy", "task")
 _NOT_IN_DEFAULTS = ("name", "train", "test", "privacy")
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """A ``[privacy]`` table: what an update may tell of the data it was trained on."""
-
-    mechanism: str = SAMPLES
-    """``dp-sgd`` hides single rows, ``coefficients`` the whole data set of this client."""
-    epsilon: float | None = None
-    """What one training may spend; the noise is computed from it. Either this or :attr:`noise_multiplier`."""
-    noise_multiplier: float | None = None
-    """Noise in units of the norm that is clipped to."""
-    max_grad_norm: float = 1.0
-    """Norm to which the gradient of every row is clipped. For ``dp-sgd``."""
-    clip: float = 1.0
-    """Norm to which all coefficients together are clipped. For ``coefficients``."""
-    delta: float | None = None
-    """Probability with which epsilon may not hold. None: 1 / (10 rows) for ``dp-sgd``, 1e-6 for ``coefficients``."""
-    budget: float | None = None
-    """What all trainings of the task together may spend. None: :attr:`epsilon`, or no limit where that is not set."""
-    report_metrics: bool = False
-    """Whether evaluations on the test rows are reported to the hub. No noise is added to them."""
-
-    @property
-    def limit(self) -> float | None:
-        """The budget in force, or None."""
-        return self.epsilon if self.budget is None else self.budget
 
 
 @dataclass(frozen=True)
@@ -96,15 +72,15 @@ class TaskConfig:
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """The table ``[task.options]``, which the kind reads and checks by :func:`read_options`."""
     epochs: int | None = None
-    """Passes over the training rows."""
+    """Passes over the training rows. None: 3, or more where that would be fewer than 40 steps."""
     batch_size: int = 32
     """Rows in one step."""
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor; the other parameters' steps are derived from it."""
     directions: int | None = None
-    """Free directions phi added to the subspace at each site. None: the trainer's default, more for a first task."""
+    """Free directions phi trained and sent at each site. None: chosen for each site by what was learned."""
     pseudo_rank: int | None = None
-    """Rank p of the core trained at each site. None: the trainer's default."""
+    """Largest rank p of the coefficients at each site. None: the trainer's default."""
     seed: int = 0
     """Seed of initialisation and of the order of the rows."""
     rows: int | None = None
@@ -115,6 +91,10 @@ class TaskConfig:
     """Longest text in tokens; what is beyond is cut. Without meaning for images."""
     share_head: bool = False
     """Whether the head's tensors leave with the update, and the digest of its labels: for who may contribute."""
+    share_with: tuple[str, ...] = ()
+    """Organisations that may contribute too, or (``everybody``,): counts when the first update makes the task."""
+    owner: str = ""
+    """The organisation whose task it is; it is never made from here. Empty: this client's own."""
     refit: bool = False
     """Whether coefficients are learned again when the subspace has grown, see :mod:`share_client.refits`. Off by
     default: it costs bytes, and of the 1.22 points of accuracy that it gained on digits, longer training without newer
@@ -132,6 +112,11 @@ class TaskConfig:
     is kept. None: all passes are made, on all rows."""
     privacy: PrivacyConfig | None = None
     """Clipping and noise. None: updates carry none."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several organisations contribute, so that the label schema is told."""
+        return bool(self.owner or self.share_with)
 
 
 @dataclass(frozen=True)
@@ -312,6 +297,8 @@ def _task(
             problems.append(ConfigError(f'{where}: key {key!r} is missing; add {key} = "..." to this [[task]]'))
     if ("test" in table) == ("validation" in table) and ("test" in table or "validation" not in merged):
         problems.append(_one_test(where, both="test" in table))
+    if "owner" in merged and "share_with" in merged:
+        problems.append(ConfigError(f"{where}: expected either owner or share_with, got both: {ONE_OWNER}"))
     given: dict[str, Any] = {}
     for key, value in merged.items():
         given[key] = problems.tried(partial(_READERS[key], value, f"{where}: {key}"), None)
@@ -374,12 +361,13 @@ def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:
     if task.privacy.mechanism != COEFFICIENTS:
         return [
             ConfigError(
-                f"{where}: {key}: expected {expected} with privacy mechanism {SAMPLES!r}, got {got}: its gradients of "
-                f"single rows cannot be had so; take {key} out, and save memory by accumulate"
+                f"{where}: {key}: expected {expected} with privacy mechanism {SAMPLES!r}, got {got}: it works on "
+                f"gradients of single rows, all passes of them; take {key} out; accumulate saves memory"
             )
             for key, expected, got, wrong in (
                 ("precision", "fp32 or auto", task.precision, task.precision == "bf16"),
                 ("checkpointing", "false", "true", task.checkpointing),
+                ("patience", "none", task.patience, task.patience is not None),
             )
             if wrong
         ]
@@ -399,18 +387,6 @@ def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:
             )
         )
     return errors
-
-
-def _privacy(value: object, where: str) -> PrivacyConfig:
-    table = values.table(value, where)
-    privacy = PrivacyConfig(**values.read_keys(table, _PRIVACY_READERS, where))  # type: ignore[arg-type]
-    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
-        got = "neither" if privacy.epsilon is None else "both"
-        raise ConfigError(f"{where}: expected either epsilon or noise_multiplier, got {got}")
-    other = {SAMPLES: "clip", COEFFICIENTS: "max_grad_norm"}[privacy.mechanism]
-    if other in table:
-        raise ConfigError(f"{where}: {other}: has no meaning for mechanism {privacy.mechanism!r}: take it out")
-    return privacy
 
 
 def _backbone(document: Mapping[str, object], path: Path) -> BackboneConfig:
@@ -448,16 +424,6 @@ def _kind(value: object, where: str) -> str:
     return values.one_of(value, (*KINDS, "module:object"), where)
 
 
-_PRIVACY_READERS: Mapping[str, values.Reader] = {
-    "mechanism": lambda value, where: values.one_of(value, (SAMPLES, COEFFICIENTS), where),
-    "epsilon": values.number(0, 1e6, above=True),
-    "noise_multiplier": values.number(1e-3, 1e6),
-    "max_grad_norm": values.number(0, 1e6, above=True),
-    "clip": values.number(0, 1e6, above=True),
-    "delta": values.number(1e-30, 0.1),
-    "budget": values.number(0, 1e9, above=True),
-    "report_metrics": values.boolean,
-}
 _READERS: Mapping[str, values.Reader] = {
     "name": _name,
     "kind": _kind,
@@ -476,11 +442,13 @@ _READERS: Mapping[str, values.Reader] = {
     "test_rows": values.integer(1, 2**53),
     "max_length": values.integer(4, 8192),
     "share_head": values.boolean,
+    "share_with": read_share_with,
+    "owner": read_organisation,
     "refit": values.boolean,
     "pace": values.number(0, 60),
     "precision": lambda value, where: values.one_of(value, PRECISIONS, where),
     "accumulate": values.integer(1, 65_536),
     "checkpointing": values.boolean,
     "patience": values.integer(1, 1000),
-    "privacy": _privacy,
+    "privacy": read_privacy,
 }

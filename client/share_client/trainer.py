@@ -17,7 +17,8 @@ from torch import Tensor
 
 from share_client.data.content import content_hash, stamps
 from share_client.kind_names import is_import_path
-from share_client.tasks_file import PrivacyConfig, TaskConfig, TasksFile, read_tasks
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig, TasksFile, read_tasks
 from share_client.watched import Dropped, Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
@@ -59,9 +60,14 @@ class LocalTask:
         return self.privacy is not None and self.privacy.mechanism == COEFFICIENTS
 
     @property
+    def owner(self) -> str:
+        """The organisation whose task it is, where the tasks file names one; empty: this client's own."""
+        return "" if self.config is None else self.config.owner
+
+    @property
     def reports(self) -> bool:
-        """Whether its evaluations are reported to the hub."""
-        return self.privacy is None or self.privacy.report_metrics
+        """Whether its evaluations are reported to the hub, which takes them from the task's owner only."""
+        return not self.owner and (self.privacy is None or self.privacy.report_metrics)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Trained:
     captured: float = 0.0
     """Share of the gradient's energy left at the end that coefficients in those bases could follow; 0: not measured."""
     schema_sha256: str = ""
-    """Digest of the label schema of the head in the update; empty where it holds none."""
+    """Digest of the label schema; empty where the update holds no head and the task is not shared."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +332,7 @@ class BackboneTrainer:
             columns=columns_of(usable),
             captured=captured,
             plan={site: str(one) for site, one in result.plan.items()},
-            schema_sha256=prepared.schema_sha256 if result.update.head else "",
+            schema_sha256=prepared.schema_sha256 if result.update.head or prepared.config.is_shared else "",
         )
 
     def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Tensor]) -> Measured:
@@ -345,6 +351,8 @@ class BackboneTrainer:
         reading: list[object] = [task.validation, dict(task.columns), dict(task.options)]
         if task.kind != _usual_kind(file):
             reading.append(_portable(task.kind, file))
+        if task.owner:
+            reading.append(["owner", task.owner])  # the same data, for another task
         if task.privacy is None and not any(reading):
             return self._hashes[key]
         return hashlib.sha256(f"{self._hashes[key]} {task.privacy} {reading}".encode()).hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from share_client.backoff import Backoff
+from share_client.sharing import EVERYBODY
 from share_core.errors import DigestError, FedshareError, PayloadError, RequestError, UnavailableError
 from share_proto.v1 import hub_pb2
 
@@ -49,11 +50,14 @@ class Submission:
     privacy: str = ""
     """What is declared of clipping and noise (:mod:`share_core.privacy`); empty if nothing."""
     schema_sha256: str = ""
-    """Digest of the label schema (:attr:`share_client.kinds.PreparedTask.schema_sha256`); told only with a head."""
+    """Digest of the label schema (:attr:`share_client.kinds.PreparedTask.schema_sha256`); told with a head, and for
+    a task that several organisations share."""
+    share_with: tuple[str, ...] = ()
+    """Who else may contribute (:func:`share_client.sharing.read_share_with`); counts when this makes the task."""
 
     def header(self, offset: int = 0) -> hub_pb2.SubmitHeader:
         """Return the first message of a Submit call whose chunks begin at ``offset``."""
-        return hub_pb2.SubmitHeader(
+        header = hub_pb2.SubmitHeader(
             update_id=self.update_id,
             space_id=self.space_id,
             task_id=self.task_id,
@@ -68,6 +72,11 @@ class Submission:
             privacy=self.privacy,
             schema_sha256=self.schema_sha256,
         )
+        if self.share_with == (EVERYBODY,):
+            header.sharing.open = True
+        else:
+            header.sharing.organisations.extend(self.share_with)
+        return header
 
 
 class Uploader(Protocol):

@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from share_client import check as check_module
+from share_client import sharing as sharing_module
 from share_client import tasks_file as tasks_module
 from share_client import values as values_module
 from share_client.check import check_tasks, print_check
@@ -86,6 +87,7 @@ GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "unknown keys": ("misspelt-key", values_module, "unknown", _none),
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
     "what leaves beside noise": ("shared-head-beside-noisy-coefficients", tasks_module, "_exposed", _none),
+    "names of organisations": ("share-with-no-name", sharing_module, "check_name", lambda name, _: name),
     "options": ("option-not-for-text", text_module, "read_options", _none),
     "litter in folders": ("other-file-in-a-class", folders_module, "SUFFIXES", (".png", ".txt")),
     "one format": ("train-archive-test-folder", images_module, "_format", lambda _: images_module.ARCHIVE),
@@ -209,6 +211,29 @@ def test_a_version_of_another_backbone_is_a_problem(good: Callable[[str], Path],
     assert "does not fit the backbone" in found.problems[0]
     assert found.untried == ("bars",)
     assert "cannot read" in check_tasks(good(""), tmp_path / "no.safetensors").problems[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ('share_with = ["lab", "clinic"]', "shared with clinic, lab: as the first update says it, a later change"),
+        ('share_with = "everybody"', "shared with everybody in the federation: as"),
+        ('owner = "acme"', "into the task acme/bars of acme, who must have made it and named your organisation"),
+        ("", ""),
+    ],
+)
+def test_it_says_whose_task_it_is_and_with_whom_it_is_shared(good: Callable[[str], Path], key: str, says: str) -> None:
+    found = check_tasks(good(f"{key}\n"))
+    (task,) = found.tasks
+    said: list[str] = []
+    print_check(found, said.append)
+    if says:
+        assert task.goes_to.startswith(says)
+        assert f"  {task.goes_to}" in said
+    else:
+        assert task.goes_to == ""
+        assert "shared" not in "\n".join(said)
+    assert task.reports == (None if "owner" in key else "accuracy"), "the hub takes evaluations from the owner only"
 
 
 def test_code_and_text_for_people(good: Callable[[str], Path]) -> None:

@@ -212,6 +212,24 @@ def test_an_update_that_is_too_old_is_expressed_anew(at_merge: bool, bench: Benc
     assert bench.outbox.entries() == []
 
 
+@pytest.mark.parametrize("create", [False, True])
+def test_what_may_not_make_its_task_may_not_when_it_is_expressed_anew(create: bool, bench: Bench) -> None:
+    bench.outbox.put(
+        encode_update(bench.update),
+        b"head",
+        Training("task", "hash", 3, loss=0.1, steps=1, seconds=1.0, rows=5),
+        space_id="s",
+        task_id="acme/task",
+        create=create,
+        adapter=kept_adapter(bench.update, bench.old),
+        share_with=("lab",),
+    )
+    bench.sender().pass_once()
+    (fresh,) = bench.outbox.entries()
+    assert (fresh.training.rebases, fresh.submission.task_id in bench.newest.cores) == (1, False)
+    assert (fresh.submission.create, fresh.submission.share_with) == (create, ("lab",))
+
+
 def test_after_a_crash_between_both_entries_only_the_new_one_is_sent(bench: Bench) -> None:
     old = bench.put()
     steps: list[str] = []

@@ -15,12 +15,13 @@ import torch
 
 from share_client import refits
 from share_client.link import HubLink
+from share_client.privacy_table import PrivacyConfig
 from share_client.records import Head, Records, TaskRecord
 from share_client.refits import Refits, is_allowed, is_better, is_due
 from share_client.session import SessionOptions, run_session
 from share_client.session_log import SessionLog
 from share_client.spending import Spending
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.tasks_file import TaskConfig
 from share_client.trainer import LocalTask, Refit, Trained
 from share_client.training import declare
 from share_core.errors import ConfigError

@@ -15,11 +15,12 @@ from share_client import session as session_module
 from share_client.link import HubLink
 from share_client.member import ClientLayout
 from share_client.outbox import Entry, Outbox, Training
+from share_client.privacy_table import PrivacyConfig
 from share_client.rebase import Rebaser, kept_adapter
 from share_client.session import SessionCounters, SessionOptions, run_session
 from share_client.spending import Spending
 from share_client.status import client_status
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.tasks_file import TaskConfig
 from share_client.trainer import BackboneTrainer, LocalTask, Trained
 from share_core.errors import ConfigError
 from share_core.privacy import CoefficientNoise, SampleNoise, declaration_to_text, gaussian_epsilon

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone, Batch
+from share_client.sharing import schema_digest
 from share_client.tasks_file import TaskConfig
 
 
@@ -74,8 +73,7 @@ class PreparedTask:
     @property
     def schema_sha256(self) -> str:
         """Hexadecimal SHA-256 of the kind and the labels in order: heads of one schema mean the same by an output."""
-        schema = [self.kind.name, *(str(label) for label in self.classes)]
-        return hashlib.sha256(json.dumps(["fedshare labels 1", *schema]).encode()).hexdigest()
+        return schema_digest(self.kind.name, self.classes)
 
     @property
     def test_rows(self) -> int:

@@ -145,5 +145,5 @@ def _private_heads(layout: ClientLayout, organisation: str, version: int) -> Hea
         except FileNotFoundError:
             continue  # 'share-client join' has pruned it meanwhile: a newer version, and its head, are on the way
         if is_linear(tensors):
-            heads[f"{organisation}/{record.task}"] = tensors
+            heads[record.id_for(organisation)] = tensors
     return heads

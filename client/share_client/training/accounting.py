@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig
 from share_client.training.options import passes
 from share_core.errors import ConfigError
 from share_core.privacy import (

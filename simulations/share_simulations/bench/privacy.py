@@ -25,7 +25,8 @@ from torch import Tensor
 
 from share_client.kinds import Rows
 from share_client.noise import system_normal
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig
 from share_client.training import (
     Backbone,
     PreparedTask,

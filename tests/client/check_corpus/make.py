@@ -119,6 +119,23 @@ def value_cases() -> None:
     case("batch-size-in-quotes", TEXTS + task(batch_size='"32"'), ["batch_size", "integer", "'32' (str)"])
     case("learning-rate-nan", TEXTS + task(learning_rate="nan"), ["learning_rate", "number above 0 to 1", "nan"])
     case("share-head-a-number", TEXTS + task(share_head=1), ["share_head", "true or false", "1 (int)"])
+    organisations = ["share_with", 'expected "everybody" or a list of organisations']
+    case("share-with-a-name", TEXTS + task(share_with='"lab"'), [*organisations, "'lab' (str)"])
+    case("share-with-nobody", TEXTS + task(share_with="[]"), [*organisations, "[] (list)", "leave it out"])
+    case("share-with-everybody-in-a-list", TEXTS + task(share_with='["everybody", "lab"]'), organisations)
+    case(
+        "share-with-no-name",
+        TEXTS + task(share_with='["lab", "Lab & Co"]'),
+        ["share_with", "'Lab & Co' is not allowed"],
+    )
+    case("share-with-a-number", TEXTS + task(share_with='["lab", 1]'), ["share_with", "non-empty string", "1 (int)"])
+    case("owner-a-list", TEXTS + task(owner='["acme"]'), ["owner", "non-empty string", "['acme'] (list)"])
+    case("owner-a-task-id", TEXTS + task(owner='"acme/one"'), ["owner", "'acme/one' is not allowed"])
+    case(
+        "owner-and-share-with",
+        TEXTS + task(owner='"acme"', share_with='["lab"]'),
+        ["either owner or share_with", "got both"],
+    )
     case("columns-a-string", TEXTS + task(columns='"text"'), ["columns", "expected a table", "(str)"])
     case("column-a-number", TEXTS + task(columns="{ text = 1 }"), ["columns: text", "non-empty string", "1 (int)"])
     case("options-a-list", TEXTS + task(options="[1]"), ["options", "expected a table", "(list)"])

@@ -18,7 +18,8 @@ from share_client.backbones import DecoderBackbone, load_backbone
 from share_client.check import check_tasks
 from share_client.kinds import PreparedTask, find_kind, next_token
 from share_client.kinds.next_token import Tokens, token_rows
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig
 from share_client.training import TrainingOptions, evaluate, prepare_task, train_in_space, train_lora
 from share_client.training.loop import fresh_head, head_tensors
 from share_core.errors import ConfigError

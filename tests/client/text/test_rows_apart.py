@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from share_client.kinds.instruction import Instruction
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, TrainingOptions, declare, prepare_task, private, train_in_space
 from share_client.training.factors import SpaceFactors
 from share_client.training.inject import injected

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from share_client.kinds import find_kind
 from share_client.kinds.text_multi_label import TextMultiLabel
 from share_client.kinds.text_regression import TextRegression
-from share_client.tasks_file import PrivacyConfig, TaskConfig
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, TrainingOptions, evaluate, prepare_task, train_in_space, train_lora
 from share_client.training.loop import fresh_head
 from share_core.errors import ConfigError

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from share_client.noise import system_normal, system_sample, system_uniform
-from share_client.tasks_file import PrivacyConfig, TaskConfig, tasks_from_toml
+from share_client.privacy_table import PrivacyConfig
+from share_client.tasks_file import TaskConfig, tasks_from_toml
 from share_client.training import (
     Backbone,
     PreparedTask,
