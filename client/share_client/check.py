@@ -22,8 +22,8 @@ from share_core.errors import ConfigError, FedshareError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from share_client.training import Backbone, PreparedTask
-    from share_core.types import Space
+    from share_client.training import Backbone, PreparedTask, TrainingOptions
+    from share_core.types import Space, Update
 
 STEPS = 2
 """Steps that are tried: the first one of a process is slower than all others."""
@@ -69,6 +69,8 @@ class TaskCheck:
     """Most memory while trying it: of the device with CUDA, else of this whole process."""
     payload_bytes: int
     """Bytes of the whole payload, with its header."""
+    most_bytes: int | None
+    """Bytes that all tensors together have at most, where what is learned decides on ranks; None: as in ``leaves``."""
     leaves: tuple[TensorLine, ...]
     """Every tensor of the payload."""
     stays: tuple[TensorLine, ...]
@@ -232,6 +234,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
         seconds=watch.setup + steps * (config.pace + watch.seconds_per_step * _relative_cost(task, one)),
         peak_bytes=peak,
         payload_bytes=len(payload),
+        most_bytes=_most_bytes(options, declared, space, result.update),
         leaves=tuple(
             TensorLine(t["name"], t["dtype"], tuple(t["shape"]), t["bytes"]) for t in describe_tensors(payload)
         ),
@@ -255,6 +258,15 @@ def _goes_to(config: TaskConfig) -> str:
         return ""
     whom = "everybody in the federation" if config.share_with == (EVERYBODY,) else ", ".join(config.share_with)
     return f"shared with {whom}: as the first update says it, a later change of share_with changes nothing"
+
+
+def _most_bytes(options: TrainingOptions, declared: object, space: Space, update: Update) -> int | None:
+    """Return what the numbers of an update may take; None where their shapes are fixed before the training."""
+    from share_client.training.adaptation import budgeted
+
+    if options.directions is not None or declared is not None:
+        return None
+    return 4 * (budgeted(space.bases) + sum(tensor.numel() for tensor in update.head.values()))
 
 
 def _notes(task: PreparedTask) -> list[str]:
@@ -368,7 +380,13 @@ def print_check(found: Checked, tell: Callable[[str], None]) -> None:
         tell("  sends at each site, as two steps see it:")
         for site, plan in task.plan.items():
             tell(f"    {site}  {plan}")
-        tell(f"  leaves, {task.payload_bytes} bytes with the header, in version {found.version} of the space:")
+        if task.most_bytes is not None:
+            tell(
+                f"  leaves at most {task.most_bytes} bytes of numbers in version {found.version} of the space; what is "
+                "learned decides on the ranks (directions = 2 fixes them). As two steps see it:"
+            )
+        else:
+            tell(f"  leaves, {task.payload_bytes} bytes with the header, in version {found.version} of the space:")
         _print_tensors(task.leaves, tell)
         tell(f"  reports to the hub: {f'{task.reports} on the test rows' if task.reports else 'no metric'}")
         if task.stays:

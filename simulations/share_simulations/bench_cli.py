@@ -305,6 +305,9 @@ def bench_transfer(
     epochs: Annotated[str, typer.Option(help="Passes over the rows, each trained anew.")] = "1,10",
     seeds: Annotated[int, typer.Option(min=1, help="Each draws other rows, starts and random bases.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Tasks that are trained side by side.")] = 2,
+    ways: Annotated[
+        str, typer.Option(help="Ways to train, learned among them.")
+    ] = "frozen,lora,lora_double_rate,random_basis,backbone_basis,learned_zero,learned",
     out: Annotated[Path | None, typer.Option(help="Folder for transfer.json and transfer.png.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -317,7 +320,15 @@ def bench_transfer(
     from share_simulations.bench.transfer import TransferOptions, run_transfer, transfer_table
 
     options = TransferOptions(
-        data, adapters, _names(tasks, "--tasks"), rows, test_rows, _numbers(epochs, "--epochs"), seeds, processes
+        data=data,
+        adapters=adapters,
+        tasks=_names(tasks, "--tasks"),
+        rows=rows,
+        test_rows=test_rows,
+        epochs=_numbers(epochs, "--epochs"),
+        seeds=seeds,
+        processes=processes,
+        ways=_names(ways, "--ways"),
     )
     report = run_transfer(options, out, _note)
     _finish(report, as_json, transfer_table)

@@ -114,13 +114,19 @@ def auto_plan(
         rank: largest rank of the coefficients.
         budget: see :data:`BUDGET`.
     """
-    left = budget * REFERENCE_COLUMNS * sum(basis.left.shape[0] + basis.right.shape[0] for basis in bases.values())
+    left = budgeted(bases, budget)
     ranks, counts = dict.fromkeys(bases, 0), dict.fromkeys(bases, 0)
     for _, cost, site, inside in sorted(_candidates(bases, learned, rank)):
         if cost <= left:
             left -= cost
             (ranks if inside else counts)[site] += 1
     return {site: _planned(learned[site], ranks[site], counts[site]) for site in bases}
+
+
+def budgeted(bases: Mapping[str, SiteBasis], budget: float = BUDGET) -> int:
+    """Return how many numbers an update may have, its head not counted."""
+    lora = REFERENCE_COLUMNS * sum(basis.left.shape[0] + basis.right.shape[0] for basis in bases.values())
+    return int(budget * lora)
 
 
 def _candidates(

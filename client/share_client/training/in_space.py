@@ -6,19 +6,18 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
 from share_client.training.adaptation import auto_plan, fixed_plan, learned_by, narrowed, wide_plan
 from share_client.training.factors import FixedFactors, SpaceFactors
-from share_client.training.gradients import site_gradients
 from share_client.training.loop import fresh_head, head_tensors, train
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
 from share_client.training.plan import SitePlan
 from share_client.training.private import train_private
-from share_client.training.start import free_directions, random_directions, start_cores
+from share_client.training.start import random_directions, start_cores
 from share_core.errors import ConfigError, SpaceMismatchError
 from share_core.linalg import balanced, canonical, numerical_rank
 from share_core.privacy import CoefficientNoise, Declaration, SampleNoise, noisy_cores
@@ -66,7 +65,7 @@ def train_in_space(
     trained_head = fresh_head(backbone, task, options.seed, head)
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
-    changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared)
+    changes, plan = _start(backbone, task, space, task_id, options, declared)
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
     else:
@@ -141,25 +140,19 @@ def _start(
     space: Space,
     task_id: str,
     options: TrainingOptions,
-    head: nn.Module,
     declared: Declaration | None,
 ) -> tuple[dict[str, SpaceFactors], dict[str, SitePlan]]:
-    """Return the change of every site to start from. With noise it tells nothing of the data: only the steps do."""
+    """Return the change of every site to start from; it tells nothing of the data. Beside noise a new one is zero."""
     bases, rank = space.bases, options.pseudo_rank
     draw = torch.Generator().manual_seed(options.seed)
+    cores = start_cores(space, task_id, rank, draw, warm=declared is None)
     if declared is not None:
-        cores = start_cores(space, task_id, rank, {}, draw)
         plan = fixed_plan(bases, rank, _private_directions(space, options, declared), "fixed beside noise")
-        free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
+    elif options.directions is None:
+        plan = wide_plan(bases, rank, task.train_rows)
     else:
-        if options.directions is None:
-            plan = wide_plan(bases, rank, task.train_rows)
-        else:
-            plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
-        count = max((one.directions for one in plan.values()), default=0)
-        gradients = site_gradients(backbone, task, head, bases, count, options)
-        cores = start_cores(space, task_id, rank, gradients, draw)
-        free = free_directions(gradients, bases, {site: one.directions for site, one in plan.items()})
+        plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
+    free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
     factors = {site: SpaceFactors(bases[site], cores[site], free[site]).to(backbone.device) for site in bases}
     return factors, plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ def train(
         for epoch in range(1, epochs + 1):
             for chosen in epoch_batches(task.train, options.batch_size, draw):
                 value = _step(backbone, task, head, chosen, options, optimizer)
+                if done == 0:
+                    require_finite_loss(value, task)
                 schedule.step()
                 done += 1
                 mean = smoothed(mean, value) if done > 1 else value
@@ -120,6 +123,19 @@ def train(
         if stop is not None:
             stop.restore()
     return Trained(loss=mean, steps=done)
+
+
+def require_finite_loss(loss: float, task: PreparedTask) -> None:
+    """Refuse rows that nothing can be learned from.
+
+    Raises:
+        ConfigError: the loss is NaN or infinite before the first step.
+    """
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"task {task.config.name!r}: expected a finite loss on the first rows, got {loss}; look for extreme "
+            f"numbers in {task.config.train}"
+        )
 
 
 def _step(

@@ -38,7 +38,7 @@ class TrainingOptions:
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`."""
     directions: int | None = None
-    """Free directions phi at each site. None: by the gradient, see :mod:`~.adaptation`."""
+    """Free directions phi at each site. None: by what was learned, see :mod:`~.adaptation`."""
     pseudo_rank: int = 8
     """Rank p of the core at each site; never more than the subspace has."""
     seed: int = 0

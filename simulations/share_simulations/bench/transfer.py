@@ -68,7 +68,16 @@ class TransferOptions:
     seeds: int = 3
     """Each draws other training rows, other starts and another random basis."""
     processes: int = 2
+    ways: tuple[str, ...] = WAYS
+    """``learned`` among them."""
     k_max: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if {*self.ways} - {*WAYS} or "learned" not in self.ways:
+            raise ConfigError(
+                f"bench transfer: ways: expected learned and others of {', '.join(WAYS)}, got {', '.join(self.ways)}"
+            )
 
 
 def run_transfer(options: TransferOptions, out: Path | None, note: Note) -> dict[str, Any]:
@@ -88,7 +97,11 @@ def run_transfer(options: TransferOptions, out: Path | None, note: Note) -> dict
             values = ", ".join(f"{way} {value:.3f}" for way, value in one["values"][str(options.epochs[-1])].items())
             note(f"{one['task']}, seed {one['seed']}: {values}")
             found.append(one)
-    report = {**report_of(found, options.epochs), "merged": [path.name for path in others], "rows": options.rows}
+    report = {
+        **report_of(found, options.epochs, options.ways),
+        "merged": [path.name for path in others],
+        "rows": options.rows,
+    }
     if out is not None:
         from share_simulations.bench.transfer_plot import write_transfer_plot
 
@@ -98,11 +111,11 @@ def run_transfer(options: TransferOptions, out: Path | None, note: Note) -> dict
     return report
 
 
-def report_of(found: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> dict[str, Any]:
+def report_of(found: Sequence[Mapping[str, Any]], epochs: Sequence[int], ways: Sequence[str] = WAYS) -> dict[str, Any]:
     """Return averages over tasks and seeds, with differences of ``learned`` to each other way and their intervals."""
     by_epochs: dict[str, dict[str, Any]] = {}
     for passes in epochs:
-        values = {way: _by_task(found, passes, way) for way in WAYS}
+        values = {way: _by_task(found, passes, way) for way in ways}
         seeds = sorted({one["seed"] for one in found})
         by_epochs[str(passes)] = {
             "means": {way: _mean(own) for way, own in values.items()},
@@ -110,7 +123,7 @@ def report_of(found: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> dict
             "learned_minus": {
                 way: difference(values["learned"], own) for way, own in values.items() if way != "learned"
             },
-            "table": {task: {way: fmean(values[way][task]) for way in WAYS} for task in values["learned"]},
+            "table": {task: {way: fmean(values[way][task]) for way in ways} for task in values["learned"]},
         }
     last = by_epochs[str(epochs[-1])]
     return {**last["means"], "epochs": epochs[-1], "table": last["table"], "by_epochs": by_epochs, "runs": list(found)}
@@ -188,7 +201,7 @@ def _measured(job: tuple[TransferOptions, Path, str, int]) -> dict[str, Any]:
     values = {}
     for passes in options.epochs:
         training = TrainingOptions(epochs=passes, seed=seed)
-        values[str(passes)] = {way: _trained(backbone, task, way, spaces, training) for way in WAYS}
+        values[str(passes)] = {way: _trained(backbone, task, way, spaces, training) for way in options.ways}
     return {"task": name, "seed": seed, "test_rows": task.test_rows, "values": values}
 
 

@@ -19,6 +19,8 @@ def write_transfer_plot(report: Mapping[str, Any], path: Path) -> None:
     for axes, (passes, own) in zip(panels, report["by_epochs"].items(), strict=True):
         names = [*own["table"], "mean"]
         for number, (way, marker) in enumerate(MARKERS.items()):
+            if way not in own["means"]:
+                continue
             values = [row[way] for row in own["table"].values()] + [own["means"][way]]
             axes.plot(names, values, marker, label=way, color="0.5" if way == "frozen" else f"C{number}")
         axes.tick_params(axis="x", rotation=60)
