@@ -1,4 +1,4 @@
-"""How much of itself a task may add at each site: ``auto`` trains wide and sends what a budget of numbers buys.
+"""How much of itself a task may add at each site: ``auto`` trains wide, then keeps what a budget of numbers buys.
 
 Every site is trained with coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as many as a LoRA has,
 but for one case: a task of few rows at a site whose bases others have filled trains coefficients only. There free
@@ -6,7 +6,8 @@ directions learn the rows and not the task: with 100 rows in a space of 16 tasks
 Then what was learned, ``dW = L E_o (R E_i).T + B A.T``, is sorted. What lies in the subspace is sent as coefficients,
 at ``k_out + k_in`` numbers for each rank; of the rest a direction costs ``d_out + d_in``. Over all sites the singular
 values with most energy per number are kept, until all together send :data:`BUDGET` of what that LoRA would. So tasks
-that find an empty subspace bring directions, and later ones, which find their own needs in it, bring few.
+that find an empty subspace bring directions, and later ones, which find their own needs in it, bring few. The last
+third of the steps trains what was kept.
 
 Few directions learn worse than many, but what many have learned is nearly all in few: on MiniLM and trec a LoRA of rank
 1 learns .920, rank 8 .950, and rank 8 cut to a tenth of its numbers still has .944 (docs/adr/0021).
@@ -24,6 +25,9 @@ from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFacto
 from share_client.training.plan import SitePlan
 from share_core.linalg import canonical, float64, small_svd
 from share_core.types import Core, SiteBasis
+
+NARROW_AT = 2 / 3
+"""Share of the steps that is trained wide."""
 
 BUDGET = 0.2
 """Share of the numbers of a LoRA of rank 8 that one update sends, heads not counted."""
@@ -69,15 +73,12 @@ def learned_by(change: SpaceFactors) -> Learned:
 
 
 def narrowed(change: SpaceFactors, learned: Learned, plan: SitePlan) -> SpaceFactors:
-    """Return the part of a change that is sent: coefficients of the plan's rank and its strongest directions."""
+    """Return the part of a change that is kept: coefficients of the plan's rank and its strongest directions."""
     u, s, v = small_svd(learned.inside)
     rank, count = plan.pseudo_rank, plan.directions
     core = Core((u[:, :rank] * s[:rank] / IN_NORM).float(), (v[:, :rank] * IN_NORM).float())
-    kept = SpaceFactors(
-        SiteBasis(change.left.cpu(), change.right.cpu()),
-        core,
-        (learned.in_[:, :count] * IN_NORM).float(),
-    )
+    free_in = (learned.in_[:, :count] * IN_NORM).float()
+    kept = SpaceFactors(SiteBasis(change.left.cpu(), change.right.cpu()), core, free_in, few=False)
     with torch.no_grad():
         kept.free_out.copy_(learned.out[:, :count] * learned.values[:count] / IN_NORM)
     return kept.to(change.left.device)
@@ -151,7 +152,7 @@ def _planned(learned: Learned, rank: int, count: int) -> SitePlan:
     share = float(inside.sum()) / energy
     sent = float(inside[:rank].sum() + learned.values[:count].square().sum()) / energy
     return SitePlan(
-        rank, count, share, f"{share:.0%} of what was learned lies in the subspace, {sent:.0%} of it is sent"
+        rank, count, share, f"{share:.0%} of what was learned lies in the subspace, {sent:.0%} of it is kept"
     )
 
 

@@ -46,6 +46,11 @@ CORE_RATE = 2.0
 others have filled can be followed faster (docs/adr/0021)."""
 
 
+IN_RATE = 2.0
+"""Multiple of the rate of free ``in_`` columns: a LoRA's are half as long at its usual scale alpha / r = 2 and take the
+same steps, so they turn twice as fast."""
+
+
 def rate_for(length: int) -> float:
     """Return the multiple of the learning rate for columns of this length: ``sqrt(REFERENCE_WIDTH / length)``."""
     return math.sqrt(REFERENCE_WIDTH / max(1, length))
@@ -111,9 +116,18 @@ class SpaceFactors(SiteFactors):
     left: Tensor
     right: Tensor
 
-    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor) -> None:
-        """Start from a core (p columns) and free ``in_`` directions (d_in, phi); their ``out`` starts at zero."""
+    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor, few: bool = True) -> None:
+        """Start from a core (p columns) and free ``in_`` directions (d_in, phi); their ``out`` starts at zero.
+
+        Args:
+            basis: of the site.
+            core: where the coefficients start.
+            free_in: where the free directions start.
+            few: whether few free directions take larger steps, as the module's docstring says. False where they were
+                found by many and are only refined.
+        """
         super().__init__()
+        self._few = REFERENCE_COLUMNS / max(1, free_in.shape[1]) if few else 1.0
         self.register_buffer("left", basis.left)
         self.register_buffer("right", basis.right)
         self.core_out = nn.Parameter(core.out.clone())
@@ -128,10 +142,9 @@ class SpaceFactors(SiteFactors):
 
     def rated(self) -> Sequence[Rated]:
         """Core factors and free directions, by the rules of the module's docstring."""
-        few = REFERENCE_COLUMNS / max(1, self.free_out.shape[1])
         return [
             Rated(self.core_out, CORE_RATE * rate_for(self.left.shape[1])),
             Rated(self.core_in, CORE_RATE * rate_for(self.right.shape[1])),
-            Rated(self.free_out, few * rate_for(self.left.shape[0])),
-            Rated(self.free_in, few * rate_for(self.right.shape[0])),
+            Rated(self.free_out, self._few * rate_for(self.left.shape[0])),
+            Rated(self.free_in, IN_RATE * self._few * rate_for(self.right.shape[0])),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
-from share_client.training.adaptation import auto_plan, fixed_plan, learned_by, narrowed, wide_plan
+from share_client.training.adaptation import NARROW_AT, auto_plan, fixed_plan, learned_by, narrowed, wide_plan
 from share_client.training.factors import FixedFactors, SpaceFactors
 from share_client.training.loop import fresh_head, head_tensors, train
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
@@ -66,15 +67,18 @@ def train_in_space(
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
     changes, plan = _start(backbone, task, space, task_id, options, declared)
+    numbers = sum(p.numel() for change in changes.values() for p in change.parameters())
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
-    else:
-        trained = train(backbone, task, trained_head, changes, options, progress)
-    numbers = sum(p.numel() for change in changes.values() for p in change.parameters())
-    if declared is None and options.directions is None:
+    elif declared is None and options.directions is None:
+        wide = train(backbone, task, trained_head, changes, options, progress, (0.0, NARROW_AT))
         learned = {site: learned_by(change) for site, change in changes.items()}
         plan = auto_plan(space.bases, learned, options.pseudo_rank)
         changes = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
+        trained = train(backbone, task, trained_head, changes, options, progress, (NARROW_AT, 1.0))
+        trained = replace(trained, steps=wide.steps + trained.steps)
+    else:
+        trained = train(backbone, task, trained_head, changes, options, progress)
     submission = _submission(changes)
     if isinstance(declared, CoefficientNoise):
         submission = _with_noise(submission, space, declared, options.pseudo_rank)

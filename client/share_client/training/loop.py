@@ -83,23 +83,35 @@ def train(
     changes: Mapping[str, SiteFactors],
     options: TrainingOptions,
     progress: ProgressCallback | None,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Trained:
     """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
 
     Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends. Where
     neither has a number to train, as with a kind without a head, no step is taken. With ``options.patience`` a tenth of
     the rows is held out and the numbers are those of the best pass, see :mod:`~.early`.
+
+    Args:
+        backbone: the encoder.
+        task: what is trained on.
+        head: the head.
+        changes: by site.
+        options: see :class:`TrainingOptions`.
+        progress: called after every step.
+        span: which part of the steps is taken, with the rows and rates as if all were; (0.5, 1.0) is the second half.
     """
     stop: EarlyStop | None = None
     rated = [one for change in changes.values() for one in change.rated()]
     if options.patience is not None:
         task, rows = held_out(task, options.seed)
         numbers = [*head.parameters(), *(one.parameter for one in rated)]
-        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience)
+        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience) if span[1] == 1.0 else None
     epochs = passes(options.epochs, task.train_rows, options.batch_size)
     steps = epochs * -(-task.train_rows // options.batch_size)
     optimizer = adamw(head, backbone.width, rated, options.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
+    first, end = (round(part * steps) for part in span)
+    factor = triangle(steps, options.warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(first + step))
     if not any(one.numel() for group in optimizer.param_groups for one in group["params"]):
         return Trained(loss=float("nan"), steps=0)
     modules = {site: adapted(backbone.site(site), change) for site, change in changes.items()}
@@ -108,21 +120,23 @@ def train(
     with injected(backbone, modules), recomputed(backbone, options.checkpointing):
         for epoch in range(1, epochs + 1):
             for chosen in epoch_batches(task.train, options.batch_size, draw):
+                done += 1
+                if not first < done <= end:
+                    continue
                 value = _step(backbone, task, head, chosen, options, optimizer)
-                if done == 0:
+                if done == 1:
                     require_finite_loss(value, task)
                 schedule.step()
-                done += 1
-                mean = smoothed(mean, value) if done > 1 else value
+                mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
                     progress(Progress(epoch, epochs, done, steps, mean))
                 if options.pace > 0:
                     time.sleep(options.pace)
-            if stop is not None and stop.ended():
+            if done >= end or (stop is not None and done > first and stop.ended()):
                 break
         if stop is not None:
             stop.restore()
-    return Trained(loss=mean, steps=done)
+    return Trained(loss=mean, steps=min(done, end) - first)
 
 
 def require_finite_loss(loss: float, task: PreparedTask) -> None:

@@ -72,6 +72,8 @@ def check_what_stays_is_the_best_of_its_size() -> None:
     torch.testing.assert_close(dense(kept), best, atol=1e-4, rtol=1e-4)
     for columns in (kept.core_in, kept.free_in):
         torch.testing.assert_close(columns.norm(dim=0), torch.full((columns.shape[1],), IN_NORM), atol=1e-5, rtol=1e-5)
+    plain = SpaceFactors(basis, Core(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(24, 2))
+    assert plain.rated()[2].multiple == 4 * kept.rated()[2].multiple, "directions that were found take plain steps"
 
 
 def test_what_stays_is_the_best_of_its_size() -> None:
@@ -141,7 +143,7 @@ def test_what_it_says_is_what_was_learned() -> None:
         inside = torch.linalg.svdvals(learned.inside).square()
         assert one.captured == pytest.approx(float(inside.sum()) / learned.energy)
         sent = float(inside[: one.pseudo_rank].sum() + learned.values[: one.directions].square().sum())
-        assert f"{sent / learned.energy:.0%} of it is sent" in one.why
+        assert f"{sent / learned.energy:.0%} of it is kept" in one.why
 
 
 def check_few_rows_add_nothing_to_filled_bases() -> None:
