@@ -1,0 +1,104 @@
+"""Passes, parts of a training, and training that ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from share_client.training import Backbone, PreparedTask, Progress, TrainingOptions, early
+from share_client.training.early import held_out
+from share_client.training.loop import fresh_head, train
+from share_client.training.options import DEFAULT_EPOCHS, LEAST_STEPS, passes
+from share_core.errors import ConfigError
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 426, 427, 5000])
+def test_few_rows_are_passed_over_more_often(rows: int) -> None:
+    per_pass = -(-rows // 32)
+    found = passes(None, rows, 32)
+    assert found >= DEFAULT_EPOCHS
+    assert found * per_pass >= LEAST_STEPS
+    assert found == DEFAULT_EPOCHS or (found - 1) * per_pass < LEAST_STEPS, "no more than that"
+    assert passes(7, rows, 32) == 7
+
+
+def test_two_halves_take_the_steps_of_the_whole(backbone: Backbone, bars: PreparedTask) -> None:
+    options = TrainingOptions(epochs=3)
+
+    def seen(*spans: tuple[float, float]) -> list[tuple[int, int]]:
+        head = fresh_head(backbone, bars, 0, None)
+        told: list[Progress] = []
+        steps = [train(backbone, bars, head, {}, options, told.append, span).steps for span in spans]
+        assert sum(steps) == len(told) == 18
+        return [(one.epoch, one.step) for one in told]
+
+    assert seen((0.0, 2 / 3), (2 / 3, 1.0)) == seen((0.0, 1.0)) == [(1 + n // 6, n + 1) for n in range(18)]
+
+
+def test_without_a_state_in_the_optimiser_the_parts_are_the_whole(backbone: Backbone, bars: PreparedTask) -> None:
+    """Same rows, same rates: with plain gradient steps the two ways end at the same numbers."""
+
+    def plain(head: torch.nn.Module, width: int, rated: Any, rate: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(head.parameters(), lr=rate)
+
+    found = []
+    with mock.patch("share_client.training.loop.adamw", plain):
+        for spans in ([(0.0, 1.0)], [(0.0, 2 / 3), (2 / 3, 1.0)]):
+            head = fresh_head(backbone, bars, 0, None)
+            for span in spans:
+                train(backbone, bars, head, {}, TrainingOptions(epochs=3), None, span)
+            found.append(torch.cat([p.detach().flatten() for p in head.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_held_out_rows_are_not_trained_on(bars: PreparedTask) -> None:
+    task, rows = held_out(bars, 3)
+    assert (task.train_rows, len(rows)) == (173, 19)
+    whole = bars.train.batch(range(bars.train_rows), torch.device("cpu"))[0]
+    parts = [part.batch(range(len(part)), torch.device("cpu"))[0] for part in (task.train, rows)]
+    (name,) = whole
+    together = {tuple(row.tolist()) for part in parts for row in part[name].flatten(1)}
+    assert together == {tuple(row.tolist()) for row in whole[name].flatten(1)}
+    assert len(together) == 192
+
+
+def test_one_row_cannot_be_held_out(bars: PreparedTask) -> None:
+    from share_client.kinds.kind import Chosen
+
+    with pytest.raises(ConfigError, match="patience needs at least 2 training rows"):
+        held_out(replace(bars, train=Chosen(bars.train, [0])), 0)
+
+
+def check_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
+    """Losses on the held-out rows are given; the head must be that of the lowest, two passes before the end."""
+    losses = iter([3.0, 1.0, 2.0, 1.5, 0.0])
+    after: list[torch.Tensor] = []
+    head = fresh_head(backbone, bars, 0, None)
+
+    def loss(self: Any) -> float:
+        after.append(next(head.parameters()).detach().clone())
+        return next(losses)
+
+    with mock.patch.object(early.EarlyStop, "_loss", loss):
+        trained = train(backbone, bars, head, {}, TrainingOptions(epochs=5, patience=2), None)
+    assert trained.steps == 4 * 6
+    assert torch.equal(next(head.parameters()), after[1])
+    assert not torch.equal(after[1], after[3])
+
+
+def test_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
+    check_the_best_pass_is_kept(backbone, bars)
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [("restore", lambda self: None), ("ended", lambda self: bool(self._loss() < 0))],
+)
+def test_planted_bug_is_caught(name: str, bug: Callable[..., Any], backbone: Backbone, bars: PreparedTask) -> None:
+    with mock.patch.object(early.EarlyStop, name, bug), pytest.raises(AssertionError):
+        check_the_best_pass_is_kept(backbone, bars)
