@@ -264,9 +264,9 @@ def _most_bytes(options: TrainingOptions, declared: object, space: Space, update
     """Return what the numbers of an update may take; None where their shapes are fixed before the training."""
     from share_client.training.adaptation import budgeted
 
-    if options.directions is not None or declared is not None:
+    if options.budget is None or declared is not None:
         return None
-    return 4 * (budgeted(space.bases) + sum(tensor.numel() for tensor in update.head.values()))
+    return 4 * (budgeted(space.bases, options.budget) + sum(tensor.numel() for tensor in update.head.values()))
 
 
 def _notes(task: PreparedTask) -> list[str]:
@@ -383,7 +383,7 @@ def print_check(found: Checked, tell: Callable[[str], None]) -> None:
         if task.most_bytes is not None:
             tell(
                 f"  leaves at most {task.most_bytes} bytes of numbers in version {found.version} of the space; what is "
-                "learned decides on the ranks (directions = 2 fixes them). As two steps see it:"
+                "learned decides on the ranks. As two steps see it:"
             )
         else:
             tell(f"  leaves, {task.payload_bytes} bytes with the header, in version {found.version} of the space:")

@@ -23,6 +23,7 @@ _SENTENCES: Mapping[str, str] = {
     "contributing": "{task}: {sites} sites of rank up to {rank}, {payload_bytes} bytes to send",
     "training": "{task}: training on {rows} rows in version {version}",
     "progress": "{task}: epoch {epoch}, step {step} of {steps}, loss {loss:.4f}",
+    "plan": "{task}: {sites}",
     "trained": "{task}: trained {steps} steps in {seconds:.1f} s, loss {loss:.4f}, {payload_bytes} bytes to send",
     "spent": "{task}: epsilon {epsilon:.3f} at delta {delta:.1e} spent by all its trainings so far",
     "refit": "{task}: coefficients learned again in version {version}: {reason}",

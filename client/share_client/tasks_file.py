@@ -72,13 +72,13 @@ class TaskConfig:
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """The table ``[task.options]``, which the kind reads and checks by :func:`read_options`."""
     epochs: int | None = None
-    """Passes over the training rows. None: 3, or more where that would be fewer than 40 steps."""
+    """Passes over the training rows. None: 3, or without DP-SGD more where that would be fewer than 40 steps."""
     batch_size: int = 32
     """Rows in one step."""
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor; the other parameters' steps are derived from it."""
     directions: int | None = None
-    """Free directions phi trained and sent at each site. None: chosen for each site by what was learned."""
+    """Free directions phi at each site. None: chosen for each site by its bases and the rows."""
     pseudo_rank: int | None = None
     """Largest rank p of the coefficients at each site. None: the trainer's default."""
     seed: int = 0
@@ -107,6 +107,9 @@ class TaskConfig:
     """Parts into which the rows of one step are cut to save memory; it changes no result."""
     checkpointing: bool = False
     """Whether activations are computed again instead of being kept, to save memory; it changes no result."""
+    budget: float | None = None
+    """Share of the numbers of a LoRA of rank 8 that an update sends at most. It is then trained as wide as that, and
+    what was learned decides what is kept at each site. None: see :attr:`directions`."""
     patience: int | None = None
     """Passes without a lower loss on a held-out tenth of the training rows after which training ends, and what was best
     is kept. None: all passes are made, on all rows."""
@@ -367,6 +370,7 @@ def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:
             for key, expected, got, wrong in (
                 ("precision", "fp32 or auto", task.precision, task.precision == "bf16"),
                 ("checkpointing", "false", "true", task.checkpointing),
+                ("budget", "none", task.budget, task.budget is not None),
                 ("patience", "none", task.patience, task.patience is not None),
             )
             if wrong
@@ -449,6 +453,7 @@ _READERS: Mapping[str, values.Reader] = {
     "precision": lambda value, where: values.one_of(value, PRECISIONS, where),
     "accumulate": values.integer(1, 65_536),
     "checkpointing": values.boolean,
+    "budget": values.number(0.01, 1),
     "patience": values.integer(1, 1000),
     "privacy": read_privacy,
 }

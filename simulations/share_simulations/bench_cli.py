@@ -341,7 +341,7 @@ def bench_sequence(
     tasks: Annotated[str | None, typer.Option(help="In order of arrival, comma-separated. Default: twelve.")] = None,
     modes: Annotated[
         str, typer.Option(help="Ways to adapt, auto among them.")
-    ] = "auto,coefficients,directions,free,frozen",
+    ] = "auto,budget,coefficients,directions,free,frozen",
     clients: Annotated[int, typer.Option(min=1, help="Clients that the tasks arrive at in turn.")] = 4,
     rows: Annotated[int, typer.Option(min=8, help="Training rows of a task.")] = 1500,
     test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task. Default: all.")] = 100_000,

@@ -27,7 +27,7 @@ from share_client.data import table as table_module
 from share_client.kinds import text_classification as text_module
 from share_client.tasks_file import read_tasks
 from share_client.training import TrainingOptions, load_backbone, prepare_task, train_in_space
-from share_client.training import loop as loop_module
+from share_client.training import gradients as gradients_module
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.space import empty_space
@@ -82,7 +82,7 @@ def _none(*_: Any, **__: Any) -> Any:
 
 GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "encodings": ("latin-1", lines_module, "_decoded", lambda line, *_: line.decode("utf-8", "replace")),
-    "finite loss": ("pixels-huge", loop_module, "require_finite_loss", _none),
+    "finite gradients": ("pixels-huge", gradients_module, "require_finite_gradients", _none),
     "surrogates": ("text-half-character", table_module, "_encodable", lambda _: True),
     "unknown keys": ("misspelt-key", values_module, "unknown", _none),
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
@@ -152,7 +152,7 @@ def _really(path: Path, space: Space | None = None) -> bytes:
 
 @pytest.mark.parametrize("share_head", [False, True])
 def test_what_it_says_leaves_is_what_a_real_training_sends(good: Callable[[str], Path], share_head: bool) -> None:
-    path = good(f"share_head = {str(share_head).lower()}\ndirections = 2\n")
+    path = good(f"share_head = {str(share_head).lower()}\n")
     found = check_tasks(path)
     assert found.problems == ()
     (task,) = found.tasks
@@ -171,7 +171,7 @@ def test_what_it_says_leaves_is_what_a_real_training_sends(good: Callable[[str],
 
 @pytest.mark.parametrize("share_head", [False, True])
 def test_what_is_chosen_by_what_is_learned_has_a_bound(good: Callable[[str], Path], share_head: bool) -> None:
-    path = good(f"share_head = {str(share_head).lower()}\n")
+    path = good(f"share_head = {str(share_head).lower()}\nbudget = 0.3\n")
     (task,) = check_tasks(path).tasks
     sent = describe_tensors(_really(path))
     assert task.most_bytes is not None
@@ -251,9 +251,9 @@ def test_it_says_whose_task_it_is_and_with_whom_it_is_shared(good: Callable[[str
 
 
 def test_code_and_text_for_people(good: Callable[[str], Path]) -> None:
-    answer = CliRunner().invoke(app, ["check", str(good("directions = 2\n"))])
+    answer = CliRunner().invoke(app, ["check", str(good(""))])
     assert answer.exit_code == 0, answer.output
-    for words in ("82 training and 18 test rows, 4 classes", "leaves, ", "A/blocks.0.attention.query  F32  2 x 64"):
+    for words in ("82 training and 18 test rows, 4 classes", "leaves, ", "A/blocks.0.attention.query  F32  4 x 64"):
         assert words in answer.stdout
     assert "stays here, the private head:\n    weight  float32  4 x 64  1024 bytes" in answer.stdout
     bad = CliRunner().invoke(app, ["check", str(good("epoch = 3\n"))])

@@ -157,7 +157,7 @@ def test_a_folder_is_a_task_under_the_defaults(incoming: Path, look: Any, settli
     assert look() == (["four", "one", "two"], [])
     four, one, two = dropped_tasks(read_tasks(incoming.parent / "tasks.toml"), settling).tasks
     assert (four.train, four.test) == (incoming / "four" / "train", incoming / "four" / "test")
-    assert (one.kind, one.train, one.epochs) == ("image-classification", incoming / "one" / "train.npz", 3)
+    assert (one.kind, one.train, one.epochs) == ("image-classification", incoming / "one" / "train.npz", None)
     assert (two.epochs, two.validation, two.test) == (7, 0.25, None)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from share_core import warm_start
+from share_core.linalg import EXACT_BELOW, leading_right_vectors
 from share_core.types import Core, Cores
 from share_core.warm_start import common_share, shared_start
 
@@ -97,3 +98,20 @@ def test_a_site_that_a_task_leaves_out_counts_as_zero() -> None:
 def test_planted_bug_is_caught(name: str, bug: Any, check: Callable[[], None]) -> None:
     with mock.patch.object(warm_start, name, bug), pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("shape", [(560, 520), (520, 600), (40, 30)])
+def test_leading_vectors_are_those_of_the_whole_decomposition(shape: tuple[int, int]) -> None:
+    """Random restriction against the whole SVD, on a spectrum that falls as a gradient's does."""
+    draw = torch.Generator().manual_seed(3)
+    assert min(shape) > EXACT_BELOW or min(shape) < 100
+    u = torch.linalg.qr(torch.randn(shape[0], 25, generator=draw, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(shape[1], 25, generator=draw, dtype=torch.float64)).Q
+    x = (u * 0.7 ** torch.arange(25)) @ v.T
+    vectors, values = leading_right_vectors(x, 4)
+    whole = torch.linalg.svd(x)
+    torch.testing.assert_close(values, whole.S[:4], rtol=1e-6, atol=0)
+    overlap = (vectors.T @ whole.Vh[:4].T).abs()
+    torch.testing.assert_close(overlap, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-5)
+    again, _ = leading_right_vectors(x, 4)
+    assert torch.equal(vectors, again)

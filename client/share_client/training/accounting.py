@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from share_client.privacy_table import PrivacyConfig
 from share_client.tasks_file import TaskConfig
-from share_client.training.options import passes
+from share_client.training.options import DEFAULT_EPOCHS
 from share_core.errors import ConfigError
 from share_core.privacy import (
     COEFFICIENTS,
@@ -56,7 +56,7 @@ def _coefficients(privacy: PrivacyConfig) -> CoefficientNoise:
 def _samples(task: TaskConfig, privacy: PrivacyConfig, rows: int) -> SampleNoise:
     delta = 1 / (10 * rows) if privacy.delta is None else privacy.delta
     rate = min(1.0, task.batch_size / rows)
-    steps = passes(task.epochs, rows, task.batch_size) * -(-rows // task.batch_size)
+    steps = (task.epochs or DEFAULT_EPOCHS) * -(-rows // task.batch_size)
 
     def spent(noise: float) -> float:
         return _epsilon([(noise, rate, steps)], delta)

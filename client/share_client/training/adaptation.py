@@ -1,16 +1,15 @@
-"""How much of itself a task may add at each site: ``auto`` trains wide, then keeps what a budget of numbers buys.
+"""How much of itself a task may add at each site, and why.
 
-Every site is trained with coefficients and :data:`~.factors.REFERENCE_COLUMNS` free directions, as many as a LoRA has,
-but for one case: a task of few rows at a site whose bases others have filled trains coefficients only. There free
-directions learn the rows and not the task: with 100 rows in a space of 16 tasks they cost more than they were worth.
-Then what was learned, ``dW = L E_o (R E_i).T + B A.T``, is sorted. What lies in the subspace is sent as coefficients,
-at ``k_out + k_in`` numbers for each rank; of the rest a direction costs ``d_out + d_in``. Over all sites the singular
-values with most energy per number are kept, until all together send :data:`BUDGET` of what that LoRA would. So tasks
-that find an empty subspace bring directions, and later ones, which find their own needs in it, bring few. The last
-third of the steps trains what was kept.
+By default (:func:`auto_plan`) a site trains coefficients in the bases that it finds, and :data:`DIRECTIONS` free
+directions beside them, more where the bases are empty. A task of few rows adds none where others have filled the bases:
+there free directions learn the rows and not the task (docs/adr/0021).
 
-Few directions learn worse than many, but what many have learned is nearly all in few: on MiniLM and trec a LoRA of rank
-1 learns .920, rank 8 .950, and rank 8 cut to a tenth of its numbers still has .944 (docs/adr/0021).
+With a budget (:func:`budget_plan`) every site is trained wide, with :data:`~.factors.REFERENCE_COLUMNS` free
+directions, as many as a LoRA has. After two thirds of the steps what was learned, ``dW = L E_o (R E_i).T + B A.T``, is
+sorted. What lies in the subspace costs ``k_out + k_in`` numbers for each rank to send; of the rest a direction costs
+``d_out + d_in``. Over all sites the singular values with most energy per number are kept, until all together send the
+budget's share of what that LoRA would; the last third of the steps trains those. (Pruning by what was learned is
+AdaLoRA's idea, arXiv 2303.10512.)
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ from share_core.linalg import canonical, float64, small_svd
 from share_core.types import Core, SiteBasis
 
 NARROW_AT = 2 / 3
-"""Share of the steps that is trained wide."""
+"""Share of the steps that is trained wide, where there is a budget."""
 
-BUDGET = 0.2
-"""Share of the numbers of a LoRA of rank 8 that one update sends, heads not counted."""
+DIRECTIONS = 2
+"""Free directions where the bases hold something."""
+
+FIRST_DIRECTIONS = 4
+"""Free directions where the bases are empty: there is nothing yet to combine."""
 
 
 FEW_ROWS = 500
@@ -91,21 +93,23 @@ def fixed_plan(bases: Mapping[str, SiteBasis], rank: int, directions: int, why: 
     }
 
 
-def wide_plan(bases: Mapping[str, SiteBasis], rank: int, rows: int) -> dict[str, SitePlan]:
-    """Return what is trained at every site of a task with ``rows`` training rows, before anything is sorted."""
-    return {
-        site: SitePlan(
-            _rank(basis, rank),
-            0 if rows < FEW_ROWS and _is_filled(basis, rank) else min(REFERENCE_COLUMNS, _room(basis)),
-            None,
-            "all of it is trained",
-        )
-        for site, basis in bases.items()
-    }
+def auto_plan(bases: Mapping[str, SiteBasis], rank: int, rows: int) -> dict[str, SitePlan]:
+    """Return the default for a task with ``rows`` training rows, by the rule of the module's docstring."""
+    return {site: _default(basis, rank, rows) for site, basis in bases.items()}
 
 
-def auto_plan(
-    bases: Mapping[str, SiteBasis], learned: Mapping[str, Learned], rank: int, budget: float = BUDGET
+def _default(basis: SiteBasis, rank: int, rows: int) -> SitePlan:
+    k = min(basis.k_out, basis.k_in)
+    if k == 0:
+        return SitePlan(0, min(FIRST_DIRECTIONS, _room(basis)), None, "the bases are empty")
+    if rows < FEW_ROWS and _is_filled(basis, rank):
+        why = f"{rows} rows are too few to add to bases of {k} vectors"
+        return SitePlan(_rank(basis, rank), 0, None, why)
+    return SitePlan(_rank(basis, rank), min(DIRECTIONS, _room(basis)), None, f"the bases hold {k} vectors")
+
+
+def budget_plan(
+    bases: Mapping[str, SiteBasis], learned: Mapping[str, Learned], rank: int, budget: float
 ) -> dict[str, SitePlan]:
     """Return for every site the rank and the directions that the budget buys, by the rule of the module's docstring.
 
@@ -113,7 +117,7 @@ def auto_plan(
         bases: of the version that is trained in.
         learned: what was learned at every site.
         rank: largest rank of the coefficients.
-        budget: see :data:`BUDGET`.
+        budget: share of the numbers of a LoRA of rank 8 that one update sends, heads not counted.
     """
     left = budgeted(bases, budget)
     ranks, counts = dict.fromkeys(bases, 0), dict.fromkeys(bases, 0)
@@ -124,7 +128,7 @@ def auto_plan(
     return {site: _planned(learned[site], ranks[site], counts[site]) for site in bases}
 
 
-def budgeted(bases: Mapping[str, SiteBasis], budget: float = BUDGET) -> int:
+def budgeted(bases: Mapping[str, SiteBasis], budget: float) -> int:
     """Return how many numbers an update may have, its head not counted."""
     lora = REFERENCE_COLUMNS * sum(basis.left.shape[0] + basis.right.shape[0] for basis in bases.values())
     return int(budget * lora)
@@ -151,9 +155,7 @@ def _planned(learned: Learned, rank: int, count: int) -> SitePlan:
     inside = small_svd(learned.inside)[1].square()
     share = float(inside.sum()) / energy
     sent = float(inside[:rank].sum() + learned.values[:count].square().sum()) / energy
-    return SitePlan(
-        rank, count, share, f"{share:.0%} of what was learned lies in the subspace, {sent:.0%} of it is kept"
-    )
+    return SitePlan(rank, count, share, f"{sent:.0%} of what was learned is kept")
 
 
 def _rank(basis: SiteBasis, rank: int) -> int:

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
-from share_client.training.adaptation import NARROW_AT, auto_plan, fixed_plan, learned_by, narrowed, wide_plan
-from share_client.training.factors import FixedFactors, SpaceFactors
-from share_client.training.loop import fresh_head, head_tensors, train
+from share_client.training.adaptation import NARROW_AT, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
+from share_client.training.factors import REFERENCE_COLUMNS, FixedFactors, SpaceFactors
+from share_client.training.gradients import site_gradients
+from share_client.training.loop import Trained, fresh_head, head_tensors, train
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
 from share_client.training.plan import SitePlan
 from share_client.training.private import train_private
-from share_client.training.start import random_directions, start_cores
+from share_client.training.start import free_directions, random_directions, start_cores
 from share_core.errors import ConfigError, SpaceMismatchError
 from share_core.linalg import balanced, canonical, numerical_rank
 from share_core.privacy import CoefficientNoise, Declaration, SampleNoise, noisy_cores
@@ -66,25 +67,16 @@ def train_in_space(
     trained_head = fresh_head(backbone, task, options.seed, head)
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
-    changes, plan = _start(backbone, task, space, task_id, options, declared)
+    changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared)
     numbers = sum(p.numel() for change in changes.values() for p in change.parameters())
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
-    elif declared is None and options.directions is None:
-        wide = train(backbone, task, trained_head, changes, options, progress, (0.0, NARROW_AT))
-        learned = {site: learned_by(change) for site, change in changes.items()}
-        plan = auto_plan(space.bases, learned, options.pseudo_rank)
-        changes = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
-        trained = train(backbone, task, trained_head, changes, options, progress, (NARROW_AT, 1.0))
-        trained = replace(trained, steps=wide.steps + trained.steps)
+    elif declared is None and options.budget is not None:
+        trained, changes, plan = _narrowing(backbone, task, space, trained_head, changes, options, progress)
     else:
         trained = train(backbone, task, trained_head, changes, options, progress)
-    submission = _submission(changes)
-    if isinstance(declared, CoefficientNoise):
-        submission = _with_noise(submission, space, declared, options.pseudo_rank)
-        noisy = _fixed(submission, space, backbone)
-        if any(True for _ in trained_head.parameters()):
-            trained = train(backbone, task, trained_head, noisy, options, progress)
+    submission, again = _submitted(backbone, task, space, options, trained_head, changes, declared, progress)
+    trained = again or trained
     tensors = head_tensors(trained_head)
     return TrainResult(
         update=Update(
@@ -144,21 +136,69 @@ def _start(
     space: Space,
     task_id: str,
     options: TrainingOptions,
+    head: nn.Module,
     declared: Declaration | None,
 ) -> tuple[dict[str, SpaceFactors], dict[str, SitePlan]]:
-    """Return the change of every site to start from; it tells nothing of the data. Beside noise a new one is zero."""
+    """Return the change of every site to start from. With noise it tells nothing of the data: only the steps do."""
     bases, rank = space.bases, options.pseudo_rank
     draw = torch.Generator().manual_seed(options.seed)
     cores = start_cores(space, task_id, rank, draw, warm=declared is None)
     if declared is not None:
         plan = fixed_plan(bases, rank, _private_directions(space, options, declared), "fixed beside noise")
-    elif options.directions is None:
-        plan = wide_plan(bases, rank, task.train_rows)
-    else:
+    elif options.budget is not None:
+        plan = fixed_plan(bases, rank, REFERENCE_COLUMNS, "all of it is trained")
+    elif options.directions is not None:
         plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
-    free = random_directions(bases, {site: one.directions for site, one in plan.items()}, draw)
+    else:
+        plan = auto_plan(bases, rank, task.train_rows)
+    counts = {site: one.directions for site, one in plan.items()}
+    if declared is not None or options.budget is not None:
+        free = random_directions(bases, counts, draw)
+    else:
+        gradients = site_gradients(backbone, task, head, bases, max(counts.values(), default=0), options)
+        plan = {site: replace(one, captured=gradients[site].captured) for site, one in plan.items()}
+        free = free_directions(gradients, bases, counts)
     factors = {site: SpaceFactors(bases[site], cores[site], free[site]).to(backbone.device) for site in bases}
     return factors, plan
+
+
+def _narrowing(
+    backbone: Backbone,
+    task: PreparedTask,
+    space: Space,
+    head: nn.Module,
+    changes: Mapping[str, SpaceFactors],
+    options: TrainingOptions,
+    progress: ProgressCallback | None,
+) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
+    """Train wide, keep what the budget buys, and train that to the end."""
+    assert options.budget is not None
+    wide = train(backbone, task, head, changes, options, progress, (0.0, NARROW_AT))
+    learned = {site: learned_by(change) for site, change in changes.items()}
+    plan = budget_plan(space.bases, learned, options.pseudo_rank, options.budget)
+    kept = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
+    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0))
+    return replace(trained, steps=wide.steps + trained.steps), kept, plan
+
+
+def _submitted(
+    backbone: Backbone,
+    task: PreparedTask,
+    space: Space,
+    options: TrainingOptions,
+    head: nn.Module,
+    changes: Mapping[str, SpaceFactors],
+    declared: Declaration | None,
+    progress: ProgressCallback | None,
+) -> tuple[dict[str, SiteUpdate], Trained | None]:
+    """Return what is sent, with noise where it is asked for; the head is then trained once more on what that left."""
+    submission = _submission(changes)
+    if not isinstance(declared, CoefficientNoise):
+        return submission, None
+    submission = _with_noise(submission, space, declared, options.pseudo_rank)
+    if not any(True for _ in head.parameters()):
+        return submission, None
+    return submission, train(backbone, task, head, _fixed(submission, space, backbone), options, progress)
 
 
 def _fixed(sites: Mapping[str, SiteUpdate], space: Space, backbone: Backbone) -> dict[str, FixedFactors]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone
@@ -48,9 +49,38 @@ class AdaptedConv(nn.Module):
         return y
 
 
+class ProbedLinear(nn.Module):
+    """The frozen map plus a zero matrix (d_out, d_in), whose gradient is that of the frozen weight as a matrix."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.base = place.module
+        zeros = torch.zeros(place.d_out, place.d_in, dtype=place.compute_dtype(), device=place.device)
+        self.change = nn.Parameter(zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        y: Tensor = self.base(x) + nn.functional.linear(x, self.change)
+        return y
+
+
+class ProbedConv(ProbedLinear):
+    """The same for a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, channels, ...) to (rows, d_out, ...)."""
+        y: Tensor = self.base(x) + _convolved(self.base, x, self.change)
+        return y
+
+
 def adapted(base: Place, change: SiteFactors) -> AdaptedLinear | AdaptedConv:
     """Return the module that computes what ``base`` would with ``out @ in_.T`` added to its weight as a matrix."""
     return AdaptedConv(base.module, change) if base.kind == "conv" else AdaptedLinear(base.module, change)
+
+
+def probed(base: Place) -> ProbedLinear:
+    """Return the module that computes what ``base`` does and has the gradient of its weight in ``change``."""
+    return ProbedConv(base) if base.kind == "conv" else ProbedLinear(base)
 
 
 def _convolved(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

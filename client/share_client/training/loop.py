@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,8 +123,6 @@ def train(
                 if not first < done <= end:
                     continue
                 value = _step(backbone, task, head, chosen, options, optimizer)
-                if done == 1:
-                    require_finite_loss(value, task)
                 schedule.step()
                 mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
@@ -137,19 +134,6 @@ def train(
         if stop is not None:
             stop.restore()
     return Trained(loss=mean, steps=min(done, end) - first)
-
-
-def require_finite_loss(loss: float, task: PreparedTask) -> None:
-    """Refuse rows that nothing can be learned from.
-
-    Raises:
-        ConfigError: the loss is NaN or infinite before the first step.
-    """
-    if not math.isfinite(loss):
-        raise ConfigError(
-            f"task {task.config.name!r}: expected a finite loss on the first rows, got {loss}; look for extreme "
-            f"numbers in {task.config.train}"
-        )
 
 
 def _step(

@@ -14,10 +14,12 @@ class SitePlan:
     directions: int
     """Free directions phi."""
     captured: float | None
-    """Share of the energy of what was learned that lies in the subspace; None: it was not looked at."""
+    """Share that lies in the subspace, of the first gradient's energy or, with a budget, of what was learned; None: not
+    looked at."""
     why: str
     """In words, for the owner."""
 
     def __str__(self) -> str:
         """Return the plan in one line."""
-        return f"rank {self.pseudo_rank}, {self.directions} new: {self.why}"
+        seen = "" if self.captured is None else f"; {self.captured:.0%} of what it needs lies in them"
+        return f"rank {self.pseudo_rank}, {self.directions} new: {self.why}{seen}"

@@ -27,7 +27,7 @@ from share_client.noise import system_normal, system_sample
 from share_client.training.factors import Rated, SpaceFactors
 from share_client.training.inject import injected
 from share_client.training.loop import Trained, adamw, smoothed, triangle
-from share_client.training.options import Progress, ProgressCallback, TrainingOptions, passes
+from share_client.training.options import DEFAULT_EPOCHS, Progress, ProgressCallback, TrainingOptions
 from share_client.training.steps import parts_of
 from share_core.errors import ConfigError
 from share_core.privacy import SampleNoise
@@ -155,7 +155,7 @@ def train_private(
     schedule = torch.optim.lr_scheduler.LambdaLR(plain, triangle(declared.steps, options.warmup))
     parameters = [*head.parameters(), *(one.parameter for one in rated)]
     expected = declared.sample_rate * task.train_rows
-    epochs = passes(options.epochs, task.train_rows, options.batch_size)
+    epochs = options.epochs or DEFAULT_EPOCHS
     per_epoch = max(1, declared.steps // epochs)
     mean: float | None = None
     with injected(backbone, adapted):

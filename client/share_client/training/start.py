@@ -2,9 +2,9 @@
 
 A task that the space already holds starts from its own core. A new one starts from what the stored cores have in
 common (:mod:`share_core.warm_start`), which is nothing while they are few or do not agree. Half of the columns at least
-are left to the task itself. They and the free directions start at random, as those of a LoRA do, and not along the
-gradient: Adam moves every column by about the same amount, so columns along different directions of the gradient learn
-all of these alike, and what is learned is spread over more of them than can be sent (docs/adr/0021).
+are left to the task itself, and start at random. A few free directions start along the gradient; many, of which only
+the strongest will stay, at random: Adam moves every column by about the same amount, so columns along different
+directions of the gradient learn all of these alike, and what is learned is spread over more than stays (docs/adr/0021).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from share_client.training.factors import IN_NORM
+from share_client.training.gradients import SiteGradient
 from share_core.linalg import canonical, float64, numerical_rank, residual, small_svd
 from share_core.types import Core, SiteBasis, Space
 from share_core.warm_start import shared_start
@@ -73,6 +74,16 @@ def _orthonormal_after(columns: Tensor) -> Tensor:
     return signed
 
 
+def free_directions(
+    gradients: Mapping[str, SiteGradient], bases: Mapping[str, SiteBasis], counts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return starting directions (d_in, count) for every site: its gradient's strongest outside of its right basis.
+
+    Where the gradient has fewer directions than asked for, the last ones are arbitrary.
+    """
+    return {site: _started(gradients[site].directions[:, :count], bases[site].right) for site, count in counts.items()}
+
+
 def random_directions(
     bases: Mapping[str, SiteBasis], counts: Mapping[str, int], draw: torch.Generator
 ) -> dict[str, Tensor]:
@@ -80,9 +91,10 @@ def random_directions(
 
     They tell nothing of the data. Their norm is :data:`~.factors.IN_NORM`.
     """
-    made = {}
-    for site, count in counts.items():
-        right = float64(bases[site].right)
-        columns = torch.randn(right.shape[0], count, generator=draw)
-        made[site] = (_orthonormal_after(residual(right, float64(columns))) * IN_NORM).to(torch.float32)
-    return made
+    columns = {site: torch.randn(bases[site].right.shape[0], count, generator=draw) for site, count in counts.items()}
+    return {site: _started(one, bases[site].right) for site, one in columns.items()}
+
+
+def _started(columns: Tensor, right: Tensor) -> Tensor:
+    outside = residual(float64(right), float64(columns))
+    return (_orthonormal_after(outside) * IN_NORM).to(torch.float32)

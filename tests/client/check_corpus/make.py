@@ -339,7 +339,7 @@ def image_cases() -> None:
     holed = pixels(8, 8, 8)
     holed[3, 4, 4] = np.nan
     broken("pixel-nan", ["row 3", "NaN or infinity"], x=holed, y=labels)
-    broken("pixels-huge", ["finite loss", "extreme numbers"], x=pixels(8, 8, 8) * 1e38, y=labels)
+    broken("pixels-huge", ["finite gradients", "extreme numbers"], x=pixels(8, 8, 8) * 1e38, y=labels)
     broken(
         "images-too-large", ["8 x 8 with 1 channel(s)", "got 28 x 28", "resize = true"], x=pixels(8, 28, 28), y=labels
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, fixed_plan, learned_by, narrowed, wide_plan
+from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
 from share_client.training.plan import SitePlan
 from share_core.linalg import small_svd
@@ -99,7 +99,7 @@ def check_it_is_the_best_that_the_budget_buys() -> None:
     for seed, k, budget in ((0, 3, 0.2), (1, 3, 0.4), (2, 5, 0.3), (3, 2, 0.6)):
         bases = {site: basis for site, basis in bases_of(24, k).items() if site != "c"}
         learned = learned_for(bases, seed)
-        plan = auto_plan(bases, learned, 8, budget)
+        plan = budget_plan(bases, learned, 8, budget)
         allowed = budget * REFERENCE_COLUMNS * 2 * 48
         assert sent(plan, bases) <= allowed
         inside = {site: torch.linalg.svdvals(learned[site].inside).square().tolist() for site in bases}
@@ -126,7 +126,7 @@ def test_it_is_the_best_that_the_budget_buys() -> None:
 
 def test_a_site_where_nothing_was_learned_gets_nothing() -> None:
     bases = bases_of(24, 0)
-    plan = auto_plan(bases, {**learned_for(bases, 0), "c": learned_by(change_of(bases["c"], 0, 0.0))}, 8, 10.0)
+    plan = budget_plan(bases, {**learned_for(bases, 0), "c": learned_by(change_of(bases["c"], 0, 0.0))}, 8, 10.0)
     assert plan["c"].directions == 0
     assert plan["a"].directions == MOST
     assert "nothing was learned" in plan["c"].why
@@ -135,25 +135,28 @@ def test_a_site_where_nothing_was_learned_gets_nothing() -> None:
 def test_what_it_says_is_what_was_learned() -> None:
     bases = bases_of(24, 4)
     inside = {site: learned_by(change_of(basis, 2, directions=0)) for site, basis in bases.items()}
-    for one in auto_plan(bases, inside, 8, 1.0).values():
+    for one in budget_plan(bases, inside, 8, 1.0).values():
         assert one.captured == pytest.approx(1.0, abs=1e-5)
-        assert one.why.startswith("100% of what was learned lies in the subspace")
-    for site, one in auto_plan(bases, learned_for(bases, 1), 2, 0.3).items():
+        assert one.why == "100% of what was learned is kept"
+        assert str(one).endswith("; 100% of what it needs lies in them")
+    for site, one in budget_plan(bases, learned_for(bases, 1), 2, 0.3).items():
         learned = learned_for(bases, 1)[site]
         inside = torch.linalg.svdvals(learned.inside).square()
         assert one.captured == pytest.approx(float(inside.sum()) / learned.energy)
         sent = float(inside[: one.pseudo_rank].sum() + learned.values[: one.directions].square().sum())
-        assert f"{sent / learned.energy:.0%} of it is kept" in one.why
+        assert f"{sent / learned.energy:.0%} of what was learned is kept" in one.why
 
 
 def check_few_rows_add_nothing_to_filled_bases() -> None:
-    bases = {**bases_of(24, 16), "c": bases_of(24, 15)["a"]}
-    few, many = wide_plan(bases, 8, FEW_ROWS - 1), wide_plan(bases, 8, FEW_ROWS)
-    assert [few[site].directions for site in SITES] == [0, 0, MOST]
-    assert [many[site].directions for site in SITES] == [MOST] * 3
-    assert {one.pseudo_rank for one in (*few.values(), *many.values())} == {8}
-    empty = wide_plan(bases_of(24, 0), 0, 1)
-    assert {one.directions for one in empty.values()} == {MOST}, "without coefficients there is nothing else to train"
+    bases = {**bases_of(24, 16), "b": bases_of(24, 15)["a"], "c": bases_of(24, 0)["a"]}
+    few, many = auto_plan(bases, 8, FEW_ROWS - 1), auto_plan(bases, 8, FEW_ROWS)
+    assert [few[site].directions for site in SITES] == [0, 2, 4]
+    assert [many[site].directions for site in SITES] == [2, 2, 4]
+    assert [few[site].pseudo_rank for site in SITES] == [8, 8, 0]
+    assert "too few" in few["a"].why
+    assert "16 vectors" in many["a"].why
+    assert few["c"].why == "the bases are empty"
+    assert auto_plan(bases_of(24, 0), 0, 1)["a"].directions == 4, "without coefficients there is nothing else to train"
 
 
 def test_few_rows_add_nothing_to_filled_bases() -> None:

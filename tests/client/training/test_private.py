@@ -32,10 +32,11 @@ from share_client.training import (
     train_in_space,
 )
 from share_client.training.factors import SpaceFactors
+from share_client.training.gradients import site_gradients
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import Trained, adamw, fresh_head
 from share_client.training.private import PrivateLinear
-from share_client.training.start import random_directions
+from share_client.training.start import free_directions, random_directions
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
@@ -265,15 +266,15 @@ def test_planted_bugs_are_caught(
         check(backbone, bars, grown)
 
 
-def test_a_start_that_depends_on_rows_would_be_noticed(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
+def test_starting_from_the_gradient_would_be_noticed(backbone: Backbone, bars: PreparedTask, grown: Space) -> None:
     tasks = iter([bars, replace(bars, train=bars.test)] * 2)
 
-    def from_rows(bases: Any, counts: dict[str, int], draw: torch.Generator) -> dict[str, Tensor]:
-        first, _ = next(tasks).train.batch([0], backbone.device)
-        seed = int(1000 * float(next(iter(first.values())).sum()))
-        return random_directions(bases, counts, torch.Generator().manual_seed(seed))
+    def from_gradient(bases: Any, counts: dict[str, int], draw: torch.Generator) -> dict[str, Tensor]:
+        task = next(tasks)
+        head = fresh_head(backbone, task, 0, None)
+        return free_directions(site_gradients(backbone, task, head, bases, 2, OPTIONS), bases, counts)
 
-    with mock.patch.object(in_space, "random_directions", from_rows), pytest.raises(AssertionError):
+    with mock.patch.object(in_space, "random_directions", from_gradient), pytest.raises(AssertionError):
         check_starts_tell_nothing(backbone, bars, grown)
 
 

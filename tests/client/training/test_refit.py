@@ -13,7 +13,7 @@ from torch import Tensor
 
 from share_client.trainer import BackboneTrainer
 from share_client.training import Backbone, PreparedTask, TrainingOptions, TrainResult, train_in_space
-from share_client.training.batches import epoch_batches
+from share_client.training.gradients import weight_gradients
 from share_client.training.loop import fresh_head
 from share_client.training.refit import (
     captured_share,
@@ -66,25 +66,6 @@ def test_what_a_training_could_use_is_its_bases_and_its_own_directions(seed: int
         assert torch.allclose(side @ (side.T @ columns), columns, atol=1e-4)
 
 
-def weight_gradient(
-    backbone: Backbone, task: PreparedTask, head: torch.nn.Module, site: str, options: TrainingOptions
-) -> Tensor:
-    """Return the gradient of the weight itself over the same batches."""
-    weight = backbone.site(site).module.weight
-    assert isinstance(weight, Tensor)
-    draw = torch.Generator().manual_seed(options.seed)
-    weight.requires_grad_(True)
-    try:
-        total = torch.zeros_like(weight)
-        for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
-            inputs, targets = task.train.batch(rows, backbone.device)
-            loss = task.kind.loss(task.kind.outputs(backbone, head, inputs), targets)
-            total += torch.autograd.grad(loss, [weight])[0]
-        return total
-    finally:
-        weight.requires_grad_(False)
-
-
 def test_the_gradient_is_taken_where_the_adapter_is(backbone: Backbone, bars: PreparedTask) -> None:
     options = TrainingOptions.of(bars.config)
     head = {k: v.clone() for k, v in fresh_head(backbone, bars, 3, None).state_dict().items()}
@@ -94,7 +75,7 @@ def test_the_gradient_is_taken_where_the_adapter_is(backbone: Backbone, bars: Pr
     shape = (place.d_out, place.d_in)
     draw = torch.Generator().manual_seed(1)
     change = Factors(torch.randn(shape[0], 2, generator=draw) / 3, torch.randn(shape[1], 2, generator=draw) / 3)
-    plain = weight_gradient(backbone, bars, module, site, options)
+    plain = weight_gradients(backbone, bars, module, (site,), options)[site]
     assert torch.allclose(gradients_at(backbone, bars, {}, head, (site,), options)[site], plain, atol=1e-5)
     weight = place.module.weight
     assert isinstance(weight, Tensor)
@@ -102,7 +83,7 @@ def test_the_gradient_is_taken_where_the_adapter_is(backbone: Backbone, bars: Pr
     with torch.no_grad():
         weight += change.out @ change.in_.T
     try:
-        moved = weight_gradient(backbone, bars, module, site, options)
+        moved = weight_gradients(backbone, bars, module, (site,), options)[site]
     finally:
         with torch.no_grad():
             weight.copy_(kept)

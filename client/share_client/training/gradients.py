@@ -1,0 +1,131 @@
+"""What the gradient of a task says about a site before anything is trained.
+
+With ``G`` the gradient of the loss with respect to the frozen weight and bases ``L``, ``R``, coefficients can follow
+``L.T G R`` only; a free direction ``a`` outside of ``R`` can follow ``G a``. The matrices ``G`` themselves are as large
+as the weights: they are taken for a group of sites at a time, looked at, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from share_client.backbones import Backbone
+from share_client.kinds import PreparedTask
+from share_client.training.batches import epoch_batches
+from share_client.training.inject import injected, probed
+from share_client.training.options import TrainingOptions
+from share_client.training.steps import part_losses, recomputed
+from share_core.errors import ConfigError
+from share_core.linalg import float64, leading_right_vectors, residual
+from share_core.types import SiteBasis
+
+GROUP_NUMBERS = 2**28
+"""Numbers in the gradients that are held at one time, 1 GiB in float32; one site alone may have more."""
+
+
+@dataclass(frozen=True)
+class SiteGradient:
+    """One site's gradient as its bases see it."""
+
+    inside: Tensor
+    """``L.T G R`` (k_out, k_in), float64."""
+    directions: Tensor
+    """Leading right singular vectors (d_in, n) of ``G (I - R R.T)``, float64."""
+    strengths: Tensor
+    """Squares of the n singular values, descending."""
+    energy: float
+    """``|G|_F^2``."""
+
+    @property
+    def captured(self) -> float:
+        """Share of the energy that coefficients can follow, ``|L.T G R|^2 / |G|^2``; 0 for a zero gradient."""
+        return float(self.inside.square().sum()) / self.energy if self.energy > 0 else 0.0
+
+
+def site_gradients(
+    backbone: Backbone,
+    task: PreparedTask,
+    head: nn.Module,
+    bases: Mapping[str, SiteBasis],
+    count: int,
+    options: TrainingOptions,
+) -> dict[str, SiteGradient]:
+    """Return what the gradient over a few batches says about every site, with ``count`` directions outside at most.
+
+    Raises:
+        ConfigError: NaN or infinity before anything was trained.
+    """
+    found = {}
+    for group in grouped(backbone, tuple(bases)):
+        for site, gradient in weight_gradients(backbone, task, head, group, options).items():
+            found[site] = seen_by(bases[site], gradient, count)
+    return found
+
+
+def seen_by(basis: SiteBasis, gradient: Tensor, count: int) -> SiteGradient:
+    """Return what of a gradient (d_out, d_in) lies in the bases, and its ``count`` leading directions outside."""
+    left, right = float64(basis.left).to(gradient.device), float64(basis.right).to(gradient.device)
+    g = float64(gradient)
+    outside = residual(right, g.T).T
+    vectors, values = leading_right_vectors(outside, min(count, basis.right.shape[0] - basis.k_in))
+    return SiteGradient(
+        inside=(left.T @ g @ right).cpu(),
+        directions=vectors.cpu(),
+        strengths=values.square().cpu(),
+        energy=float(g.square().sum()),
+    )
+
+
+def grouped(backbone: Backbone, sites: Sequence[str], numbers: int | None = None) -> Iterator[tuple[str, ...]]:
+    """Yield the sites in runs whose weights have at most ``numbers`` (:data:`GROUP_NUMBERS`) numbers together."""
+    most = GROUP_NUMBERS if numbers is None else numbers
+    run: list[str] = []
+    size = 0
+    for site in sites:
+        place = backbone.site(site)
+        own = place.d_out * place.d_in
+        if run and size + own > most:
+            yield tuple(run)
+            run, size = [], 0
+        run.append(site)
+        size += own
+    if run:
+        yield tuple(run)
+
+
+def weight_gradients(
+    backbone: Backbone, task: PreparedTask, head: nn.Module, sites: tuple[str, ...], options: TrainingOptions
+) -> dict[str, Tensor]:
+    """Return the gradient (d_out, d_in) of the loss with respect to every site's frozen weight, over a few batches.
+
+    Raises:
+        ConfigError: NaN or infinity before anything was trained.
+    """
+    draw = torch.Generator().manual_seed(options.seed)
+    probes = {site: probed(backbone.site(site)) for site in sites}
+    matrices = [probe.change for probe in probes.values()]
+    total = [torch.zeros_like(matrix) for matrix in matrices]
+    with injected(backbone, probes), recomputed(backbone, options.checkpointing):
+        for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
+            for loss in part_losses(backbone, task, head, rows, options):
+                for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
+                    running.add_(part)
+    require_finite_gradients(total, task)
+    return dict(zip(sites, total, strict=True))
+
+
+def require_finite_gradients(gradients: Iterable[Tensor], task: PreparedTask) -> None:
+    """Refuse gradients in which no direction can be found.
+
+    Raises:
+        ConfigError: NaN or infinity before anything was trained.
+    """
+    if not all(bool(torch.isfinite(one).all()) for one in gradients):
+        raise ConfigError(
+            f"task {task.config.name!r}: expected finite gradients on the first batches, got NaN or infinity; look "
+            f"for extreme numbers in {task.config.train}"
+        )
