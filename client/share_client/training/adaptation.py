@@ -80,7 +80,7 @@ def narrowed(change: SpaceFactors, learned: Learned, plan: SitePlan) -> SpaceFac
     rank, count = plan.pseudo_rank, plan.directions
     core = Core((u[:, :rank] * s[:rank] / IN_NORM).float(), (v[:, :rank] * IN_NORM).float())
     free_in = (learned.in_[:, :count] * IN_NORM).float()
-    kept = SpaceFactors(SiteBasis(change.left.cpu(), change.right.cpu()), core, free_in, few=False)
+    kept = SpaceFactors(SiteBasis(change.left.cpu(), change.right.cpu()), core, free_in, wide=True)
     with torch.no_grad():
         kept.free_out.copy_(learned.out[:, :count] * learned.values[:count] / IN_NORM)
     return kept.to(change.left.device)

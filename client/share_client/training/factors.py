@@ -47,8 +47,8 @@ others have filled can be followed faster (docs/adr/0021)."""
 
 
 IN_RATE = 2.0
-"""Multiple of the rate of free ``in_`` columns: a LoRA's are half as long at its usual scale alpha / r = 2 and take the
-same steps, so they turn twice as fast."""
+"""Multiple of the rate of ``in_`` columns that are as many as a LoRA's: a LoRA's are half as long, at its usual scale
+alpha / r = 2, and take the same steps, so they turn twice as fast."""
 
 
 def rate_for(length: int) -> float:
@@ -116,18 +116,19 @@ class SpaceFactors(SiteFactors):
     left: Tensor
     right: Tensor
 
-    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor, few: bool = True) -> None:
+    def __init__(self, basis: SiteBasis, core: Core, free_in: Tensor, wide: bool = False) -> None:
         """Start from a core (p columns) and free ``in_`` directions (d_in, phi); their ``out`` starts at zero.
 
         Args:
             basis: of the site.
             core: where the coefficients start.
             free_in: where the free directions start.
-            few: whether few free directions take larger steps, as the module's docstring says. False where they were
-                found by many and are only refined.
+            wide: whether the free directions are as many as a LoRA's, or were found by so many and are only refined:
+                then they learn at a LoRA's rates. Otherwise they are few, and learn faster.
         """
         super().__init__()
-        self._few = REFERENCE_COLUMNS / max(1, free_in.shape[1]) if few else 1.0
+        few = REFERENCE_COLUMNS / max(1, free_in.shape[1])
+        self._rates = (1.0, IN_RATE) if wide else (few, few)
         self.register_buffer("left", basis.left)
         self.register_buffer("right", basis.right)
         self.core_out = nn.Parameter(core.out.clone())
@@ -145,6 +146,6 @@ class SpaceFactors(SiteFactors):
         return [
             Rated(self.core_out, CORE_RATE * rate_for(self.left.shape[1])),
             Rated(self.core_in, CORE_RATE * rate_for(self.right.shape[1])),
-            Rated(self.free_out, self._few * rate_for(self.left.shape[0])),
-            Rated(self.free_in, IN_RATE * self._few * rate_for(self.right.shape[0])),
+            Rated(self.free_out, self._rates[0] * rate_for(self.left.shape[0])),
+            Rated(self.free_in, self._rates[1] * rate_for(self.right.shape[0])),
         ]

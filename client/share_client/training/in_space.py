@@ -158,7 +158,8 @@ def _start(
         gradients = site_gradients(backbone, task, head, bases, max(counts.values(), default=0), options)
         plan = {site: replace(one, captured=gradients[site].captured) for site, one in plan.items()}
         free = free_directions(gradients, bases, counts)
-    factors = {site: SpaceFactors(bases[site], cores[site], free[site]).to(backbone.device) for site in bases}
+    wide = declared is None and options.budget is not None
+    factors = {s: SpaceFactors(basis, cores[s], free[s], wide).to(backbone.device) for s, basis in bases.items()}
     return factors, plan
 
 
