@@ -162,8 +162,7 @@ def make_victims(lab: Lab, seed: int) -> list[Victim]:
         else:
             counter = _KillInMerge(Promised(), 0)
             lab.run(plan, counter)
-            lab.put_back(start)
-            lab.run(plan, _KillInMerge(Promised(), counter.merges))
+            _kill_late(lab, plan, start, counter.merges)
         folder = lab.folder / f"victim-{name}"
         copy_store(plan.store, folder)
         error, text, content = _open(lab, plan)
@@ -171,6 +170,20 @@ def make_victims(lab: Lab, seed: int) -> list[Victim]:
             raise ConfigError(f"the store to damage does not even open undamaged: {error}: {text}")
         found.append(Victim(name, plan, folder, _kinds_of(folder, lab.folder / "look"), content))
     return found
+
+
+def _kill_late(lab: Lab, plan: Plan, start: Start, number: int) -> None:
+    """Run from ``start`` and kill in the merge with this number, or in the last one if this life has fewer.
+
+    How many there are depends on which updates arrive together.
+    """
+    while True:
+        lab.put_back(start)
+        killer = _KillInMerge(Promised(), number)
+        lab.run(plan, killer)
+        if killer.merges == number:
+            return
+        number = killer.merges
 
 
 def _kinds_of(store: Path, scratch: Path) -> dict[str, list[str]]:
