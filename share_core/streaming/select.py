@@ -41,8 +41,8 @@ def weakest(gram: Tensor, count: int) -> Tensor:
     """Return an orthonormal basis (S, K, count) of the directions with least energy in ``gram`` (S, K, K).
 
     Exact for small matrices. For large ones :data:`ITERATIONS` steps of block inverse iteration, started from the last
-    coordinates (the newcomers), a few more than wanted: one Cholesky factorisation instead of a full decomposition. Where
-    eigenvalues lie too close to be told apart, so do the energies, and either choice is as good.
+    coordinates (the newcomers), a few more than wanted: one Cholesky factorisation instead of a full decomposition.
+    Where eigenvalues lie too close to be told apart, so do the energies, and either choice is as good.
     """
     k = gram.shape[-1]
     gram = (gram + gram.mT) / 2

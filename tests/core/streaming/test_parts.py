@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -66,6 +66,7 @@ def test_dropping_the_newcomers_leaves_the_old_directions_where_they_are() -> No
 
 
 @given(st.integers(0, 2**31), st.integers(1, 20))
+@example(195, 1)  # two energies so close that one column alone takes the wrong direction
 @settings(max_examples=10, deadline=None)
 def test_inverse_iteration_loses_no_more_than_the_eigendecomposition(seed: int, count: int) -> None:
     g = torch.Generator().manual_seed(seed)
