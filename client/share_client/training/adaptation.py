@@ -1,8 +1,7 @@
 """How much of itself a task may add at each site, and why.
 
 By default (:func:`auto_plan`) a site trains coefficients in the bases that it finds, and :data:`DIRECTIONS` free
-directions beside them, more where the bases are empty. A task of few rows adds none where others have filled the bases:
-there free directions learn the rows and not the task (docs/adr/0021).
+directions beside them, more where the bases are empty.
 
 With a budget (:func:`budget_plan`) every site is trained wide, with :data:`~.factors.REFERENCE_COLUMNS` free
 directions, as many as a LoRA has. After two thirds of the steps what was learned, ``dW = L E_o (R E_i).T + B A.T``, is
@@ -33,13 +32,6 @@ DIRECTIONS = 2
 
 FIRST_DIRECTIONS = 4
 """Free directions where the bases are empty: there is nothing yet to combine."""
-
-
-FEW_ROWS = 500
-"""Training rows below which a task adds no directions where others have filled the bases."""
-
-FILLED = 2
-"""A site's bases count as filled from so many times the rank of the coefficients on."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +85,15 @@ def fixed_plan(bases: Mapping[str, SiteBasis], rank: int, directions: int, why: 
     }
 
 
-def auto_plan(bases: Mapping[str, SiteBasis], rank: int, rows: int) -> dict[str, SitePlan]:
-    """Return the default for a task with ``rows`` training rows, by the rule of the module's docstring."""
-    return {site: _default(basis, rank, rows) for site, basis in bases.items()}
+def auto_plan(bases: Mapping[str, SiteBasis], rank: int) -> dict[str, SitePlan]:
+    """Return the default, by the rule of the module's docstring."""
+    return {site: _default(basis, rank) for site, basis in bases.items()}
 
 
-def _default(basis: SiteBasis, rank: int, rows: int) -> SitePlan:
+def _default(basis: SiteBasis, rank: int) -> SitePlan:
     k = min(basis.k_out, basis.k_in)
     if k == 0:
         return SitePlan(0, min(FIRST_DIRECTIONS, _room(basis)), None, "the bases are empty")
-    if rows < FEW_ROWS and _is_filled(basis, rank):
-        why = f"{rows} rows are too few to add to bases of {k} vectors"
-        return SitePlan(_rank(basis, rank), 0, None, why)
     return SitePlan(_rank(basis, rank), min(DIRECTIONS, _room(basis)), None, f"the bases hold {k} vectors")
 
 
@@ -160,10 +149,6 @@ def _planned(learned: Learned, rank: int, count: int) -> SitePlan:
 
 def _rank(basis: SiteBasis, rank: int) -> int:
     return min(rank, basis.k_out, basis.k_in)
-
-
-def _is_filled(basis: SiteBasis, rank: int) -> bool:
-    return rank > 0 and min(basis.k_out, basis.k_in) >= FILLED * rank
 
 
 def _room(basis: SiteBasis) -> int:

@@ -9,7 +9,7 @@ directions. The bases are frozen.
 
 Adam moves every number by about the learning rate, so a step on a column of B moves dW by ``lr sqrt(d_out)`` times the
 norm of the column of A, but a step on a column of E_o only by ``lr sqrt(k_out)``. The cores' rate is therefore
-multiplied by ``2 sqrt(384 / k)``, that of free directions by ``sqrt(384 / d)``, and all ``in_`` columns start with the
+multiplied by ``sqrt(384 / k)``, that of free directions by ``sqrt(384 / d)``, and all ``in_`` columns start with the
 same norm :data:`IN_NORM`. So one learning rate serves subspaces of any size, and backbones of any width.
 
 Few columns need larger steps than many: the gradient of a task is concentrated, so all columns of a factor learn much
@@ -39,11 +39,6 @@ REFERENCE_WIDTH = 384
 
 REFERENCE_COLUMNS = 8
 """Number of columns for which ``learning_rate`` is meant: the usual rank of LoRA."""
-
-
-CORE_RATE = 2.0
-"""Multiple of the cores' rate on top of that for their length: a core has fewer numbers to overfit with, and bases that
-others have filled can be followed faster (docs/adr/0021)."""
 
 
 IN_RATE = 2.0
@@ -144,8 +139,8 @@ class SpaceFactors(SiteFactors):
     def rated(self) -> Sequence[Rated]:
         """Core factors and free directions, by the rules of the module's docstring."""
         return [
-            Rated(self.core_out, CORE_RATE * rate_for(self.left.shape[1])),
-            Rated(self.core_in, CORE_RATE * rate_for(self.right.shape[1])),
+            Rated(self.core_out, rate_for(self.left.shape[1])),
+            Rated(self.core_in, rate_for(self.right.shape[1])),
             Rated(self.free_out, self._rates[0] * rate_for(self.left.shape[0])),
             Rated(self.free_in, self._rates[1] * rate_for(self.right.shape[0])),
         ]

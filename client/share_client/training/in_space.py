@@ -150,7 +150,7 @@ def _start(
     elif options.directions is not None:
         plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
     else:
-        plan = auto_plan(bases, rank, task.train_rows)
+        plan = auto_plan(bases, rank)
     counts = {site: one.directions for site, one in plan.items()}
     if declared is not None or options.budget is not None:
         free = random_directions(bases, counts, draw)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import FEW_ROWS, Learned, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
+from share_client.training.adaptation import Learned, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
 from share_client.training.plan import SitePlan
 from share_core.linalg import small_svd
@@ -147,20 +147,13 @@ def test_what_it_says_is_what_was_learned() -> None:
         assert f"{sent / learned.energy:.0%} of what was learned is kept" in one.why
 
 
-def check_few_rows_add_nothing_to_filled_bases() -> None:
-    bases = {**bases_of(24, 16), "b": bases_of(24, 15)["a"], "c": bases_of(24, 0)["a"]}
-    few, many = auto_plan(bases, 8, FEW_ROWS - 1), auto_plan(bases, 8, FEW_ROWS)
-    assert [few[site].directions for site in SITES] == [0, 2, 4]
-    assert [many[site].directions for site in SITES] == [2, 2, 4]
-    assert [few[site].pseudo_rank for site in SITES] == [8, 8, 0]
-    assert "too few" in few["a"].why
-    assert "16 vectors" in many["a"].why
-    assert few["c"].why == "the bases are empty"
-    assert auto_plan(bases_of(24, 0), 0, 1)["a"].directions == 4, "without coefficients there is nothing else to train"
-
-
-def test_few_rows_add_nothing_to_filled_bases() -> None:
-    check_few_rows_add_nothing_to_filled_bases()
+def test_empty_bases_get_more_directions() -> None:
+    bases = {**bases_of(24, 16), "b": bases_of(24, 23)["a"], "c": bases_of(24, 0)["a"]}
+    plan = auto_plan(bases, 8)
+    assert [plan[site].directions for site in SITES] == [2, 1, 4], "as far as there is room"
+    assert [plan[site].pseudo_rank for site in SITES] == [8, 8, 0]
+    assert "16 vectors" in plan["a"].why
+    assert plan["c"].why == "the bases are empty"
 
 
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:
@@ -186,8 +179,6 @@ def _weakest_kept(x: Tensor) -> Any:
     ("where", "bug", "check"),
     [
         ("small_svd", _weakest_kept, check_what_stays_is_the_best_of_its_size),
-        ("_is_filled", lambda basis, rank: True, check_few_rows_add_nothing_to_filled_bases),
-        ("_is_filled", lambda basis, rank: False, check_few_rows_add_nothing_to_filled_bases),
         ("_candidates", _weakest_first, check_it_is_the_best_that_the_budget_buys),
     ],
 )
