@@ -78,7 +78,7 @@ class TaskConfig:
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor; the other parameters' steps are derived from it."""
     directions: int | None = None
-    """Free directions phi at each site. None: chosen for each site by its bases and the rows."""
+    """Free directions phi at each site. None: 2, or 4 where the bases are empty."""
     pseudo_rank: int | None = None
     """Largest rank p of the coefficients at each site. None: the trainer's default."""
     seed: int = 0

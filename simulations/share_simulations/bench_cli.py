@@ -315,7 +315,7 @@ def bench_transfer(
 
     learned: the space as a client uses it; learned_zero: its bases alone; random_basis and backbone_basis: as many
     directions of another origin; lora: a separate adapter of rank 8, same rows and passes. Averages are fractions,
-    intervals are over tasks. The defaults take about an hour on two cores.
+    intervals are over tasks. By estimate the defaults take one to two hours on two cores.
     """
     from share_simulations.bench.transfer import TransferOptions, run_transfer, transfer_table
 
@@ -353,9 +353,9 @@ def bench_sequence(
 ) -> None:
     """Twelve text tasks in sequence at four clients, against a separate LoRA for each: accuracy, forgetting, bytes.
 
-    auto is the default way of adapting, the other modes fix it: coefficients only, two directions at every site, or
-    plain LoRA that is projected. Differences are on the same rows, intervals over tasks. An interrupted run goes on
-    where it was. The defaults take some three hours on two cores.
+    auto is the default way of adapting, the other modes fix it: a budget of a fifth of LoRA's numbers, coefficients
+    only, two directions at every site, or plain LoRA that is projected. Differences are on the same rows, intervals
+    over tasks. An interrupted run goes on where it was. By estimate the defaults take three hours on two cores.
     """
     from share_simulations.bench.sequence import TASKS, SequenceOptions, run_sequence
     from share_simulations.bench.sequence_report import sequence_table

@@ -152,7 +152,7 @@ def _start(
     else:
         plan = auto_plan(bases, rank)
     counts = {site: one.directions for site, one in plan.items()}
-    if declared is not None or options.budget is not None:
+    if declared is not None or options.budget is not None or not any(counts.values()):
         free = random_directions(bases, counts, draw)
     else:
         gradients = site_gradients(backbone, task, head, bases, max(counts.values(), default=0), options)

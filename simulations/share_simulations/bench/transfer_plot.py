@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MARKERS = {"frozen": "_", "lora": "D", "random_basis": "x", "backbone_basis": "+", "learned_zero": "v", "learned": "o"}
+MARKERS = {
+    "frozen": "_",
+    "lora": "D",
+    "lora_double_rate": "d",
+    "random_basis": "x",
+    "backbone_basis": "+",
+    "learned_zero": "v",
+    "learned": "o",
+}
 
 
 def write_transfer_plot(report: Mapping[str, Any], path: Path) -> None:
