@@ -315,7 +315,7 @@ def _task(
     if "test" in given:
         given.pop("validation", None)  # from [defaults]
     task = TaskConfig(**given)
-    problems.extend(_exposed(task, where))
+    problems.extend([*_exposed(task, where), *_two_sizes(task, where)])
     return None if len(problems) > before else task
 
 
@@ -355,6 +355,19 @@ def read_options(config: TaskConfig, readers: Mapping[str, values.Reader]) -> di
         ConfigError: an option that the kind does not know, or a value that its reader refuses.
     """
     return values.read_keys(config.options, readers, f"task {config.name!r}: options of kind {config.kind!r}")
+
+
+def _two_sizes(task: TaskConfig, where: str) -> list[ConfigError]:
+    """Return an error where ``budget`` stands beside something that says already what is sent."""
+    if task.budget is None:
+        return []
+    noisy = task.privacy is not None and task.privacy.mechanism == COEFFICIENTS
+    beside = [("directions", task.directions is not None), (f"privacy mechanism {COEFFICIENTS!r}", noisy)]
+    return [
+        ConfigError(f"{where}: budget: expected none beside {name}, which says what is sent already; take one out")
+        for name, given in beside
+        if given
+    ]
 
 
 def _exposed(task: TaskConfig, where: str) -> list[ConfigError]:

@@ -82,3 +82,16 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_every_field_has_a_reader() -> None:
     assert set(tasks_file._READERS) == {field.name for field in fields(TaskConfig)}
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [("directions = 2", "directions"), ('[task.privacy]\nmechanism = "coefficients"\nepsilon = 1.0', "privacy")],
+)
+def test_a_budget_stands_alone(tmp_path: Path, more: str, name: str) -> None:
+    (tmp_path / "a.npz").write_bytes(b"")
+    head = 'backbone = "digits-vit"\n[[task]]\nname = "a"\nkind = "image-classification"\ntrain = "a.npz"\n'
+    text = f"{head}validation = 0.2\nbudget = 0.2\n"
+    assert tasks_from_toml(text, tmp_path / "tasks.toml").tasks[0].budget == 0.2
+    with pytest.raises(ConfigError, match=f"budget: expected none beside {name}"):
+        tasks_from_toml(text + more + "\n", tmp_path / "tasks.toml")
