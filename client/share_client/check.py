@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from share_client.training import Backbone, PreparedTask, TrainingOptions
+    from share_core.privacy import Declaration
     from share_core.types import Space, Update
 
 STEPS = 2
@@ -260,13 +261,14 @@ def _goes_to(config: TaskConfig) -> str:
     return f"shared with {whom}: as the first update says it, a later change of share_with changes nothing"
 
 
-def _most_bytes(options: TrainingOptions, declared: object, space: Space, update: Update) -> int | None:
+def _most_bytes(options: TrainingOptions, declared: Declaration | None, space: Space, update: Update) -> int | None:
     """Return what the numbers of an update may take; None where their shapes are fixed before the training."""
-    from share_client.training.adaptation import budgeted
+    from share_client.training.adaptation import budget_of, budgeted
 
-    if options.budget is None or declared is not None:
+    budget = budget_of(space.bases, options, declared)
+    if budget is None:
         return None
-    return 4 * (budgeted(space.bases, options.budget) + sum(tensor.numel() for tensor in update.head.values()))
+    return 4 * (budgeted(space.bases, budget) + sum(tensor.numel() for tensor in update.head.values()))
 
 
 def _notes(task: PreparedTask) -> list[str]:

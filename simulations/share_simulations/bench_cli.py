@@ -341,7 +341,7 @@ def bench_sequence(
     tasks: Annotated[str | None, typer.Option(help="In order of arrival, comma-separated. Default: twelve.")] = None,
     modes: Annotated[
         str, typer.Option(help="Ways to adapt, auto among them.")
-    ] = "auto,budget,coefficients,directions,free,frozen",
+    ] = "auto,coefficients,directions,free,frozen",
     clients: Annotated[int, typer.Option(min=1, help="Clients that the tasks arrive at in turn.")] = 4,
     rows: Annotated[int, typer.Option(min=8, help="Training rows of a task.")] = 1500,
     test_rows: Annotated[int, typer.Option(min=1, help="Most test rows of a task. Default: all.")] = 100_000,
@@ -353,9 +353,9 @@ def bench_sequence(
 ) -> None:
     """Twelve text tasks in sequence at four clients, against a separate LoRA for each: accuracy, forgetting, bytes.
 
-    auto is the default way of adapting, the other modes fix it: a budget of a fifth of LoRA's numbers, coefficients
-    only, two directions at every site, or plain LoRA that is projected. Differences are on the same rows, intervals
-    over tasks. An interrupted run goes on where it was. By estimate the defaults take three hours on two cores.
+    auto is the default way of adapting, the other modes fix it: coefficients only, two directions at every site, or
+    plain LoRA that is projected. Differences are on the same rows, intervals over tasks. An interrupted run goes on
+    where it was. By estimate the defaults take three hours on two cores.
     """
     from share_simulations.bench.sequence import TASKS, SequenceOptions, run_sequence
     from share_simulations.bench.sequence_report import sequence_table

@@ -1,14 +1,15 @@
 """How much of itself a task may add at each site, and why.
 
-By default (:func:`auto_plan`) a site trains coefficients in the bases that it finds, and :data:`DIRECTIONS` free
-directions beside them, more where the bases are empty.
-
-With a budget (:func:`budget_plan`) every site is trained wide, with :data:`~.factors.REFERENCE_COLUMNS` free
-directions, as many as a LoRA has. After two thirds of the steps what was learned, ``dW = L E_o (R E_i).T + B A.T``, is
-sorted. What lies in the subspace costs ``k_out + k_in`` numbers for each rank to send; of the rest a direction costs
-``d_out + d_in``. Over all sites the singular values with most energy per number are kept, until all together send the
-budget's share of what that LoRA would; the last third of the steps trains those. (Pruning by what was learned is
+With a budget (:func:`budget_plan`), the default, every site is trained wide, with :data:`~.factors.REFERENCE_COLUMNS`
+free directions, as many as a LoRA has. After :data:`NARROW_AT` of the steps what was learned, ``dW = L E_o (R E_i).T +
+B A.T``, is sorted. What lies in the subspace costs ``k_out + k_in`` numbers for each rank to send; of the rest a
+direction costs ``d_out + d_in``. Over all sites the singular values with most energy per number are kept, until all
+together send the budget's share of what that LoRA would; the other steps train those. (Pruning by what was learned is
 AdaLoRA's idea, arXiv 2303.10512.)
+
+On small backbones, where the budget would buy less than :data:`LEAST_NUMBERS` at a site, the default
+(:func:`small_plan`) is coefficients in the bases that are there, and :data:`DIRECTIONS` free directions beside them,
+more where the bases are empty.
 """
 
 from __future__ import annotations
@@ -20,18 +21,26 @@ import torch
 from torch import Tensor
 
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
+from share_client.training.options import TrainingOptions
 from share_client.training.plan import SitePlan
 from share_core.linalg import canonical, float64, small_svd
+from share_core.privacy import Declaration
 from share_core.types import Core, SiteBasis
 
-NARROW_AT = 2 / 3
+NARROW_AT = 5 / 6
 """Share of the steps that is trained wide, where there is a budget."""
 
+BUDGET = 0.2
+"""Share of the numbers of a LoRA of rank 8 that is sent by default."""
+
+LEAST_NUMBERS = 1024
+"""Numbers at a site, on average, below which the default is no budget: 4 KiB are not worth saving at."""
+
 DIRECTIONS = 2
-"""Free directions where the bases hold something."""
+"""Free directions of small backbones where the bases hold something."""
 
 FIRST_DIRECTIONS = 4
-"""Free directions where the bases are empty: there is nothing yet to combine."""
+"""The same where the bases are empty: there is nothing yet to combine."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def narrowed(change: SpaceFactors, learned: Learned, plan: SitePlan) -> SpaceFac
     rank, count = plan.pseudo_rank, plan.directions
     core = Core((u[:, :rank] * s[:rank] / IN_NORM).float(), (v[:, :rank] * IN_NORM).float())
     free_in = (learned.in_[:, :count] * IN_NORM).float()
-    kept = SpaceFactors(SiteBasis(change.left.cpu(), change.right.cpu()), core, free_in, wide=True)
+    kept = SpaceFactors(SiteBasis(change.left.cpu(), change.right.cpu()), core, free_in)
     with torch.no_grad():
         kept.free_out.copy_(learned.out[:, :count] * learned.values[:count] / IN_NORM)
     return kept.to(change.left.device)
@@ -85,12 +94,27 @@ def fixed_plan(bases: Mapping[str, SiteBasis], rank: int, directions: int, why: 
     }
 
 
-def auto_plan(bases: Mapping[str, SiteBasis], rank: int) -> dict[str, SitePlan]:
-    """Return the default, by the rule of the module's docstring."""
-    return {site: _default(basis, rank) for site, basis in bases.items()}
+def budget_of(bases: Mapping[str, SiteBasis], options: TrainingOptions, declared: Declaration | None) -> float | None:
+    """Return the budget of a training, asked for or by default; None where something else says what is sent.
+
+    Args:
+        bases: of the version that is trained in.
+        options: what was asked for.
+        declared: noise; it goes with fixed numbers only.
+    """
+    if declared is not None:
+        return None
+    if options.budget is not None or options.directions is not None:
+        return options.budget
+    return BUDGET if budgeted(bases, BUDGET) >= LEAST_NUMBERS * len(bases) else None
 
 
-def _default(basis: SiteBasis, rank: int) -> SitePlan:
+def small_plan(bases: Mapping[str, SiteBasis], rank: int) -> dict[str, SitePlan]:
+    """Return the default of small backbones, by the rule of the module's docstring."""
+    return {site: _small(basis, rank) for site, basis in bases.items()}
+
+
+def _small(basis: SiteBasis, rank: int) -> SitePlan:
     k = min(basis.k_out, basis.k_in)
     if k == 0:
         return SitePlan(0, min(FIRST_DIRECTIONS, _room(basis)), None, "the bases are empty")

@@ -118,8 +118,8 @@ class SpaceFactors(SiteFactors):
             basis: of the site.
             core: where the coefficients start.
             free_in: where the free directions start.
-            wide: whether the free directions are as many as a LoRA's, or were found by so many and are only refined:
-                then they learn at a LoRA's rates. Otherwise they are few, and learn faster.
+            wide: whether the free directions are as many as a LoRA's: then they learn at a LoRA's rates. Otherwise
+                they are few, and learn faster.
         """
         super().__init__()
         few = REFERENCE_COLUMNS / max(1, free_in.shape[1])

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
-from share_client.training.adaptation import NARROW_AT, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
+from share_client.training.adaptation import (
+    NARROW_AT,
+    budget_of,
+    budget_plan,
+    fixed_plan,
+    learned_by,
+    narrowed,
+    small_plan,
+)
 from share_client.training.factors import REFERENCE_COLUMNS, FixedFactors, SpaceFactors
 from share_client.training.gradients import site_gradients
 from share_client.training.loop import Trained, fresh_head, head_tensors, train
@@ -67,12 +75,13 @@ def train_in_space(
     trained_head = fresh_head(backbone, task, options.seed, head)
     if isinstance(declared, CoefficientNoise):
         check_releasable(space, task, options)
-    changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared)
+    budget = budget_of(space.bases, options, declared)
+    changes, plan = _start(backbone, task, space, task_id, options, trained_head, declared, budget is not None)
     numbers = sum(p.numel() for change in changes.values() for p in change.parameters())
     if isinstance(declared, SampleNoise):
         trained = train_private(backbone, task, trained_head, changes, options, declared, progress)
-    elif declared is None and options.budget is not None:
-        trained, changes, plan = _narrowing(backbone, task, space, trained_head, changes, options, progress)
+    elif budget is not None:
+        trained, changes, plan = _narrowing(backbone, task, space, trained_head, changes, options, budget, progress)
     else:
         trained = train(backbone, task, trained_head, changes, options, progress)
     submission, again = _submitted(backbone, task, space, options, trained_head, changes, declared, progress)
@@ -138,6 +147,7 @@ def _start(
     options: TrainingOptions,
     head: nn.Module,
     declared: Declaration | None,
+    wide: bool,
 ) -> tuple[dict[str, SpaceFactors], dict[str, SitePlan]]:
     """Return the change of every site to start from. With noise it tells nothing of the data: only the steps do."""
     bases, rank = space.bases, options.pseudo_rank
@@ -145,20 +155,19 @@ def _start(
     cores = start_cores(space, task_id, rank, draw, warm=declared is None)
     if declared is not None:
         plan = fixed_plan(bases, rank, _private_directions(space, options, declared), "fixed beside noise")
-    elif options.budget is not None:
+    elif wide:
         plan = fixed_plan(bases, rank, REFERENCE_COLUMNS, "all of it is trained")
     elif options.directions is not None:
         plan = fixed_plan(bases, rank, options.directions, f"directions = {options.directions} was asked for")
     else:
-        plan = auto_plan(bases, rank)
+        plan = small_plan(bases, rank)
     counts = {site: one.directions for site, one in plan.items()}
-    if declared is not None or options.budget is not None or not any(counts.values()):
+    if declared is not None or wide or not any(counts.values()):
         free = random_directions(bases, counts, draw)
     else:
         gradients = site_gradients(backbone, task, head, bases, max(counts.values(), default=0), options)
         plan = {site: replace(one, captured=gradients[site].captured) for site, one in plan.items()}
         free = free_directions(gradients, bases, counts)
-    wide = declared is None and options.budget is not None
     factors = {s: SpaceFactors(basis, cores[s], free[s], wide).to(backbone.device) for s, basis in bases.items()}
     return factors, plan
 
@@ -170,16 +179,16 @@ def _narrowing(
     head: nn.Module,
     changes: Mapping[str, SpaceFactors],
     options: TrainingOptions,
+    budget: float,
     progress: ProgressCallback | None,
 ) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
     """Train wide, keep what the budget buys, and train that to the end."""
-    assert options.budget is not None
     wide = train(backbone, task, head, changes, options, progress, (0.0, NARROW_AT))
     learned = {site: learned_by(change) for site, change in changes.items()}
-    plan = budget_plan(space.bases, learned, options.pseudo_rank, options.budget)
+    plan = budget_plan(space.bases, learned, options.pseudo_rank, budget)
     kept = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
     trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0))
-    return replace(trained, steps=wide.steps + trained.steps), kept, plan
+    return Trained(trained.loss if trained.steps else wide.loss, wide.steps + trained.steps), kept, plan
 
 
 def _submitted(

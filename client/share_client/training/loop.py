@@ -104,7 +104,7 @@ def train(
     if options.patience is not None:
         task, rows = held_out(task, options.seed)
         numbers = [*head.parameters(), *(one.parameter for one in rated)]
-        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience) if span[1] == 1.0 else None
+        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience)
     epochs = passes(options.epochs, task.train_rows, options.batch_size)
     steps = epochs * -(-task.train_rows // options.batch_size)
     optimizer = adamw(head, backbone.width, rated, options.learning_rate)
@@ -117,6 +117,8 @@ def train(
     draw = torch.Generator().manual_seed(options.seed)
     mean, done = float("nan"), 0
     with injected(backbone, modules), recomputed(backbone, options.checkpointing):
+        if stop is not None and first > 0:
+            stop.ended()  # what it starts with may be the best
         for epoch in range(1, epochs + 1):
             for chosen in epoch_batches(task.train, options.batch_size, draw):
                 done += 1
@@ -129,7 +131,8 @@ def train(
                     progress(Progress(epoch, epochs, done, steps, mean))
                 if options.pace > 0:
                     time.sleep(options.pace)
-            if done >= end or (stop is not None and done > first and stop.ended()):
+            ended = stop is not None and done > first and stop.ended()
+            if ended or done >= end:
                 break
         if stop is not None:
             stop.restore()

@@ -38,7 +38,7 @@ class TrainingOptions:
     learning_rate: float = 2e-3
     """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`."""
     directions: int | None = None
-    """Free directions phi at each site. None: see :func:`~.adaptation.auto_plan`."""
+    """Free directions phi at each site. None: see :mod:`~.adaptation`."""
     pseudo_rank: int = 8
     """Rank p of the core at each site; never more than the subspace has."""
     seed: int = 0
@@ -56,7 +56,7 @@ class TrainingOptions:
     checkpointing: bool = False
     """Whether activations are computed again in the backward pass instead of being kept."""
     budget: float | None = None
-    """Share of a LoRA's numbers that is sent, chosen by what was learned; None: see :func:`~.adaptation.auto_plan`."""
+    """Share of a LoRA's numbers that is sent, chosen by what was learned; None: see :func:`~.adaptation.budget_of`."""
     patience: int | None = None
     """Passes without a lower loss on held-out rows after which training ends, see :mod:`~.early`. None: never."""
 

@@ -60,7 +60,6 @@ SEPARATE = "lora"
 FROZEN = "frozen"
 MODES: Mapping[str, Mapping[str, float | None]] = {
     "auto": {},
-    "budget": {"budget": 0.2},
     "coefficients": {"directions": 0},
     "directions": {"directions": 2},
     "free": {"directions": LORA_RANK, "pseudo_rank": 0},

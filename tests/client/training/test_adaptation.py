@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from share_client.training import adaptation
-from share_client.training.adaptation import Learned, auto_plan, budget_plan, fixed_plan, learned_by, narrowed
+from share_client.training.adaptation import (
+    Learned,
+    budget_of,
+    budget_plan,
+    fixed_plan,
+    learned_by,
+    narrowed,
+    small_plan,
+)
 from share_client.training.factors import IN_NORM, REFERENCE_COLUMNS, SpaceFactors
+from share_client.training.options import TrainingOptions
 from share_client.training.plan import SitePlan
 from share_core.linalg import small_svd
+from share_core.privacy import SampleNoise
 from share_core.types import Core, SiteBasis
 
 SITES = ("a", "b", "c")
@@ -72,8 +82,8 @@ def check_what_stays_is_the_best_of_its_size() -> None:
     torch.testing.assert_close(dense(kept), best, atol=1e-4, rtol=1e-4)
     for columns in (kept.core_in, kept.free_in):
         torch.testing.assert_close(columns.norm(dim=0), torch.full((columns.shape[1],), IN_NORM), atol=1e-5, rtol=1e-5)
-    plain = SpaceFactors(basis, Core(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(24, 2))
-    assert plain.rated()[2].multiple == 4 * kept.rated()[2].multiple, "directions that were found take plain steps"
+    wide = SpaceFactors(basis, Core(torch.zeros(5, 1), torch.zeros(5, 1)), torch.zeros(24, 8), wide=True)
+    assert kept.rated()[2].multiple == 4 * wide.rated()[2].multiple, "two directions take larger steps than eight"
 
 
 def test_what_stays_is_the_best_of_its_size() -> None:
@@ -149,11 +159,21 @@ def test_what_it_says_is_what_was_learned() -> None:
 
 def test_empty_bases_get_more_directions() -> None:
     bases = {**bases_of(24, 16), "b": bases_of(24, 23)["a"], "c": bases_of(24, 0)["a"]}
-    plan = auto_plan(bases, 8)
+    plan = small_plan(bases, 8)
     assert [plan[site].directions for site in SITES] == [2, 1, 4], "as far as there is room"
     assert [plan[site].pseudo_rank for site in SITES] == [8, 8, 0]
     assert "16 vectors" in plan["a"].why
     assert plan["c"].why == "the bases are empty"
+
+
+def test_a_budget_is_the_default_where_it_is_worth_it() -> None:
+    small, large = bases_of(64, 4), bases_of(384, 4)
+    noise = SampleNoise(1.0, 1e-5, 1.0, 1.0, 3, 0.2)
+    assert budget_of(large, TrainingOptions(), None) == 0.2
+    assert budget_of(small, TrainingOptions(), None) is None
+    assert budget_of(small, TrainingOptions(budget=0.5), None) == 0.5
+    assert budget_of(large, TrainingOptions(directions=2), None) is None
+    assert budget_of(large, TrainingOptions(), noise) is None
 
 
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:

@@ -91,6 +91,41 @@ def check_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
     assert not torch.equal(after[1], after[3])
 
 
+@pytest.mark.parametrize(("measured", "best"), [([3.0, 2.0, 1.0], 2), ([3.0, 1.0, 2.0], 1)])
+def test_the_last_pass_may_be_the_best(
+    measured: list[float], best: int, backbone: Backbone, bars: PreparedTask
+) -> None:
+    losses = iter(measured)
+    after: list[torch.Tensor] = []
+    head = fresh_head(backbone, bars, 0, None)
+
+    def loss(self: Any) -> float:
+        after.append(next(head.parameters()).detach().clone())
+        return next(losses)
+
+    with mock.patch.object(early.EarlyStop, "_loss", loss):
+        train(backbone, bars, head, {}, TrainingOptions(epochs=3, patience=2), None)
+    assert torch.equal(next(head.parameters()), after[best])
+
+
+@pytest.mark.parametrize(("measured", "best"), [([1.0, 2.0], 0), ([2.0, 1.0], 1)])
+def test_a_second_part_may_not_be_better_than_what_it_starts_from(
+    measured: list[float], best: int, backbone: Backbone, bars: PreparedTask
+) -> None:
+    losses = iter(measured)
+    after: list[torch.Tensor] = []
+    head = fresh_head(backbone, bars, 0, None)
+
+    def loss(self: Any) -> float:
+        after.append(next(head.parameters()).detach().clone())
+        return next(losses)
+
+    with mock.patch.object(early.EarlyStop, "_loss", loss):
+        train(backbone, bars, head, {}, TrainingOptions(epochs=2, patience=2), None, (0.6, 1.0))
+    assert torch.equal(next(head.parameters()), after[best])
+    assert not torch.equal(after[0], after[1])
+
+
 def test_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
     check_the_best_pass_is_kept(backbone, bars)
 
