@@ -192,7 +192,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     from share_client.trainer import LocalTask
     from share_client.training import TrainingOptions, declare, prepare_task, train_in_space
     from share_client.training.in_space import has_bases
-    from share_client.training.options import passes
+    from share_client.training.options import schedule_of
     from share_core.privacy import CoefficientNoise, SampleNoise
     from share_core.tensorfile import describe_tensors
     from share_core.wire import encode_update
@@ -220,7 +220,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     steps = (
         declared.steps
         if isinstance(declared, SampleNoise)
-        else passes(config.epochs, task.train_rows, config.batch_size) * per_epoch
+        else schedule_of(TrainingOptions.of(config), task.train_rows)[0] * per_epoch
     )
     if isinstance(declared, CoefficientNoise):
         steps *= 2  # the head is trained once more on what the noise left

@@ -75,10 +75,11 @@ class TaskConfig:
     """Passes over the training rows. None: 3, or without DP-SGD more where that would be fewer than 40 steps."""
     batch_size: int = 32
     """Rows in one step."""
-    learning_rate: float = 2e-3
-    """Adam's step for a LoRA factor; the other parameters' steps are derived from it."""
+    learning_rate: float | None = None
+    """Adam's step for a LoRA factor; the other parameters' steps are derived from it. None: 2e-3, or 4e-3 in fewer than
+    60 steps."""
     directions: int | None = None
-    """Free directions phi at each site. None: 2, or 4 where the bases are empty."""
+    """Free directions phi at each site. None: as the default budget buys, see :mod:`~.training.adaptation`."""
     pseudo_rank: int | None = None
     """Largest rank p of the coefficients at each site. None: the trainer's default."""
     seed: int = 0

@@ -15,7 +15,7 @@ from share_client.training.batches import epoch_batches
 from share_client.training.early import EarlyStop, held_out
 from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import adapted, injected
-from share_client.training.options import Progress, ProgressCallback, TrainingOptions, passes
+from share_client.training.options import Progress, ProgressCallback, TrainingOptions, schedule_of
 from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 
@@ -105,9 +105,9 @@ def train(
         task, rows = held_out(task, options.seed)
         numbers = [*head.parameters(), *(one.parameter for one in rated)]
         stop = EarlyStop(backbone, task, rows, head, numbers, options.patience)
-    epochs = passes(options.epochs, task.train_rows, options.batch_size)
+    epochs, rate = schedule_of(options, task.train_rows)
     steps = epochs * -(-task.train_rows // options.batch_size)
-    optimizer = adamw(head, backbone.width, rated, options.learning_rate)
+    optimizer = adamw(head, backbone.width, rated, rate)
     first, end = (round(part * steps) for part in span)
     factor = triangle(steps, options.warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(first + step))

@@ -19,12 +19,14 @@ LEAST_STEPS = 40
 """Steps below which few rows are passed over more often: the first steps are spent on the head (docs/adr/0021)."""
 
 
-def passes(epochs: int | None, rows: int, batch_size: int) -> int:
-    """Return the passes over ``rows``: ``epochs``, or enough for :data:`LEAST_STEPS` and :data:`DEFAULT_EPOCHS`."""
-    if epochs is not None:
-        return epochs
-    per_pass = -(-rows // batch_size)
-    return max(DEFAULT_EPOCHS, -(-LEAST_STEPS // per_pass))
+DEFAULT_RATE = 2e-3
+"""Adam's step for a LoRA factor and the head."""
+
+SHORT_STEPS = 60
+"""Steps below which the default rate is :data:`SHORT_RATE` times as high: as many as few rows come to."""
+
+SHORT_RATE = 2.0
+"""See :data:`SHORT_STEPS`, and docs/adr/0021."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class TrainingOptions:
     """How one task is trained. The defaults serve digits-vit and MiniLM alike."""
 
     epochs: int | None = None
-    """Passes over the training rows. None: :func:`passes`."""
+    """Passes over the training rows. None: :data:`DEFAULT_EPOCHS`, or enough for :data:`LEAST_STEPS`."""
     batch_size: int = 32
     """Rows in one step."""
-    learning_rate: float = 2e-3
-    """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`."""
+    learning_rate: float | None = None
+    """Adam's step for a LoRA factor and the head; that of the core is derived, see :mod:`~.factors`. None:
+    :data:`DEFAULT_RATE`, or more where the steps are few: :func:`schedule_of`."""
     directions: int | None = None
     """Free directions phi at each site. None: see :mod:`~.adaptation`."""
     pseudo_rank: int = 8
@@ -77,6 +80,14 @@ class TrainingOptions:
             patience=task.patience,
             budget=task.budget,
         )
+
+
+def schedule_of(options: TrainingOptions, rows: int) -> tuple[int, float]:
+    """Return the passes over ``rows`` training rows and the learning rate: what is asked for, or the defaults."""
+    per_pass = -(-rows // options.batch_size)
+    epochs = options.epochs or max(DEFAULT_EPOCHS, -(-LEAST_STEPS // per_pass))
+    usual = DEFAULT_RATE if epochs * per_pass >= SHORT_STEPS else SHORT_RATE * DEFAULT_RATE
+    return epochs, options.learning_rate or usual
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from share_client.noise import system_normal, system_sample
 from share_client.training.factors import Rated, SpaceFactors
 from share_client.training.inject import injected
 from share_client.training.loop import Trained, adamw, smoothed, triangle
-from share_client.training.options import DEFAULT_EPOCHS, Progress, ProgressCallback, TrainingOptions
+from share_client.training.options import DEFAULT_EPOCHS, DEFAULT_RATE, Progress, ProgressCallback, TrainingOptions
 from share_client.training.steps import parts_of
 from share_core.errors import ConfigError
 from share_core.privacy import SampleNoise
@@ -151,7 +151,7 @@ def train_private(
     """
     adapted = {site: PrivateLinear(backbone.site(site), change) for site, change in changes.items()}
     rated = [one for site, linear in adapted.items() for one in linear.rated(changes[site])]
-    plain = adamw(head, backbone.width, rated, options.learning_rate)
+    plain = adamw(head, backbone.width, rated, options.learning_rate or DEFAULT_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(plain, triangle(declared.steps, options.warmup))
     parameters = [*head.parameters(), *(one.parameter for one in rated)]
     expected = declared.sample_rate * task.train_rows

@@ -28,7 +28,7 @@ from share_client.training.factors import SiteFactors
 from share_client.training.in_space import train_in_space
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
-from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
+from share_client.training.options import DEFAULT_RATE, ProgressCallback, TrainingOptions, TrainResult
 from share_core.linalg import float64, residual
 from share_core.privacy import Declaration
 from share_core.types import Adapter, Factors, SiteBasis, Space, Update
@@ -179,6 +179,6 @@ def refit_in_space(
         options,
         directions=0,
         pseudo_rank=max(options.pseudo_rank, rank),
-        learning_rate=REFIT_RATE * options.learning_rate,
+        learning_rate=REFIT_RATE * (options.learning_rate or DEFAULT_RATE),
     )
     return train_in_space(backbone, task, space, task_id, fixed, progress, head=head, declared=declared)

@@ -42,6 +42,7 @@ from share_client.training.batches import sorted_batches
 from share_client.training.factors import FixedFactors
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import adamw, fresh_head, triangle
+from share_client.training.options import DEFAULT_RATE
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
@@ -227,7 +228,7 @@ def _with_head(bench: _Bench, task: PreparedTask, options: TrainingOptions, site
     head = fresh_head(backbone, task, options.seed, None)
     draw = torch.Generator().manual_seed(options.seed)
     steps = bench.options.epochs * -(-len(train_y) // options.batch_size)
-    optimizer = adamw(head, backbone.width, (), options.learning_rate)
+    optimizer = adamw(head, backbone.width, (), options.learning_rate or DEFAULT_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(steps, options.warmup))
     for _ in range(bench.options.epochs):
         order = torch.randperm(len(train_y), generator=draw)

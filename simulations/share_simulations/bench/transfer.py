@@ -1,12 +1,15 @@
 """What the subspace that others filled is worth to a new task with few rows.
 
-A space is merged from adapters of other tasks. Then every new task is trained, on the same rows, with the same number
-of passes and the default settings, in
+A space is merged from adapters of other tasks. Then every new task is trained, on the same rows and with the same
+number of passes, as
 
-* ``learned``: that space, as a client does;
-* ``learned_zero``: its bases without its stored cores, so that nothing but the bases carries over;
-* ``random_basis`` and ``backbone_basis``: as many orthonormal random directions, or singular vectors of the backbone;
-* ``lora``: a separate LoRA of rank 8, and ``lora_double_rate`` at twice the learning rate;
+* ``learned``: in that space, by the default settings, as a client does;
+* ``random_basis_default``: the same in as many orthonormal random directions;
+* ``learned_coefficients``: in that space, coefficients only;
+* ``learned_zero``: the same without its stored cores, so that nothing but the bases carries over;
+* ``random_basis`` and ``backbone_basis``: coefficients only, in as many random directions or singular vectors of the
+  backbone;
+* ``lora``: a separate LoRA of rank 8, and ``lora_double_rate`` at twice its rate, the default's for so few steps;
 * ``frozen``: a head on the frozen backbone.
 """
 
@@ -34,6 +37,7 @@ from share_client.training import (
     train_in_space,
     train_lora,
 )
+from share_client.training.options import DEFAULT_RATE
 from share_core.cold_start import backbone_bases
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
@@ -47,7 +51,19 @@ from share_simulations.bench.texts import text_task
 Note = Callable[[str], None]
 
 LORA_RANK = 8
-WAYS = ("frozen", "lora", "lora_double_rate", "random_basis", "backbone_basis", "learned_zero", "learned")
+WAYS = (
+    "frozen",
+    "lora",
+    "lora_double_rate",
+    "random_basis",
+    "backbone_basis",
+    "learned_zero",
+    "learned_coefficients",
+    "random_basis_default",
+    "learned",
+)
+BY_DEFAULT = ("learned", "random_basis_default")
+"""Ways that leave the number of directions to the client; the others in a space train coefficients only."""
 NEW = ("agnews", "cr", "snips", "trec", "tweet_emotion", "mrpc")
 """Default new tasks: one of each kind of text task that the others are made of."""
 
@@ -192,10 +208,13 @@ def _measured(job: tuple[TransferOptions, Path, str, int]) -> dict[str, Any]:
     options, folder, name, seed = job
     backbone, spec, space = _READY[0]
     task = text_task(backbone, options.data, folder, name, options.rows, options.test_rows, str(seed))
+    random = Space(space.version, random_bases(space, seed), {})
     spaces = {
         "learned": space,
+        "learned_coefficients": space,
         "learned_zero": replace(space, cores={}),
-        "random_basis": Space(space.version, random_bases(space, seed), {}),
+        "random_basis": random,
+        "random_basis_default": random,
         "backbone_basis": Space(space.version, backbone_bases(backbone.site_weights(), spec, options.k_max), {}),
     }
     values = {}
@@ -209,10 +228,11 @@ def _trained(
     backbone: Backbone, task: PreparedTask, way: str, spaces: Mapping[str, Space], training: TrainingOptions
 ) -> float:
     if way in spaces:
+        training = training if way in BY_DEFAULT else replace(training, directions=0)
         made = train_in_space(backbone, task, spaces[way], f"new/{task.config.name}", training)
         return evaluate(backbone, task, update_adapter(made.update, spaces[way].bases), made.head).value
-    if way == "lora_double_rate":
-        training = replace(training, learning_rate=2 * training.learning_rate)
+    if way != "frozen":
+        training = replace(training, learning_rate=(2 if way == "lora_double_rate" else 1) * DEFAULT_RATE)
     separate = train_lora(backbone, task, 0 if way == "frozen" else LORA_RANK, training)
     return evaluate(backbone, task, separate.adapter, separate.head).value
 

@@ -13,18 +13,19 @@ import torch
 from share_client.training import Backbone, PreparedTask, Progress, TrainingOptions, early
 from share_client.training.early import held_out
 from share_client.training.loop import fresh_head, train
-from share_client.training.options import DEFAULT_EPOCHS, LEAST_STEPS, passes
+from share_client.training.options import DEFAULT_EPOCHS, DEFAULT_RATE, LEAST_STEPS, SHORT_STEPS, schedule_of
 from share_core.errors import ConfigError
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 426, 427, 5000])
 def test_few_rows_are_passed_over_more_often(rows: int) -> None:
     per_pass = -(-rows // 32)
-    found = passes(None, rows, 32)
+    found, rate = schedule_of(TrainingOptions(), rows)
     assert found >= DEFAULT_EPOCHS
     assert found * per_pass >= LEAST_STEPS
     assert found == DEFAULT_EPOCHS or (found - 1) * per_pass < LEAST_STEPS, "no more than that"
-    assert passes(7, rows, 32) == 7
+    assert rate == (DEFAULT_RATE if found * per_pass >= SHORT_STEPS else 2 * DEFAULT_RATE)
+    assert schedule_of(TrainingOptions(epochs=7, learning_rate=1e-4), rows) == (7, 1e-4)
 
 
 def test_two_halves_take_the_steps_of_the_whole(backbone: Backbone, bars: PreparedTask) -> None:
