@@ -85,7 +85,6 @@ def train_in_space(
     else:
         trained = train(backbone, task, trained_head, changes, options, progress)
     submission, again = _submitted(backbone, task, space, options, trained_head, changes, declared, progress)
-    trained = again or trained
     tensors = head_tensors(trained_head)
     return TrainResult(
         update=Update(
@@ -94,8 +93,8 @@ def train_in_space(
             head=tensors if task.config.share_head else {},
         ),
         head=tensors,
-        loss=trained.loss,
-        steps=trained.steps,
+        loss=(again or trained).loss,
+        steps=(again or trained).steps,
         seconds=time.monotonic() - began,
         trained_numbers=numbers,
         declared=declared,

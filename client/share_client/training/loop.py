@@ -99,12 +99,8 @@ def train(
         progress: called after every step.
         span: which part of the steps is taken, with the rows and rates as if all were; (0.5, 1.0) is the second half.
     """
-    stop: EarlyStop | None = None
     rated = [one for change in changes.values() for one in change.rated()]
-    if options.patience is not None:
-        task, rows = held_out(task, options.seed)
-        numbers = [*head.parameters(), *(one.parameter for one in rated)]
-        stop = EarlyStop(backbone, task, rows, head, numbers, options.patience)
+    task, stop = _watched(backbone, task, head, rated, options)
     epochs, rate = schedule_of(options, task.train_rows)
     steps = epochs * -(-task.train_rows // options.batch_size)
     optimizer = adamw(head, backbone.width, rated, rate)
@@ -137,6 +133,17 @@ def train(
         if stop is not None:
             stop.restore()
     return Trained(loss=mean, steps=min(done, end) - first)
+
+
+def _watched(
+    backbone: Backbone, task: PreparedTask, head: nn.Module, rated: Iterable[Rated], options: TrainingOptions
+) -> tuple[PreparedTask, EarlyStop | None]:
+    """Return the task without the rows that are held out, and what watches them; as it is where nothing is."""
+    if options.patience is None:
+        return task, None
+    task, rows = held_out(task, options.seed)
+    numbers = [*head.parameters(), *(one.parameter for one in rated)]
+    return task, EarlyStop(backbone, task, rows, head, numbers, options.patience)
 
 
 def _step(
