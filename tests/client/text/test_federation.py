@@ -135,7 +135,7 @@ def test_language_models(taught: Path, own_hub_class: Any, tmp_path: Path, conne
         return {"texts": ("causal-lm", *texts), "asked": ("instruction", *asked)}  # type: ignore[dict-item]
 
     clients = {"north": two("snips"), "south": two("trec")}
-    keys = "epochs = 5\nbatch_size = 16\nmax_length = 32\naccumulate = 2\ncheckpointing = true"
+    keys = "accumulate = 2\ncheckpointing = true"
     with federation(own_hub_class, tmp_path, backbone) as hub:
         found = shown(hub, tmp_path, connect, backbone, model, clients, keys)
     assert len(found) == 4
@@ -158,7 +158,7 @@ def test_numbers_of_texts(own_hub_class: Any, tmp_path: Path, connect: Callable[
         client: {"pairs": ("text-regression", pairs("train", first, 96, sign), pairs("test", first, 48, sign))}
         for client, first, sign in (("north", 0, 1), ("south", 96, -1))
     }
-    keys = "epochs = 3\nbatch_size = 16\nmax_length = 24"
+    keys = ""
     with federation(own_hub_class, tmp_path, backbone) as hub:
         found = shown(hub, tmp_path, connect, backbone, model, clients, keys)
     assert len(found) == 2
