@@ -34,6 +34,7 @@ from share_core.merge import HubState, MergePolicy, empty_state, merge
 from share_core.space import task_adapter, update_adapter
 from share_core.types import Adapter, Factors, Space, SpaceSpec
 from share_core.wire import decode_update, encode_adapter, encode_delta, encode_snapshot, encode_update, payload_bytes
+from share_simulations.bench.parts import Parts
 from share_simulations.bench.sequence_report import summary
 from share_simulations.bench.texts import text_task
 
@@ -107,16 +108,15 @@ def run_sequence(options: SequenceOptions, note: Note) -> dict[str, Any]:
     Raises:
         ConfigError: data are missing, or ``out`` holds a run with other options.
     """
-    _claim(options)
+    parts = Parts(options.out, _described(options))
     seeds = {way: min(options.seeds, options.fixed_seeds) for way in options.modes}
     seeds |= dict.fromkeys((SEPARATE, "auto"), options.seeds)
     pairs = sorted(((way, seed) for way, count in seeds.items() for seed in range(count)), key=_urgency)
-    wanted = [(options, way, seed) for way, seed in pairs]
-    open_ = [one for one in wanted if not _kept(*one).is_file()]
+    open_ = [(options, parts, way, seed) for way, seed in pairs if not parts.has(f"{way}-{seed}")]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for way, seed, mean in pool.imap_unordered(_chain, open_, chunksize=1):
             note(f"seed {seed}, {way}: mean accuracy {mean:.4f}")
-    found = {way: [json.loads(_kept(options, way, s).read_text()) for s in range(n)] for way, n in seeds.items()}
+    found = {way: [parts.load(f"{way}-{seed}") for seed in range(n)] for way, n in seeds.items()}
     report = {**summary(found), "options": _described(options), "seeds": seeds}
     (options.out / "sequence.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     from share_simulations.bench.sequence_plot import write_sequence_plot
@@ -138,31 +138,16 @@ def _described(options: SequenceOptions) -> dict[str, Any]:
     return json.loads(json.dumps(own))  # type: ignore[no-any-return]
 
 
-def _claim(options: SequenceOptions) -> None:
-    path = options.out / "parts" / "options.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and json.loads(path.read_text()) != _described(options):
-        raise ConfigError(f"{options.out}: holds a run with other options ({path}); name another --out or remove it")
-    path.write_text(json.dumps(_described(options), indent=1) + "\n", encoding="utf-8")
-
-
-def _kept(options: SequenceOptions, way: str, seed: int) -> Path:
-    return options.out / "parts" / f"{way}-{seed}.json"
-
-
-def _chain(job: tuple[SequenceOptions, str, int]) -> tuple[str, int, float]:
+def _chain(job: tuple[SequenceOptions, Parts, str, int]) -> tuple[str, int, float]:
     """Run one way of adapting over all tasks and keep its figures."""
-    options, way, seed = job
+    options, parts, way, seed = job
     torch.set_num_threads(1)
     backbone = load_backbone("minilm", "auto")
     if way in (FROZEN, SEPARATE):
         rows = _separate(backbone, options, way, seed)
     else:
         rows = _in_space(backbone, options, way, seed)
-    path = _kept(options, way, seed)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    parts.save(f"{way}-{seed}", rows)
     return way, seed, sum(row["final"] for row in rows["tasks"]) / len(options.tasks)
 
 

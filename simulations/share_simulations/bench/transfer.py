@@ -20,7 +20,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,6 +45,7 @@ from share_core.merge import HubState, MergePolicy, empty_state, merge
 from share_core.peft.reader import read_adapter
 from share_core.space import update_adapter
 from share_core.types import Adapter, SiteBasis, Space, SpaceSpec
+from share_simulations.bench.parts import Parts
 from share_simulations.bench.sequence_report import difference
 from share_simulations.bench.texts import text_task
 
@@ -99,14 +100,18 @@ class TransferOptions:
 def run_transfer(options: TransferOptions, out: Path | None, note: Note) -> dict[str, Any]:
     """Measure and return the report; ``transfer.json`` and ``transfer.png`` are written to ``out``.
 
+    What is finished is kept in ``out``, and not measured again.
+
     Raises:
-        ConfigError: data or adapters are missing.
+        ConfigError: data or adapters are missing, or ``out`` holds a run with other options.
     """
     others = _others(options)
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedshare-transfer-")))
-        jobs = [(options, folder, task, seed) for seed in range(options.seeds) for task in options.tasks]
+        own = asdict(options)
+        parts = Parts(out or folder, {name: own[name] for name in own if name not in ("processes", "seeds")})
+        jobs = [(options, folder, parts, task, seed) for seed in range(options.seeds) for task in options.tasks]
         context = multiprocessing.get_context("spawn")
         pool = stack.enter_context(context.Pool(options.processes, _prepare, (options,)))
         for one in pool.imap(_measured, jobs):
@@ -203,9 +208,11 @@ def _on_sites(factors: Adapter, spec: SpaceSpec, path: Path) -> Adapter:
     return named
 
 
-def _measured(job: tuple[TransferOptions, Path, str, int]) -> dict[str, Any]:
-    """Train one new task in every way, for every number of passes."""
-    options, folder, name, seed = job
+def _measured(job: tuple[TransferOptions, Path, Parts, str, int]) -> dict[str, Any]:
+    """Train one new task in every way, for every number of passes, and keep the figures."""
+    options, folder, parts, name, seed = job
+    if parts.has(f"{name}-{seed}"):
+        return dict(parts.load(f"{name}-{seed}"))
     backbone, spec, space = _READY[0]
     task = text_task(backbone, options.data, folder, name, options.rows, options.test_rows, str(seed))
     random = Space(space.version, random_bases(space, seed), {})
@@ -221,7 +228,9 @@ def _measured(job: tuple[TransferOptions, Path, str, int]) -> dict[str, Any]:
     for passes in options.epochs:
         training = TrainingOptions(epochs=passes, seed=seed)
         values[str(passes)] = {way: _trained(backbone, task, way, spaces, training) for way in options.ways}
-    return {"task": name, "seed": seed, "test_rows": task.test_rows, "values": values}
+    figures = {"task": name, "seed": seed, "test_rows": task.test_rows, "values": values}
+    parts.save(f"{name}-{seed}", figures)
+    return figures
 
 
 def _trained(
