@@ -35,8 +35,6 @@ class SiteGradient:
     """``L.T G R`` (k_out, k_in), float64."""
     directions: Tensor
     """Leading right singular vectors (d_in, n) of ``G (I - R R.T)``, float64."""
-    strengths: Tensor
-    """Squares of the n singular values, descending."""
     energy: float
     """``|G|_F^2``."""
 
@@ -71,11 +69,10 @@ def seen_by(basis: SiteBasis, gradient: Tensor, count: int) -> SiteGradient:
     left, right = float64(basis.left).to(gradient.device), float64(basis.right).to(gradient.device)
     g = float64(gradient)
     outside = residual(right, g.T).T
-    vectors, values = leading_right_vectors(outside, min(count, basis.right.shape[0] - basis.k_in))
+    vectors, _ = leading_right_vectors(outside, min(count, basis.right.shape[0] - basis.k_in))
     return SiteGradient(
         inside=(left.T @ g @ right).cpu(),
         directions=vectors.cpu(),
-        strengths=values.square().cpu(),
         energy=float(g.square().sum()),
     )
 
