@@ -110,7 +110,8 @@ class TaskConfig:
     """Whether activations are computed again instead of being kept, to save memory; it changes no result."""
     budget: float | None = None
     """Share of the numbers of a LoRA of rank 8 that an update sends at most. It is then trained as wide as that, and
-    what was learned decides what is kept at each site. None: see :attr:`directions`."""
+    what was learned decides what is kept at each site. None: 0.2 where that is worth it, unless :attr:`directions` is
+    given."""
     patience: int | None = None
     """Passes without a lower loss on a held-out tenth of the training rows after which training ends, and what was best
     is kept. None: all passes are made, on all rows."""

@@ -75,27 +75,13 @@ def test_one_row_cannot_be_held_out(bars: PreparedTask) -> None:
         held_out(replace(bars, train=Chosen(bars.train, [0])), 0)
 
 
-def check_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
-    """Losses on the held-out rows are given; the head must be that of the lowest, two passes before the end."""
-    losses = iter([3.0, 1.0, 2.0, 1.5, 0.0])
-    after: list[torch.Tensor] = []
-    head = fresh_head(backbone, bars, 0, None)
-
-    def loss(self: Any) -> float:
-        after.append(next(head.parameters()).detach().clone())
-        return next(losses)
-
-    with mock.patch.object(early.EarlyStop, "_loss", loss):
-        trained = train(backbone, bars, head, {}, TrainingOptions(epochs=5, patience=2), None)
-    assert trained.steps == 4 * 6
-    assert torch.equal(next(head.parameters()), after[1])
-    assert not torch.equal(after[1], after[3])
+WHOLE, END = (0.0, 1.0), (0.6, 1.0)
 
 
-@pytest.mark.parametrize(("measured", "best"), [([3.0, 2.0, 1.0], 2), ([3.0, 1.0, 2.0], 1)])
-def test_the_last_pass_may_be_the_best(
-    measured: list[float], best: int, backbone: Backbone, bars: PreparedTask
+def check_the_best_is_kept(
+    measured: list[float], best: int, steps: int, span: tuple[float, float], backbone: Backbone, bars: PreparedTask
 ) -> None:
+    """Losses on the held-out rows are given, one for each time they are measured; ``best`` is the one that is kept."""
     losses = iter(measured)
     after: list[torch.Tensor] = []
     head = fresh_head(backbone, bars, 0, None)
@@ -105,36 +91,64 @@ def test_the_last_pass_may_be_the_best(
         return next(losses)
 
     with mock.patch.object(early.EarlyStop, "_loss", loss):
-        train(backbone, bars, head, {}, TrainingOptions(epochs=3, patience=2), None)
+        epochs = 5 if len(measured) == 4 else len(measured)
+        trained = train(backbone, bars, head, {}, TrainingOptions(epochs=epochs, patience=2), None, span)
+    assert len(after) == len(measured)
+    assert trained.steps == steps
     assert torch.equal(next(head.parameters()), after[best])
+    assert not any(torch.equal(after[best], other) for i, other in enumerate(after) if i != best)
 
 
-@pytest.mark.parametrize(("measured", "best"), [([1.0, 2.0], 0), ([2.0, 1.0], 1)])
-def test_a_second_part_may_not_be_better_than_what_it_starts_from(
-    measured: list[float], best: int, backbone: Backbone, bars: PreparedTask
-) -> None:
-    losses = iter(measured)
-    after: list[torch.Tensor] = []
-    head = fresh_head(backbone, bars, 0, None)
-
-    def loss(self: Any) -> float:
-        after.append(next(head.parameters()).detach().clone())
-        return next(losses)
-
-    with mock.patch.object(early.EarlyStop, "_loss", loss):
-        train(backbone, bars, head, {}, TrainingOptions(epochs=2, patience=2), None, (0.6, 1.0))
-    assert torch.equal(next(head.parameters()), after[best])
-    assert not torch.equal(after[0], after[1])
+CASES = {
+    "two passes before the end": ([3.0, 1.0, 2.0, 1.5], 1, 24, WHOLE),
+    "the last pass": ([3.0, 2.0, 1.0], 2, 18, WHOLE),
+    "not the last pass": ([3.0, 1.0, 2.0], 1, 18, WHOLE),
+    "the only pass": ([3.0], 0, 6, WHOLE),
+    "what a second part starts from": ([1.0, 2.0], 0, 5, END),
+    "a second part": ([2.0, 1.0], 1, 5, END),
+}
 
 
-def test_the_best_pass_is_kept(backbone: Backbone, bars: PreparedTask) -> None:
-    check_the_best_pass_is_kept(backbone, bars)
+@pytest.mark.parametrize("case", CASES)
+def test_the_best_is_kept(case: str, backbone: Backbone, bars: PreparedTask) -> None:
+    check_the_best_is_kept(*CASES[case], backbone, bars)
+
+
+real_ended = early.EarlyStop.ended
+
+
+def _two_at_most() -> Callable[[Any], bool]:
+    calls: list[int] = []
+
+    def ended(self: Any) -> bool:
+        calls.append(0)
+        return len(calls) <= 2 and real_ended(self)
+
+    return ended
+
+
+def _not_the_first() -> Callable[[Any], bool]:
+    calls: list[int] = []
+
+    def ended(self: Any) -> bool:
+        calls.append(0)
+        return len(calls) > 1 and real_ended(self)
+
+    return ended
 
 
 @pytest.mark.parametrize(
-    ("name", "bug"),
-    [("restore", lambda self: None), ("ended", lambda self: bool(self._loss() < 0))],
+    ("case", "name", "bug"),
+    [
+        ("two passes before the end", "restore", lambda: lambda self: None),
+        ("two passes before the end", "ended", lambda: lambda self: bool(self._loss() < 0)),
+        ("the last pass", "ended", _two_at_most),
+        ("the only pass", "ended", _not_the_first),
+        ("what a second part starts from", "ended", _not_the_first),
+    ],
 )
-def test_planted_bug_is_caught(name: str, bug: Callable[..., Any], backbone: Backbone, bars: PreparedTask) -> None:
-    with mock.patch.object(early.EarlyStop, name, bug), pytest.raises(AssertionError):
-        check_the_best_pass_is_kept(backbone, bars)
+def test_planted_bug_is_caught(
+    case: str, name: str, bug: Callable[[], Callable[..., Any]], backbone: Backbone, bars: PreparedTask
+) -> None:
+    with mock.patch.object(early.EarlyStop, name, bug()), pytest.raises((AssertionError, StopIteration)):
+        check_the_best_is_kept(*CASES[case], backbone, bars)
