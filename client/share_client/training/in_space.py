@@ -13,6 +13,8 @@ from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.noise import system_normal
 from share_client.training.adaptation import (
+    DIRECTIONS,
+    FIRST_DIRECTIONS,
     NARROW_AT,
     budget_of,
     budget_plan,
@@ -33,11 +35,6 @@ from share_core.linalg import balanced, canonical, numerical_rank
 from share_core.privacy import CoefficientNoise, Declaration, SampleNoise, noisy_cores
 from share_core.space import compress_core, update_adapter
 from share_core.types import Factors, SiteBasis, SiteUpdate, Space, Update
-
-PRIVATE_DIRECTIONS = 2
-"""Free directions at each site under DP-SGD where none are asked for: the data may not be asked how many."""
-PRIVATE_FIRST_DIRECTIONS = 4
-"""The same while the subspace is empty: there is nothing yet to combine."""
 
 
 def train_in_space(
@@ -239,11 +236,12 @@ def check_sites(backbone: Backbone, space: Space) -> None:
 
 
 def _private_directions(space: Space, options: TrainingOptions, declared: Declaration) -> int:
+    """Return the directions beside noise where none are asked for: those of a small backbone, never by the data."""
     if isinstance(declared, CoefficientNoise):
         return 0
     if options.directions is not None:
         return options.directions
-    return PRIVATE_DIRECTIONS if has_bases(space) else PRIVATE_FIRST_DIRECTIONS
+    return DIRECTIONS if has_bases(space) else FIRST_DIRECTIONS
 
 
 def _holds(basis: SiteBasis) -> bool:
