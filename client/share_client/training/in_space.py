@@ -178,12 +178,12 @@ def _narrowing(
     budget: float,
     progress: ProgressCallback | None,
 ) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
-    """Train wide, keep what the budget buys, and train that to the end."""
+    """Train wide, keep what the budget buys, and train that to the end; the head's moments go on."""
     wide = train(backbone, task, head, changes, options, progress, (0.0, NARROW_AT))
     learned = {site: learned_by(change) for site, change in changes.items()}
     plan = budget_plan(space.bases, learned, options.pseudo_rank, budget)
     kept = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
-    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0))
+    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0), wide.moments)
     return Trained(trained.loss if trained.steps else wide.loss, wide.steps + trained.steps), kept, plan
 
 

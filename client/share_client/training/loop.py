@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,18 @@ _SMOOTHING = 0.9
 """How much of the running mean of the loss is kept at each step."""
 
 
+Moments = Mapping[Tensor, Any]
+"""Adam's running means of the gradients and of their squares, by parameter, as ``torch.optim`` keeps them in its ``state``."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What the loop leaves besides the parameters it changed in place."""
 
     loss: float
     steps: int
+    moments: Moments = field(default_factory=dict, repr=False)
+    """What Adam knew of every parameter at the end, for a training that goes on with some of them."""
 
 
 def fresh_head(backbone: Backbone, task: PreparedTask, seed: int, start: Mapping[str, Tensor] | None) -> nn.Module:
@@ -83,6 +90,7 @@ def train(
     options: TrainingOptions,
     progress: ProgressCallback | None,
     span: tuple[float, float] = (0.0, 1.0),
+    moments: Moments | None = None,
 ) -> Trained:
     """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
 
@@ -98,12 +106,13 @@ def train(
         options: see :class:`TrainingOptions`.
         progress: called after every step.
         span: which part of the steps is taken, with the rows and rates as if all were; (0.5, 1.0) is the second half.
+        moments: of the part before. Parameters found there go on with them; new ones begin anew.
     """
     rated = [one for change in changes.values() for one in change.rated()]
     task, stop = _watched(backbone, task, head, rated, options)
     epochs, rate = schedule_of(options, task.train_rows)
     steps = epochs * -(-task.train_rows // options.batch_size)
-    optimizer = adamw(head, backbone.width, rated, rate)
+    optimizer = adamw(head, backbone.width, rated, rate, moments)
     first, end = (round(part * steps) for part in span)
     factor = triangle(steps, options.warmup)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(first + step))
@@ -132,7 +141,7 @@ def train(
                 break
         if stop is not None:
             stop.restore()
-    return Trained(loss=mean, steps=min(done, end) - first)
+    return Trained(loss=mean, steps=min(done, end) - first, moments=optimizer.state)
 
 
 def _watched(
@@ -169,15 +178,30 @@ def smoothed(mean: float | None, value: float) -> float:
     return value if mean is None else _SMOOTHING * mean + (1 - _SMOOTHING) * value
 
 
-def adamw(head: nn.Module, width: int, rated: Iterable[Rated], learning_rate: float) -> torch.optim.Optimizer:
-    """Return AdamW over a head and the rated parameters, with one group for each multiple of the learning rate."""
+def adamw(
+    head: nn.Module, width: int, rated: Iterable[Rated], learning_rate: float, moments: Moments | None = None
+) -> torch.optim.Optimizer:
+    """Return AdamW over a head and the rated parameters, with one group for each multiple of the learning rate.
+
+    Args:
+        head: its parameters.
+        width: of the backbone: how long the columns of the head are.
+        rated: the other parameters.
+        learning_rate: before the multiples.
+        moments: what is known of some parameters already. Without it Adam's first steps are about as large as the
+            learning rate in every number, whatever the gradient, which undoes much of what a head has learned.
+    """
     groups: dict[float, list[nn.Parameter]] = {rate_for(width): list(head.parameters())}
     for one in rated:
         if one.parameter.numel():
             groups.setdefault(one.multiple, []).append(one.parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": params, "lr": learning_rate * multiple} for multiple, params in groups.items()], weight_decay=0.0
     )
+    for parameter in (one for params in groups.values() for one in params):
+        if moments is not None and parameter in moments:
+            optimizer.state[parameter] = dict(moments[parameter])
+    return optimizer
 
 
 def triangle(steps: int, warmup: float) -> Callable[[int], float]:
