@@ -17,7 +17,6 @@ from share_client.training import (
     Progress,
     TrainingOptions,
     early,
-    in_space,
     loop,
     train_in_space,
 )
