@@ -26,6 +26,7 @@ from share_client.training.adaptation import (
 from share_client.training.factors import REFERENCE_COLUMNS, FixedFactors, SpaceFactors
 from share_client.training.gradients import site_gradients
 from share_client.training.loop import Trained, fresh_head, head_tensors, train
+from share_client.training.moments import carried
 from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
 from share_client.training.plan import SitePlan
 from share_client.training.private import train_private
@@ -178,12 +179,13 @@ def _narrowing(
     budget: float,
     progress: ProgressCallback | None,
 ) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
-    """Train wide, keep what the budget buys, and train that to the end; the head's moments go on."""
+    """Train wide, keep what the budget buys, and train that to the end."""
     wide = train(backbone, task, head, changes, options, progress, (0.0, NARROW_AT))
     learned = {site: learned_by(change) for site, change in changes.items()}
     plan = budget_plan(space.bases, learned, options.pseudo_rank, budget)
     kept = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
-    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0), wide.moments)
+    moments = carried(changes, kept, wide.moments)
+    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0), moments)
     return Trained(trained.loss if trained.steps else wide.loss, wide.steps + trained.steps), kept, plan
 
 

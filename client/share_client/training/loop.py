@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,13 @@ from share_client.training.batches import epoch_batches
 from share_client.training.early import EarlyStop, held_out
 from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import adapted, injected
+from share_client.training.moments import Moments
 from share_client.training.options import Progress, ProgressCallback, TrainingOptions, schedule_of
 from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 
 _SMOOTHING = 0.9
 """How much of the running mean of the loss is kept at each step."""
-
-
-Moments = Mapping[Tensor, Any]
-"""Adam's running means of the gradients and of their squares, by parameter, as ``torch.optim`` keeps them in its ``state``."""
 
 
 @dataclass(frozen=True)

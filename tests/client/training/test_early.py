@@ -18,14 +18,12 @@ from share_client.training import (
     TrainingOptions,
     early,
     loop,
-    train_in_space,
 )
 from share_client.training.early import held_out
-from share_client.training.loop import Moments, Trained, adamw, fresh_head, train
+from share_client.training.loop import adamw, fresh_head, train
+from share_client.training.moments import Moments
 from share_client.training.options import DEFAULT_EPOCHS, DEFAULT_RATE, LEAST_STEPS, SHORT_STEPS, schedule_of
 from share_core.errors import ConfigError
-from share_core.fingerprint import describe_space
-from share_core.space import empty_space
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 426, 427, 5000])
@@ -73,39 +71,6 @@ def test_a_second_part_that_begins_anew_is_caught(backbone: Backbone, bars: Prep
 
     with mock.patch.object(loop, "adamw", forgetful), pytest.raises(AssertionError):
         check_parts_are_the_whole(backbone, bars)
-
-
-def check_the_head_goes_on(backbone: Backbone, bars: PreparedTask, trains: Callable[..., Trained] = train) -> None:
-    """With a budget, the head's moments of the wide part are those that the narrow part starts with."""
-    space = empty_space(describe_space("digits", backbone.site_weights()))
-    told: list[tuple[Moments, Moments | None]] = []
-
-    def spied(*arguments: Any) -> Trained:
-        trained = trains(*arguments)
-        told.append((trained.moments, arguments[7] if len(arguments) > 7 else None))
-        return trained
-
-    with mock.patch("share_client.training.in_space.train", spied):
-        train_in_space(backbone, bars, space, "org/bars", TrainingOptions(epochs=3, budget=0.2))
-    (wide, nothing), (narrow, given) = told
-    assert nothing is None
-    assert given is not None and given.keys() == wide.keys()
-    both = wide.keys() & narrow.keys()
-    assert len(both) == 2, "weight and bias of the head"
-    assert {int(narrow[one]["step"]) for one in both} == {18}
-    assert {int(state["step"]) for one, state in narrow.items() if one not in both} == {3}
-
-
-def test_the_head_goes_on_after_the_cut(backbone: Backbone, bars: PreparedTask) -> None:
-    check_the_head_goes_on(backbone, bars)
-
-
-def test_a_head_that_begins_anew_after_the_cut_is_caught(backbone: Backbone, bars: PreparedTask) -> None:
-    def forgetful(*arguments: Any) -> Trained:
-        return replace(train(*arguments), moments={})
-
-    with pytest.raises(AssertionError):
-        check_the_head_goes_on(backbone, bars, forgetful)
 
 
 def test_held_out_rows_are_not_trained_on(bars: PreparedTask) -> None:
