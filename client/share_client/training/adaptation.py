@@ -27,7 +27,7 @@ from share_core.linalg import canonical, float64, small_svd
 from share_core.privacy import Declaration
 from share_core.types import Core, SiteBasis
 
-NARROW_AT = 5 / 6
+NARROW_AT = 1 / 3
 """Share of the steps that is trained wide, where there is a budget."""
 
 BUDGET = 0.2
