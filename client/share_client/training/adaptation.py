@@ -1,11 +1,11 @@
 """How much of itself a task may add at each site, and why.
 
 With a budget (:func:`budget_plan`), the default, every site is trained wide, with :data:`~.factors.REFERENCE_COLUMNS`
-free directions, as many as a LoRA has. After :data:`NARROW_AT` of the steps what was learned, ``dW = L E_o (R E_i).T +
-B A.T``, is sorted. What lies in the subspace costs ``k_out + k_in`` numbers for each rank to send; of the rest a
-direction costs ``d_out + d_in``. Over all sites the singular values with most energy per number are kept, until all
-together send the budget's share of what that LoRA would; the other steps train those. (Pruning by what was learned is
-AdaLoRA's idea, arXiv 2303.10512.)
+free directions, as many as a LoRA has. After some of the steps (:func:`narrow_at`) what was learned, ``dW = L E_o
+(R E_i).T + B A.T``, is sorted. What lies in the subspace costs ``k_out + k_in`` numbers for each rank to send; of the
+rest a direction costs ``d_out + d_in``. Over all sites the singular values with most energy per number are kept, until
+all together send the budget's share of what that LoRA would; the other steps train those. (Pruning by what was learned
+is AdaLoRA's idea, arXiv 2303.10512.)
 
 On small backbones, where the budget would buy less than :data:`LEAST_NUMBERS` at a site, the default
 (:func:`small_plan`) is coefficients in the bases that are there, and :data:`DIRECTIONS` free directions beside them,
@@ -27,8 +27,11 @@ from share_core.linalg import canonical, float64, small_svd
 from share_core.privacy import Declaration
 from share_core.types import Core, SiteBasis
 
-NARROW_AT = 1 / 3
-"""Share of the steps that is trained wide, where there is a budget."""
+WIDE_STEPS = 40
+"""Steps that it takes to find out what a task needs most."""
+
+LEAST_WIDE, MOST_WIDE = 1 / 3, 5 / 6
+"""Least and largest share of the steps that is trained wide."""
 
 BUDGET = 0.2
 """Share of the numbers of a LoRA of rank 8 that is sent by default."""
@@ -85,6 +88,11 @@ def narrowed(change: SpaceFactors, learned: Learned, plan: SitePlan) -> SpaceFac
     with torch.no_grad():
         kept.free_out.copy_(learned.out[:, :count] * learned.values[:count] / IN_NORM)
     return kept.to(change.left.device)
+
+
+def narrow_at(steps: int) -> float:
+    """Return the share of ``steps`` that is trained wide where there is a budget (docs/adr/0021)."""
+    return min(MOST_WIDE, max(LEAST_WIDE, WIDE_STEPS / max(1, steps)))
 
 
 def fixed_plan(bases: Mapping[str, SiteBasis], rank: int, directions: int, why: str) -> dict[str, SitePlan]:

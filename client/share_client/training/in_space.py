@@ -15,11 +15,11 @@ from share_client.noise import system_normal
 from share_client.training.adaptation import (
     DIRECTIONS,
     FIRST_DIRECTIONS,
-    NARROW_AT,
     budget_of,
     budget_plan,
     fixed_plan,
     learned_by,
+    narrow_at,
     narrowed,
     small_plan,
 )
@@ -27,7 +27,7 @@ from share_client.training.factors import REFERENCE_COLUMNS, FixedFactors, Space
 from share_client.training.gradients import site_gradients
 from share_client.training.loop import Trained, fresh_head, head_tensors, train
 from share_client.training.moments import carried
-from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult
+from share_client.training.options import ProgressCallback, TrainingOptions, TrainResult, steps_of
 from share_client.training.plan import SitePlan
 from share_client.training.private import train_private
 from share_client.training.start import free_directions, random_directions, start_cores
@@ -180,12 +180,13 @@ def _narrowing(
     progress: ProgressCallback | None,
 ) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
     """Train wide, keep what the budget buys, and train that to the end."""
-    wide = train(backbone, task, head, changes, options, progress, (0.0, NARROW_AT))
+    cut = narrow_at(steps_of(options, task.train_rows))
+    wide = train(backbone, task, head, changes, options, progress, (0.0, cut))
     learned = {site: learned_by(change) for site, change in changes.items()}
     plan = budget_plan(space.bases, learned, options.pseudo_rank, budget)
     kept = {site: narrowed(change, learned[site], plan[site]) for site, change in changes.items()}
     moments = carried(changes, kept, wide.moments)
-    trained = train(backbone, task, head, kept, options, progress, (NARROW_AT, 1.0), moments)
+    trained = train(backbone, task, head, kept, options, progress, (cut, 1.0), moments)
     return Trained(trained.loss if trained.steps else wide.loss, wide.steps + trained.steps), kept, plan
 
 

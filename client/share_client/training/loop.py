@@ -16,7 +16,7 @@ from share_client.training.early import EarlyStop, held_out
 from share_client.training.factors import Rated, SiteFactors, rate_for
 from share_client.training.inject import adapted, injected
 from share_client.training.moments import Moments
-from share_client.training.options import Progress, ProgressCallback, TrainingOptions, schedule_of
+from share_client.training.options import Progress, ProgressCallback, TrainingOptions, schedule_of, steps_of
 from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 
@@ -107,7 +107,7 @@ def train(
     rated = [one for change in changes.values() for one in change.rated()]
     task, stop = _watched(backbone, task, head, rated, options)
     epochs, rate = schedule_of(options, task.train_rows)
-    steps = epochs * -(-task.train_rows // options.batch_size)
+    steps = steps_of(options, task.train_rows)
     optimizer = adamw(head, backbone.width, rated, rate, moments)
     first, end = (round(part * steps) for part in span)
     factor = triangle(steps, options.warmup)

@@ -84,10 +84,18 @@ class TrainingOptions:
 
 def schedule_of(options: TrainingOptions, rows: int) -> tuple[int, float]:
     """Return the passes over ``rows`` training rows and the learning rate: what is asked for, or the defaults."""
-    per_pass = -(-rows // options.batch_size)
-    epochs = options.epochs or max(DEFAULT_EPOCHS, -(-LEAST_STEPS // per_pass))
-    usual = DEFAULT_RATE if epochs * per_pass >= SHORT_STEPS else SHORT_RATE * DEFAULT_RATE
+    epochs = options.epochs or max(DEFAULT_EPOCHS, -(-LEAST_STEPS // _per_pass(options, rows)))
+    usual = DEFAULT_RATE if epochs * _per_pass(options, rows) >= SHORT_STEPS else SHORT_RATE * DEFAULT_RATE
     return epochs, options.learning_rate or usual
+
+
+def steps_of(options: TrainingOptions, rows: int) -> int:
+    """Return the steps of all passes over ``rows`` training rows."""
+    return schedule_of(options, rows)[0] * _per_pass(options, rows)
+
+
+def _per_pass(options: TrainingOptions, rows: int) -> int:
+    return -(-rows // options.batch_size)
 
 
 @dataclass(frozen=True)

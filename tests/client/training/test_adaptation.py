@@ -17,6 +17,7 @@ from share_client.training.adaptation import (
     budget_plan,
     fixed_plan,
     learned_by,
+    narrow_at,
     narrowed,
     small_plan,
 )
@@ -174,6 +175,11 @@ def test_a_budget_is_the_default_where_it_is_worth_it() -> None:
     assert budget_of(small, TrainingOptions(budget=0.5), None) == 0.5
     assert budget_of(large, TrainingOptions(directions=2), None) is None
     assert budget_of(large, TrainingOptions(), noise) is None
+
+
+@pytest.mark.parametrize(("steps", "wide"), [(1, 1), (12, 10), (40, 33), (60, 40), (120, 40), (141, 47), (3000, 1000)])
+def test_few_steps_are_cut_late(steps: int, wide: int) -> None:
+    assert round(narrow_at(steps) * steps) == wide
 
 
 def test_a_fixed_number_is_kept_to_where_there_is_room() -> None:
