@@ -305,9 +305,8 @@ def bench_transfer(
     epochs: Annotated[str, typer.Option(help="Passes over the rows, each trained anew.")] = "1,10",
     seeds: Annotated[int, typer.Option(min=1, help="Each draws other rows, starts and random bases.")] = 3,
     processes: Annotated[int, typer.Option(min=1, help="Tasks that are trained side by side.")] = 2,
-    ways: Annotated[
-        str, typer.Option(help="Ways to train, learned among them.")
-    ] = "frozen,lora,lora_double_rate,random_basis,backbone_basis,learned_zero,learned",
+    ways: Annotated[str | None, typer.Option(help="Ways to train, learned among them. Default: all.")] = None,
+    k_max: Annotated[int, typer.Option(min=1, help="Largest number of basis vectors per site and side.")] = 64,
     out: Annotated[Path | None, typer.Option(help="Folder for transfer.json and transfer.png.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -315,9 +314,9 @@ def bench_transfer(
 
     learned: the space as a client uses it; learned_zero: its bases alone; random_basis and backbone_basis: as many
     directions of another origin; lora: a separate adapter of rank 8, same rows and passes. Averages are fractions,
-    intervals are over tasks. By estimate the defaults take one to two hours on two cores.
+    intervals are over tasks. By estimate the defaults take two hours on two cores.
     """
-    from share_simulations.bench.transfer import TransferOptions, run_transfer, transfer_table
+    from share_simulations.bench.transfer import WAYS, TransferOptions, run_transfer, transfer_table
 
     options = TransferOptions(
         data=data,
@@ -328,7 +327,8 @@ def bench_transfer(
         epochs=_numbers(epochs, "--epochs"),
         seeds=seeds,
         processes=processes,
-        ways=_names(ways, "--ways"),
+        ways=_names(ways, "--ways") if ways else WAYS,
+        k_max=k_max,
     )
     report = run_transfer(options, out, _note)
     _finish(report, as_json, transfer_table)
