@@ -49,10 +49,10 @@ def carried(wide: Mapping[str, SpaceFactors], kept: Mapping[str, SpaceFactors], 
 
 def _mapped(state: Mapping[str, Tensor], old: Tensor, new: Tensor) -> dict[str, Tensor]:
     """Return the state of a factor whose other factor was ``old`` (d, r) and is now ``new`` (d, n)."""
-    before, after = float64(old), float64(new)
+    before, after = float64(old.cpu()), float64(new.cpu())
     mix = torch.linalg.pinv(before) @ after
     unseen = (after - before @ mix).square().sum(0)
-    mean, square = float64(state["exp_avg"]), float64(state["exp_avg_sq"])
+    mean, square = float64(state["exp_avg"].cpu()), float64(state["exp_avg_sq"].cpu())
     lengths = before.square().sum(0).clamp_min(torch.finfo(before.dtype).tiny)
     average = (square / lengths).mean(1, keepdim=True)
     return {
