@@ -195,13 +195,20 @@ def open_lab(folder: Path | None = None) -> Iterator[Lab]:
         certificate, key = make_authority("crash lab", now)
         _, signing_key = make_signer(certificate, key, Identity("signer", "hub", "signer"), now, 30.0)
         lab = Lab(made, signing_key, made / "log")
+        # What others left behind, such as gRPC channels, must not be collected in a forked child: its threads are gone.
+        _freeze()
         lab._build()
-        gc.collect()
-        gc.freeze()  # forked children share what the collector does not touch
+        _freeze()
         yield lab
     finally:
         gc.unfreeze()
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _freeze() -> None:
+    """Collect what is garbage, and keep the rest from the collector: forked children share what it never touches."""
+    gc.collect()
+    gc.freeze()
 
 
 def copy_store(source: Path, target: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from share_core.errors import ConfigError
 from share_simulations.chaos.disk_model import MODES, Disk, Recorder, read_tree, write_tree
-from share_simulations.chaos.lab import Lab
+from share_simulations.chaos.lab import Lab, open_lab
 from share_simulations.chaos.mutants import Mutant, mutants_of
 from share_simulations.chaos.power import PowerOptions, hunt, run_power
 from share_simulations.chaos.ptrace import trace
@@ -138,6 +141,25 @@ def test_a_tree_is_written_as_it_was_read(tmp_path: Path) -> None:
     tree = read_tree(tmp_path / "a", tmp_path / "z")
     write_tree(tree)
     assert read_tree(tmp_path / "z", tmp_path / "z") == tree
+
+
+def test_no_child_is_forked_before_garbage_is_out_of_its_reach() -> None:
+    class Left:
+        """Garbage in a cycle: only the collector finds it."""
+
+        def __init__(self) -> None:
+            self.self = self
+
+    kept, gone = gc.get_freeze_count(), weakref.ref(Left())
+    seen: list[tuple[bool, int]] = []
+    with (
+        mock.patch.object(Lab, "_build", lambda self: seen.append((gone() is None, gc.get_freeze_count()))),
+        open_lab(),
+    ):
+        pass
+    ((collected, frozen),) = seen
+    assert collected
+    assert frozen > kept
 
 
 def test_nothing_is_lost_at_a_sample_of_cuts() -> None:
