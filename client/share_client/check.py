@@ -192,7 +192,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     from share_client.trainer import LocalTask
     from share_client.training import TrainingOptions, declare, prepare_task, train_in_space
     from share_client.training.in_space import has_bases
-    from share_client.training.options import schedule_of
+    from share_client.training.options import steps_of
     from share_core.privacy import CoefficientNoise, SampleNoise
     from share_core.tensorfile import describe_tensors
     from share_core.wire import encode_update
@@ -206,7 +206,8 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
             "noise on coefficients needs a space with bases: tried with random ones; give --space for the true shapes"
         )
     one = _one_batch(task)
-    options = replace(TrainingOptions.of(config), epochs=STEPS, pace=0.0)
+    asked = TrainingOptions.of(config)
+    options = replace(asked, epochs=STEPS, pace=0.0)
     trial = replace(declared, steps=STEPS, sample_rate=1.0) if isinstance(declared, SampleNoise) else declared
     watch = _Watch(backbone)
     result = train_in_space(backbone, one, space, f"check/{config.name}", options, watch.step, declared=trial)
@@ -216,12 +217,7 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
             f"task {config.name!r}: expected a finite loss in the first steps, got {result.loss}; lower learning_rate"
         )
     payload = encode_update(result.update)
-    per_epoch = -(-task.train_rows // config.batch_size)
-    steps = (
-        declared.steps
-        if isinstance(declared, SampleNoise)
-        else schedule_of(TrainingOptions.of(config), task.train_rows)[0] * per_epoch
-    )
+    steps = declared.steps if isinstance(declared, SampleNoise) else steps_of(asked, task.train_rows)
     if isinstance(declared, CoefficientNoise):
         steps *= 2  # the head is trained once more on what the noise left
     return TaskCheck(
