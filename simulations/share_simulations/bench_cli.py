@@ -312,9 +312,10 @@ def bench_transfer(
 ) -> None:
     """What a new task with few rows gains from the subspace that others filled: MiniLM on real text.
 
-    learned: the space as a client uses it; learned_zero: its bases alone; random_basis and backbone_basis: as many
-    directions of another origin; lora: a separate adapter of rank 8, same rows and passes. Averages are fractions,
-    intervals are over tasks. By estimate the defaults take two hours on two cores.
+    learned: the space as a client uses it; learned_coefficients: coefficients alone; learned_zero: those, without the
+    stored cores; random_basis and backbone_basis: those in as many directions of another origin; random_basis_default:
+    as a client, in random ones; lora and lora_double_rate: a separate adapter of rank 8, same rows and passes.
+    Averages are fractions, intervals are over tasks. By estimate the defaults take two hours on two cores.
     """
     from share_simulations.bench.transfer import WAYS, TransferOptions, run_transfer, transfer_table
 

@@ -13,6 +13,8 @@ MARKERS = {
     "random_basis": "x",
     "backbone_basis": "+",
     "learned_zero": "v",
+    "learned_coefficients": "^",
+    "random_basis_default": "1",
     "learned": "o",
 }
 
@@ -32,7 +34,7 @@ def write_transfer_plot(report: Mapping[str, Any], path: Path) -> None:
             values = [row[way] for row in own["table"].values()] + [own["means"][way]]
             axes.plot(names, values, marker, label=way, color="0.5" if way == "frozen" else f"C{number}")
         axes.tick_params(axis="x", rotation=60)
-        axes.set_title(f"{report['rows']} rows, {passes} passes")
+        axes.set_title(f"{report['rows']} rows, {passes} {'pass' if passes == '1' else 'passes'}")
     panels[0].set_ylabel("accuracy, mean of the seeds")
     panels[-1].legend(fontsize=8)
     FigureCanvasAgg(figure)
