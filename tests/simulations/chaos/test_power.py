@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from share_core.errors import ConfigError
+from share_simulations.chaos import lab as lab_module
 from share_simulations.chaos.disk_model import MODES, Disk, Recorder, read_tree, write_tree
 from share_simulations.chaos.lab import Lab, open_lab
 from share_simulations.chaos.mutants import Mutant, mutants_of
@@ -143,7 +144,9 @@ def test_a_tree_is_written_as_it_was_read(tmp_path: Path) -> None:
     assert read_tree(tmp_path / "z", tmp_path / "z") == tree
 
 
-def test_no_child_is_forked_before_garbage_is_out_of_its_reach() -> None:
+def check_garbage_is_out_of_reach() -> None:
+    """When the first child is forked, what was garbage is gone and the rest is kept from the collector."""
+
     class Left:
         """Garbage in a cycle: only the collector finds it."""
 
@@ -160,6 +163,15 @@ def test_no_child_is_forked_before_garbage_is_out_of_its_reach() -> None:
     ((collected, frozen),) = seen
     assert collected
     assert frozen > kept
+
+
+def test_no_child_is_forked_before_garbage_is_out_of_its_reach() -> None:
+    check_garbage_is_out_of_reach()
+
+
+def test_a_laboratory_that_forks_at_once_is_caught() -> None:
+    with mock.patch.object(lab_module, "_freeze", lambda: None), pytest.raises(AssertionError):
+        check_garbage_is_out_of_reach()
 
 
 def test_nothing_is_lost_at_a_sample_of_cuts() -> None:
