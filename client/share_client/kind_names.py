@@ -10,6 +10,7 @@ KINDS: Mapping[str, str] = {
     "text-classification": "share_client.kinds.text_classification:TextClassification",
     "text-multi-label": "share_client.kinds.text_multi_label:TextMultiLabel",
     "text-regression": "share_client.kinds.text_regression:TextRegression",
+    "token-classification": "share_client.kinds.token_classification:TokenClassification",
     "causal-lm": "share_client.kinds.causal_lm:CausalLanguageModelling",
     "instruction": "share_client.kinds.instruction:Instruction",
     "keypoints": "share_client.kinds.keypoints:Keypoints",

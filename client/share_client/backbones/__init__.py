@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from share_client.backbones.backbone import Backbone, Batch, DecoderBackbone, ImageBackbone, TextBackbone
+from share_client.backbones.backbone import (
+    Backbone,
+    Batch,
+    DecoderBackbone,
+    ImageBackbone,
+    TextBackbone,
+    WordTokens,
+)
 from share_client.backbones.registry import load_backbone
 
-__all__ = ["Backbone", "Batch", "DecoderBackbone", "ImageBackbone", "TextBackbone", "load_backbone"]
+__all__ = ["Backbone", "Batch", "DecoderBackbone", "ImageBackbone", "TextBackbone", "WordTokens", "load_backbone"]

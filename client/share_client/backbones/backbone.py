@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,16 @@ class ImageBackbone(Backbone):
     """(channels, height, width) it was made for."""
 
 
+@dataclass(frozen=True)
+class WordTokens:
+    """The tokens of one row that is cut into words already."""
+
+    columns: Mapping[str, list[int]]
+    """Token columns by name, unpadded."""
+    words: Sequence[int]
+    """Of each token the index of the word it belongs to, -1 for those that the tokenizer adds."""
+
+
 class TextBackbone(Backbone):
     """A backbone that takes ``input_ids`` and ``attention_mask`` (rows, tokens)."""
 
@@ -63,12 +74,24 @@ class TextBackbone(Backbone):
         """Return the unpadded token columns of every row, cut to ``max_length`` tokens."""
 
     @abstractmethod
+    def tokenize_words(self, rows: Sequence[Sequence[str]]) -> list[WordTokens]:
+        """Return the tokens of rows that are cut into words already, none left out.
+
+        Raises:
+            ConfigError: the tokenizer does not tell where its tokens are in a text.
+        """
+
+    @abstractmethod
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """Return a batch on the CPU, padded to its longest row."""
+        """Return a batch on the CPU, padded behind to its longest row."""
+
+    @abstractmethod
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (rows, tokens, width)."""
 
 
 class DecoderBackbone(TextBackbone):
-    """A text backbone that also predicts the next token."""
+    """A text backbone that also predicts the next token; a hidden state sees only the tokens up to its own."""
 
     end: int | None
     """The token that ends a text, where there is one."""
@@ -76,10 +99,6 @@ class DecoderBackbone(TextBackbone):
     """Whether conversations can be rendered."""
     vocabulary: int
     """Number of tokens that are scored."""
-
-    @abstractmethod
-    def hidden(self, batch: Batch) -> Tensor:
-        """Return the last hidden states (rows, tokens, width); each sees only the tokens up to its own."""
 
     @abstractmethod
     def scores(self, hidden: Tensor) -> Tensor:

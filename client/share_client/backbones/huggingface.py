@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from share_client.backbone_config import BackboneConfig
-from share_client.backbones.backbone import Backbone, Batch, TextBackbone, choose_device, freeze
+from share_client.backbones.backbone import Backbone, Batch, TextBackbone, WordTokens, choose_device, freeze
 from share_client.backbones.sites import SITE_ENDINGS, choose_sites, known_targets
 from share_core.errors import ConfigError
 
@@ -37,9 +37,14 @@ class HuggingFaceBackbone(TextBackbone):
         self.module = module
         self.width = int(module.config.hidden_size)
 
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states (rows, tokens, width)."""
+        out: Tensor = self.module(**batch).last_hidden_state
+        return out
+
     def features(self, batch: Batch) -> Tensor:
         """Return the mean of the last hidden states (rows, width) over the tokens of the mask."""
-        hidden: Tensor = self.module(**batch).last_hidden_state
+        hidden = self.hidden(batch)
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
@@ -53,6 +58,24 @@ class HuggingFaceBackbone(TextBackbone):
         names = list(columns.keys())
         return [{name: columns[name][row] for name in names} for row in range(len(texts))]
 
+    def tokenize_words(self, rows: Sequence[Sequence[str]]) -> list[WordTokens]:
+        """Return the tokens of the words of every row, joined by spaces; a token belongs to the word it ends in.
+
+        Raises:
+            ConfigError: the tokenizer does not tell where its tokens are in a text.
+        """
+        if not self._tokenizer.is_fast:
+            raise ConfigError(
+                f"backbone {self.name}: words with tags need a tokenizer that tells where its tokens are, got "
+                f"{type(self._tokenizer).__name__}: save it as a fast one, which has the file tokenizer.json"
+            )
+        columns = self._tokenizer([" ".join(words) for words in rows], return_offsets_mapping=True)
+        offsets = columns.pop("offset_mapping")
+        return [
+            WordTokens({name: columns[name][row] for name in columns}, _words_of(words, offsets[row]))
+            for row, words in enumerate(rows)
+        ]
+
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
         """Return a batch on the CPU, padded to its longest row."""
         longest = max(len(row["input_ids"]) for row in rows)
@@ -61,6 +84,12 @@ class HuggingFaceBackbone(TextBackbone):
             name: torch.tensor([[*row[name], *[padding.get(name, 0)] * (longest - len(row[name]))] for row in rows])
             for name in rows[0]
         }
+
+
+def _words_of(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the word in which each token ends, -1 where that is none; ``offsets`` are characters, the end excluded."""
+    places = [place for number, word in enumerate(words) for place in (*[number] * len(word), -1)]
+    return [places[end - 1] if end > start else -1 for start, end in offsets]
 
 
 def packaged_minilm() -> Path:

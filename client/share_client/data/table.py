@@ -30,7 +30,7 @@ _WORDS: Mapping[type, str] = {
 _NAMES = """
 text text_a text_b sentence sentence1 sentence2 premise hypothesis question context content document prompt response
 completion instruction input output answer label labels class category target score gold id idx index image img file
-file_name filename path caption keypoints pose
+file_name filename path caption keypoints pose words tokens tags ner_tags
 """
 _WELL_KNOWN = frozenset(_NAMES.split())
 """Names of columns that tell nothing of the data."""

@@ -8,7 +8,7 @@ from share_core.errors import ConfigError
 
 _KINDS = (
     (ImageBackbone, ("image-classification", "keypoints", "pose")),
-    (TextBackbone, ("text-classification", "text-multi-label", "text-regression")),
+    (TextBackbone, ("text-classification", "text-multi-label", "text-regression", "token-classification")),
     (DecoderBackbone, ("causal-lm", "instruction")),
     (DiffusionBackbone, ("text-to-image",)),
 )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from share_client.backbones import Backbone
-from share_client.data import Field, Table, read_splits
+from share_client.data import Field, read_splits
 from share_client.kinds.kind import Kind, PreparedTask
-from share_client.kinds.texts import TEXTS, text_backbone, text_rows
+from share_client.kinds.texts import TEXTS, micro_f1, strings_of, text_backbone, text_rows
 from share_client.tasks_file import TaskConfig, read_options
 from share_core.errors import ConfigError
 
@@ -34,7 +34,7 @@ class TextMultiLabel(Kind):
         takes = text_backbone(config, backbone)
         read_options(config, {})
         train, test = read_splits(config, FIELDS)
-        found = [_labels(table) for table in (train, test)]
+        found = [[set(labels) for labels in strings_of(table, "labels")] for table in (train, test)]
         classes = tuple(sorted(set().union(*found[0])))
         if not classes:
             raise ConfigError(f"{config.train}: labels: expected at least one label in the training rows, got none")
@@ -68,19 +68,8 @@ class TextMultiLabel(Kind):
 
     def score(self, judged: Tensor) -> float:
         """Return micro F1, ``2 found / (2 found + in error + missed)``; 1 where there is no label and none is said."""
-        found, wrong, missed = judged.sum(dim=0).tolist()
-        return 2 * found / (2 * found + wrong + missed) if found + wrong + missed else 1.0
+        return micro_f1(judged)
 
     def details(self, judged: Tensor) -> Mapping[str, float]:
         """Return the fraction of rows whose labels are all right."""
         return {"exact_match": float((judged[:, 1:].sum(dim=1) == 0).double().mean())}
-
-
-def _labels(table: Table) -> list[set[str]]:
-    """Return the set of labels of every row."""
-    for row, labels in enumerate(table.columns["labels"]):
-        if not all(isinstance(one, str) and one for one in labels):
-            raise ConfigError(
-                f"{table.where(row)}: labels: expected a list of strings that are not empty, got another value in it"
-            )
-    return [set(labels) for labels in table.columns["labels"]]

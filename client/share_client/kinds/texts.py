@@ -1,4 +1,4 @@
-"""What kinds with texts share: tokenised rows."""
+"""What kinds with texts share: tokenised rows, lists of strings, and the measure of what is found in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from share_client.data import Field, Table
 from share_client.kinds.fitting import misfit
 from share_client.kinds.kind import Rows
 from share_client.tasks_file import TaskConfig
+from share_core.errors import ConfigError
 
 TEXTS = (Field("text", (str,)), Field("text_b", (str,), required=False))
 """One text or two."""
@@ -56,3 +57,24 @@ def text_rows(table: Table, targets: Tensor, backbone: TextBackbone, config: Tas
     """Tokenise the texts of a table, cut to the task's ``max_length``."""
     tokens = backbone.tokenize(table.columns["text"], table.columns.get("text_b"), config.max_length)
     return TextRows(tokens, targets, backbone)
+
+
+def strings_of(table: Table, field: str) -> tuple[list[str], ...]:
+    """Return a column of lists of strings.
+
+    Raises:
+        ConfigError: a list holds another value or an empty string.
+    """
+    lists: tuple[list[str], ...] = table.columns[field]
+    for row, strings in enumerate(lists):
+        if not all(isinstance(one, str) and one for one in strings):
+            raise ConfigError(
+                f"{table.where(row)}: {field}: expected a list of strings that are not empty, got another value in it"
+            )
+    return lists
+
+
+def micro_f1(counts: Tensor) -> float:
+    """Return ``2 found / (2 found + in error + missed)`` of (rows, 3 or more); 1 where nothing is there or said."""
+    found, wrong, missed = counts[:, :3].sum(dim=0).tolist()
+    return 2 * found / (2 * found + wrong + missed) if found + wrong + missed else 1.0

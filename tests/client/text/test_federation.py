@@ -164,3 +164,30 @@ def test_numbers_of_texts(own_hub_class: Any, tmp_path: Path, connect: Callable[
     assert len(found) == 2
     for task_id, (probe, adapted) in found.items():
         assert adapted > probe + 0.1, task_id
+
+
+def names(split: str, first: int, count: int) -> Rows:
+    """Return questions cut into words, with runs of capitals tagged: the model has to tell them, it reads no case."""
+    rows = []
+    for row in real("trec", split, first + count)[first:]:
+        words, tags = row["text"].split(), ["O"]
+        for word in words[1:]:
+            tags.append("O" if not word[0].isupper() else "I-NAME" if tags[-1] != "O" else "B-NAME")
+        rows.append({"words": words, "tags": tags})
+    return rows
+
+
+def test_tags_of_words(own_hub_class: Any, tmp_path: Path, connect: Callable[..., HubLink]) -> None:
+    # The last layers only, to save time.
+    sites = tuple(f"{layer}.attention.self.{part}" for layer in (4, 5) for part in ("query", "value"))
+    model = BackboneConfig("minilm", sites=sites)
+    backbone = load_backbone(model, "cpu")
+    clients = {
+        client: {"names": ("token-classification", names("train", first, 160), names("test", first, 80))}
+        for client, first in (("north", 0), ("south", 160))
+    }
+    with federation(own_hub_class, tmp_path, backbone) as hub:
+        found = shown(hub, tmp_path, connect, backbone, model, clients, "")
+    assert len(found) == 2
+    for task_id, (probe, adapted) in found.items():
+        assert adapted > probe + 0.1, task_id

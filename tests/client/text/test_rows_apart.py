@@ -1,20 +1,23 @@
-"""DP-SGD on language models: the gradient that Opacus keeps of a row is that of the row alone."""
+"""DP-SGD where a row has many outputs: the gradient that Opacus keeps of a row is that of the row alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from share_client.kinds import Kind
 from share_client.kinds.instruction import Instruction
+from share_client.kinds.token_classification import TokenClassification
 from share_client.privacy_table import PrivacyConfig
 from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, TrainingOptions, declare, prepare_task, private, train_in_space
 from share_client.training.factors import SpaceFactors
 from share_client.training.inject import injected
+from share_client.training.loop import fresh_head
 from share_core.fingerprint import describe_space
 from share_core.merge import MergePolicy, empty_state, merge
 from share_core.space import empty_space, update_adapter
@@ -28,15 +31,33 @@ ROWS = [
 ]
 
 
+WORDS = [{"words": row["prompt"].split(), "tags": [word[0] for word in row["prompt"].split()]} for row in ROWS]
+
+
 def whole_tokens(kind: Instruction, outputs: Tensor, targets: Tensor) -> Tensor:
     """The usual loss: the mean over all tokens of the batch."""
     return outputs[:, 0].sum() / targets.sum()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def whole_words(kind: TokenClassification, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The usual loss: the mean over all words of the batch."""
+    return torch.nn.functional.cross_entropy(outputs.mT, targets[:, : outputs.shape[1]])
+
+
 @pytest.mark.parametrize("bug", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind", "rows", "wrong"),
+    [
+        ("llama", Instruction, ROWS, whole_tokens),
+        ("gpt2", Instruction, ROWS, whole_tokens),
+        ("minilm", TokenClassification, WORDS, whole_words),
+    ],
+)
 def test_gradients_of_rows(
     name: str,
+    kind: type[Kind],
+    rows: Sequence[Mapping[str, Any]],
+    wrong: Callable[..., Tensor],
     bug: bool,
     task_of: Callable[..., TaskConfig],
     request: pytest.FixtureRequest,
@@ -44,8 +65,8 @@ def test_gradients_of_rows(
 ) -> None:
     backbone: Backbone = request.getfixturevalue(name)
     if bug:
-        monkeypatch.setattr(Instruction, "loss", whole_tokens)
-    task = prepare_task(task_of("instruction", ROWS), backbone)
+        monkeypatch.setattr(kind, "loss", wrong)
+    task = prepare_task(task_of(kind.name, rows), backbone)
     bases = empty_space(describe_space(name, backbone.site_weights())).bases
     draw = torch.Generator().manual_seed(0)
     linears = {}
@@ -54,9 +75,10 @@ def test_gradients_of_rows(
         change = SpaceFactors(basis, core, torch.randn(basis.right.shape[0], 2, generator=draw))
         torch.nn.init.normal_(change.free_out, std=0.1, generator=draw)
         linears[site] = private.PrivateLinear(backbone.site(site), change)
-    trained: list[Any] = [one.weight for linear in linears.values() for one in (linear.free_in, linear.free_out) if one]
+    head = fresh_head(backbone, task, 0, None)
+    maps = [one for linear in linears.values() for one in (linear.free_in, linear.free_out) if one]
+    trained: list[Any] = [*head.parameters(), *(one.weight for one in maps)]
     hooks = pytest.importorskip("opacus.grad_sample").GradSampleHooks
-    head = torch.nn.Identity()
     with injected(backbone, linears):
         wrapped = hooks(private._Model(backbone, head), batch_first=True, loss_reduction="mean")
         private._row_gradients(backbone, task, head, [0, 1, 2], trained)

@@ -140,6 +140,11 @@ ROWS = {
     "text-classification": [{"text": row["text"], "label": str(row["labels"])} for row in TAGS],
     "text-multi-label": TAGS,
     "text-regression": SCORES,
+    "token-classification": [
+        {"words": words, "tags": ["B-PLACE" if word in PLACES else "O" for word in words]}
+        for row in SCORES
+        for words in [str(row["text"]).split()]
+    ],
     "causal-lm": TAGS,
     "instruction": [{"prompt": row["text"], "response": json.dumps(row["labels"])} for row in TAGS],
 }
