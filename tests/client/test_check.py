@@ -25,6 +25,7 @@ from share_client.data import lines as lines_module
 from share_client.data import splits as splits_module
 from share_client.data import table as table_module
 from share_client.kinds import text_classification as text_module
+from share_client.kinds import token_classification as token_module
 from share_client.tasks_file import read_tasks
 from share_client.training import TrainingOptions, load_backbone, prepare_task, train_in_space
 from share_client.training import gradients as gradients_module
@@ -88,6 +89,7 @@ GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
     "what leaves beside noise": ("shared-head-beside-noisy-coefficients", tasks_module, "_exposed", _none),
     "names of organisations": ("share-with-no-name", sharing_module, "check_name", lambda name, _: name),
+    "strings": ("tags-numbers", token_module, "strings_of", lambda table, field: table.columns[field]),
     "options": ("option-not-for-text", text_module, "read_options", _none),
     "litter in folders": ("other-file-in-a-class", folders_module, "SUFFIXES", (".png", ".txt")),
     "one format": ("train-archive-test-folder", images_module, "_format", lambda _: images_module.ARCHIVE),
@@ -104,7 +106,7 @@ def test_a_guard_that_is_taken_out_is_noticed(guard: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, attribute, instead)
     try:
         unsaid = _unsaid(name)
-    except (AttributeError, ValueError, RuntimeError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
         unsaid = [str(error)]  # what nothing refuses ends the program later
     assert unsaid != []
 

@@ -278,6 +278,36 @@ def text_cases() -> None:
     bad_train("a-spreadsheet", "a.xlsx", b"PK", ["ends with .jsonl", "'.xlsx'", "docs/data.md"])
 
 
+def word_cases() -> None:
+    def words(**more: object) -> dict[str, object]:
+        return {"words": ["word1", SECRET], "tags": ["O", "B-X"], **more}
+
+    for name, rows, said, keys in (
+        ("tags-too-few", [words(), words(tags=["O"])], ["line 2: tags", "got 1 for 2", "take it out"], {}),
+        ("tags-numbers", [words(tags=[0, 1])], ["line 1: tags", "a list of strings"], {}),
+        ("words-none", [words(words=[], tags=[])], ["line 1: tags", "at least one word"], {}),
+        ("words-not-cut", [words(words=SECRET)], ["line 1: words", "a list, got str"], {}),
+        ("word-of-nothing", [words(words=["word1", " "])], ["number 2, of which nothing is left"], {}),
+        ("one-tag", [words(tags=["O", "O"])], ["tags", "at least two different ones, got one"], {}),
+        (
+            "row-too-long",
+            [words(words=["word1"] * 9, tags=["O"] * 9)],
+            ["max_length = 8 tokens, got 9"],
+            {"max_length": 8},
+        ),
+    ):
+        # A good row is put behind, so that nothing but what is meant is wrong.
+        whole = rows if name == "one-tag" else [*rows, words()]
+        data = jsonl(*whole)
+        case(name, TEXTS + task("token", "a.jsonl", "a.jsonl", **keys), [f"{name}/a.jsonl", *said], {"a.jsonl": data})
+    case(
+        "tag-without-training-rows",
+        TEXTS + task("token", "a.jsonl", "b.jsonl"),
+        ["b.jsonl: line 1: tags", "cannot be learned", "add training rows"],
+        {"a.jsonl": jsonl(words()), "b.jsonl": jsonl(words(tags=["O", SECRET]))},
+    )
+
+
 def csv_cases() -> None:
     lines = [b"text,label", *(f"{one['text']},{one['label']}".encode() for one in GOOD)]
     table = b"\n".join(lines) + b"\n"
@@ -421,6 +451,7 @@ def main() -> None:
         column_cases,
         json_cases,
         text_cases,
+        word_cases,
         csv_cases,
         arrow_cases,
         image_cases,
