@@ -66,15 +66,16 @@ def site_gradients(
 
 def seen_by(basis: SiteBasis, gradient: Tensor, count: int) -> SiteGradient:
     """Return what of a gradient (d_out, d_in) lies in the bases, and its ``count`` leading directions outside."""
-    left, right = float64(basis.left).to(gradient.device), float64(basis.right).to(gradient.device)
     g = float64(gradient)
-    outside = residual(right, g.T).T
+    outside = residual(float64(basis.right).to(g.device), g.T).T
     vectors, _ = leading_right_vectors(outside, min(count, basis.right.shape[0] - basis.k_in))
-    return SiteGradient(
-        inside=(left.T @ g @ right).cpu(),
-        directions=vectors.cpu(),
-        energy=float(g.square().sum()),
-    )
+    return SiteGradient(inside(basis, gradient).cpu(), vectors.cpu(), float(g.square().sum()))
+
+
+def inside(basis: SiteBasis, gradient: Tensor) -> Tensor:
+    """Return ``L.T G R`` (k_out, k_in) in float64: what coefficients can follow of a gradient (d_out, d_in)."""
+    left, right = (float64(side).to(gradient.device) for side in (basis.left, basis.right))
+    return left.T @ float64(gradient) @ right
 
 
 def grouped(backbone: Backbone, sites: Sequence[str], numbers: int | None = None) -> Iterator[tuple[str, ...]]:

@@ -25,6 +25,7 @@ from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
 from share_client.training.evaluation import judged_rows
 from share_client.training.factors import SiteFactors
+from share_client.training.gradients import inside
 from share_client.training.in_space import train_in_space
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
@@ -104,12 +105,9 @@ def captured_share(gradients: Mapping[str, Tensor], bases: Mapping[str, SiteBasi
 
     ``sum |L.T G R|_F^2 / sum |G|_F^2`` over the sites of ``gradients``; 0 where every gradient is zero.
     """
-    inside = total = 0.0
-    for site, gradient in gradients.items():
-        g, basis = float64(gradient), bases[site]
-        total += float(g.square().sum())
-        inside += float((float64(basis.left).T @ g @ float64(basis.right)).square().sum())
-    return inside / total if total > 0 else 0.0
+    total = sum(float(float64(gradient).square().sum()) for gradient in gradients.values())
+    found = sum(float(inside(bases[site], gradient).square().sum()) for site, gradient in gradients.items())
+    return found / total if total > 0 else 0.0
 
 
 def usable_bases(bases: Mapping[str, SiteBasis], update: Update) -> dict[str, SiteBasis]:
