@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_FORMS: Mapping[str, tuple[str, str]] = {
+    "auto": ("C0", "o"),
+    "lora": ("C1", "D"),
+    "coefficients": ("C2", "^"),
+    "directions": ("C3", "v"),
+    "free": ("C4", "s"),
+}
+"""Colour and marker of each way."""
+
 
 def write_sequence_plot(report: Mapping[str, Any], path: Path) -> None:
     """Draw the report. Needs no display."""
@@ -22,7 +31,7 @@ def write_sequence_plot(report: Mapping[str, Any], path: Path) -> None:
 
 def _accuracies(axes: Any, tasks: Mapping[str, Mapping[str, float]]) -> None:
     names = list(tasks)
-    for way, marker, colour in (("frozen", "_", "0.5"), ("lora", "D", "C1"), ("auto", "o", "C0")):
+    for way, (colour, marker) in (("frozen", ("0.5", "_")), ("lora", _FORMS["lora"]), ("auto", _FORMS["auto"])):
         if way not in tasks[names[0]]:
             continue
         axes.plot(names, [tasks[name][way] for name in names], marker, color=colour, label=way, ls="")
@@ -36,10 +45,20 @@ def _costs(axes: Any, ways: Mapping[str, Mapping[str, float]]) -> None:
     for way, own in ways.items():
         if way == "frozen":
             continue
-        axes.errorbar(own["bytes_up"] / 1e6, own["final"], yerr=own["spread_over_seeds"], marker="o", capsize=3)
-        axes.annotate(way, (own["bytes_up"] / 1e6, own["final"]), textcoords="offset points", xytext=(6, 4))
+        colour, marker = _FORMS[way]
+        axes.errorbar(
+            own["bytes_up"] / 1e6,
+            own["final"],
+            yerr=own["spread_over_seeds"],
+            color=colour,
+            marker=marker,
+            markerfacecolor="none",
+            ls="",
+            capsize=3,
+            label=way,
+        )
     if "frozen" in ways:
         axes.axhline(ways["frozen"]["final"], color="0.5", ls="--", label="frozen backbone")
-        axes.legend(loc="lower right")
+    axes.legend(loc="center")
     axes.set_xlabel("MB up for all tasks, heads not counted")
     axes.set_ylabel("mean accuracy at the end")
