@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from share_client.backbones import Backbone, DecoderBackbone, TextBackbone
+from share_client.backbones import Backbone, Batch, DecoderBackbone, TextBackbone
 from share_client.data import Field, Table, read_splits
 from share_client.kinds.kind import Kind, PreparedTask
 from share_client.kinds.texts import TextRows, micro_f1, strings_of, text_backbone
@@ -57,7 +57,7 @@ class TokenClassification(Kind):
         """Return a linear map from the hidden state of a token to one score for each tag."""
         return nn.Linear(width, len(task.classes))
 
-    def outputs(self, backbone: Backbone, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def outputs(self, backbone: Backbone, head: nn.Module, batch: Batch) -> Tensor:
         """Return the scores of every token, (rows, tokens, tags)."""
         assert isinstance(backbone, TextBackbone), "prepare has checked it"
         out: Tensor = head(backbone.hidden(batch))
