@@ -67,6 +67,9 @@ class WordTokens:
 class TextBackbone(Backbone):
     """A backbone that takes ``input_ids`` and ``attention_mask`` (rows, tokens)."""
 
+    positions: int | None
+    """Most tokens of a row, where there are only so many."""
+
     @abstractmethod
     def tokenize(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int

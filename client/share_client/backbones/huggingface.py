@@ -18,6 +18,9 @@ from share_client.backbones.backbone import Backbone, Batch, TextBackbone, WordT
 from share_client.backbones.sites import SITE_ENDINGS, choose_sites, known_targets
 from share_core.errors import ConfigError
 
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+"""What tables of absolute positions are called."""
+
 
 class HuggingFaceBackbone(TextBackbone):
     """An encoder and its tokenizer, read from a local directory and never from a network."""
@@ -36,6 +39,7 @@ class HuggingFaceBackbone(TextBackbone):
         self.whole: Any = whole if config.quantised else freeze(whole, self.device)
         self.module = module
         self.width = int(module.config.hidden_size)
+        self.positions = positions_of(module)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states (rows, tokens, width)."""
@@ -87,9 +91,19 @@ class HuggingFaceBackbone(TextBackbone):
 
 
 def _words_of(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the word in which each token ends, -1 where that is none; ``offsets`` are characters, the end excluded."""
+    """Return the last word in each token, -1 where there is none; ``offsets`` are characters, the end excluded."""
     places = [place for number, word in enumerate(words) for place in (*[number] * len(word), -1)]
-    return [places[end - 1] if end > start else -1 for start, end in offsets]
+    return [max(places[start:end], default=-1) for start, end in offsets]
+
+
+def positions_of(module: Any) -> int | None:
+    """Return the most tokens of a row in a model with a table of positions, None in one without."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.Embedding) and path.rpartition(".")[2] in _POSITIONS:
+            # Where the table has a row for padding (RoBERTa), positions are counted from the row after it.
+            unused = 0 if part.padding_idx is None else part.padding_idx + 1
+            return int(module.config.max_position_embeddings) - unused
+    return None
 
 
 def packaged_minilm() -> Path:

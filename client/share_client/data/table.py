@@ -167,13 +167,15 @@ def _checked(value: Any, field: Field, where: str, before: Sequence[Any]) -> Any
     if type(value) not in field.types:
         gaps = type(value) is float and int in field.types
         hint = "; integers with gaps are often saved as floats: fill the gaps and save integers" if gaps else ""
+        if type(value) is str and (list in field.types or dict in field.types):
+            hint = '; write it as JSON, with double quotes, such as ["a", "b"] for a list'
         raise ConfigError(f"{where}: {field.name}: expected {_expected(field)}, got {type(value).__name__}{hint}")
     if before and type(value) is not type(before[0]):
         first, other = type(before[0]).__name__, type(value).__name__
         raise ConfigError(f"{where}: {field.name}: expected {first} as in the first row, got {other}")
     if not _finite(value):
         raise ConfigError(f"{where}: {field.name}: expected finite numbers, got NaN or infinity; leave such rows out")
-    if isinstance(value, str) and not value.isascii() and not _encodable(value):
+    if not _encodable(value):
         raise ConfigError(
             f"{where}: {field.name}: expected text, got half of a surrogate pair (a \\ud800 to \\udfff escape alone); "
             "write the file again with whole characters"
@@ -192,9 +194,15 @@ def _finite(value: Any) -> bool:
     return True
 
 
-def _encodable(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
+def _encodable(value: Any) -> bool:
+    """Return whether no string in a value, however deep in lists and objects, holds half of a surrogate pair."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return False
+    if isinstance(value, list):
+        return all(map(_encodable, value))
+    if isinstance(value, dict):
+        return all(map(_encodable, (*value, *value.values())))
     return True

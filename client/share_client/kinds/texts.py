@@ -22,7 +22,17 @@ class TextRows(Rows):
     """Tokenised texts, unpadded; a batch is padded to its own longest row."""
 
     def __init__(self, rows: Sequence[Mapping[str, list[int]]], targets: Tensor, backbone: TextBackbone) -> None:
-        """Take the token columns of every row and what is to be learned of it, (rows, ...)."""
+        """Take the token columns of every row and what is to be learned of it, (rows, ...).
+
+        Raises:
+            ConfigError: a row has more tokens than the backbone has positions.
+        """
+        longest, most = max(len(row["input_ids"]) for row in rows), backbone.positions
+        if most is not None and longest > most:
+            raise ConfigError(
+                f"max_length: expected rows of at most {most} tokens, the positions that backbone {backbone.name} has, "
+                f"got one of {longest}; set max_length = {most} or less in tasks.toml"
+            )
         self._rows = rows
         self._targets = targets
         self._backbone = backbone
@@ -67,10 +77,12 @@ def strings_of(table: Table, field: str) -> tuple[list[str], ...]:
     """
     lists: tuple[list[str], ...] = table.columns[field]
     for row, strings in enumerate(lists):
-        if not all(isinstance(one, str) and one for one in strings):
-            raise ConfigError(
-                f"{table.where(row)}: {field}: expected a list of strings that are not empty, got another value in it"
-            )
+        for one in strings:
+            if not isinstance(one, str) or not one:
+                got = "an empty one" if one == "" else f"{type(one).__name__}; write strings, such as names for numbers"
+                raise ConfigError(
+                    f"{table.where(row)}: {field}: expected a list of strings that are not empty, got {got}"
+                )
     return lists
 
 

@@ -19,6 +19,7 @@ FIELDS = (Field("words", (list,)), Field("tags", (list,)))
 """What a row holds: the words of a text, and a tag for each."""
 _NONE = -100
 """Target of a token that has no tag: PyTorch's cross entropy leaves it out."""
+_PREFIXES = frozenset("BIESLU")
 _BEGIN, _END = "BSU", "ESLU"
 """Prefixes of a tag that begin a span whatever was before, and that end one whatever follows."""
 
@@ -74,12 +75,12 @@ class TokenClassification(Kind):
 
     def judge(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return of each row the spans found, in error and missed, its right words and all words, (rows, 5)."""
-        targets = targets[:, : outputs.shape[1]].cpu()
+        targets, tags = targets[:, : outputs.shape[1]].cpu(), _typed(self.tags)
         judged = []
         for said, true in zip(outputs.argmax(dim=2).cpu(), targets, strict=True):
             scored = true != _NONE
-            both = [[self.tags[tag] for tag in row[scored].tolist()] for row in (said, true)]
-            ours, theirs = (spans(tags) for tags in both)
+            both = [[tags[tag] for tag in row[scored].tolist()] for row in (said, true)]
+            ours, theirs = (spans(one) for one in both)
             found, right = len(ours & theirs), sum(one == other for one, other in zip(*both, strict=True))
             judged.append([found, len(ours) - found, len(theirs) - found, right, len(both[0])])
         return torch.tensor(judged)
@@ -105,7 +106,7 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     kind, first, open_ = "", 0, False
     for place, tag in enumerate([*tags, "O"]):
         prefix, hyphen, rest = tag.partition("-")
-        if not (hyphen and rest and prefix in ("B", "I", "E", "S", "L", "U")):
+        if not (hyphen and prefix in _PREFIXES):
             prefix, rest = ("O", "") if tag == "O" else ("U", tag)
         if open_ and (prefix in "O" + _BEGIN or rest != kind):
             found.add((kind, first, place))
@@ -116,6 +117,11 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
             if not open_:
                 found.add((kind, first, place + 1))
     return found
+
+
+def _typed(tags: Sequence[str]) -> Sequence[str]:
+    """Return the tags, with a hyphen behind bare prefixes where there are no others: spans of one nameless type."""
+    return [tag if tag == "O" else f"{tag}-" for tag in tags] if {*tags} <= _PREFIXES | {"O"} else tags
 
 
 def _tags(train: Table, test: Table, config: TaskConfig) -> tuple[str, ...]:
@@ -151,7 +157,7 @@ def _rows(table: Table, tags: Sequence[str], backbone: TextBackbone, config: Tas
     """Tokenise the rows. A word's first token has its tag as target; in a decoder the last, which has seen the word."""
     index = {tag: number for number, tag in enumerate(tags)}
     rows = backbone.tokenize_words(strings_of(table, "words"))
-    targets = torch.full((len(rows), max(len(row.words) for row in rows)), _NONE)
+    found: list[dict[int, int]] = []
     for number, (row, own) in enumerate(zip(rows, strings_of(table, "tags"), strict=True)):
         if len(row.words) > config.max_length:
             raise ConfigError(
@@ -161,11 +167,15 @@ def _rows(table: Table, tags: Sequence[str], backbone: TextBackbone, config: Tas
         places = list(enumerate(row.words))
         # Of several places of a word the last that is written down stays.
         at = {word: place for place, word in (places if isinstance(backbone, DecoderBackbone) else reversed(places))}
-        for word, tag in enumerate(own):
+        for word in range(len(own)):
             if word not in at:
                 raise ConfigError(
-                    f"{table.where(number)}: words: expected words that the tokenizer of {backbone.name} keeps, got "
-                    f"one, number {word + 1}, of which nothing is left; take it out with its tag"
+                    f"{table.where(number)}: words: expected words with a token of their own, got one, number "
+                    f"{word + 1}, which the tokenizer of {backbone.name} drops or joins with the next; take it out "
+                    "with its tag, or make one word of both"
                 )
-            targets[number, at[word]] = index[tag]
+        found.append({at[word]: index[tag] for word, tag in enumerate(own)})
+    targets = torch.full((len(rows), max(len(row.words) for row in rows)), _NONE)
+    for number, wanted in enumerate(found):
+        targets[number, list(wanted)] = torch.tensor(list(wanted.values()))
     return TextRows([row.columns for row in rows], targets, backbone)

@@ -23,6 +23,7 @@ from share_client.training.adaptation import (
     narrowed,
     small_plan,
 )
+from share_client.training.early import held_out
 from share_client.training.factors import REFERENCE_COLUMNS, FixedFactors, SpaceFactors
 from share_client.training.gradients import site_gradients
 from share_client.training.loop import Trained, fresh_head, head_tensors, train
@@ -180,7 +181,8 @@ def _narrowing(
     progress: ProgressCallback | None,
 ) -> tuple[Trained, dict[str, SpaceFactors], dict[str, SitePlan]]:
     """Train wide, keep what the budget buys, and train that to the end."""
-    cut = narrow_at(steps_of(options, task.train_rows))
+    rows = (task if options.patience is None else held_out(task, options.seed)[0]).train_rows
+    cut = narrow_at(steps_of(options, rows))
     wide = train(backbone, task, head, changes, options, progress, (0.0, cut))
     learned = {site: learned_by(change) for site, change in changes.items()}
     plan = budget_plan(space.bases, learned, options.pseudo_rank, budget)

@@ -175,6 +175,7 @@ def refit_in_space(
     rank = max((core.rank for core in space.cores[task_id].values()), default=0)
     fixed = replace(
         options,
+        budget=None,
         directions=0,
         pseudo_rank=max(options.pseudo_rank, rank),
         learning_rate=REFIT_RATE * (options.learning_rate or DEFAULT_RATE),

@@ -284,10 +284,11 @@ def word_cases() -> None:
 
     for name, rows, said, keys in (
         ("tags-too-few", [words(), words(tags=["O"])], ["line 2: tags", "got 1 for 2", "take it out"], {}),
-        ("tags-numbers", [words(tags=[0, 1])], ["line 1: tags", "a list of strings"], {}),
+        ("tags-numbers", [words(tags=[0, 1])], ["line 1: tags", "a list of strings", "got int; write strings"], {}),
         ("words-none", [words(words=[], tags=[])], ["line 1: tags", "at least one word"], {}),
-        ("words-not-cut", [words(words=SECRET)], ["line 1: words", "a list, got str"], {}),
-        ("word-of-nothing", [words(words=["word1", " "])], ["number 2, of which nothing is left"], {}),
+        ("words-not-cut", [words(words=SECRET)], ["line 1: words", "a list, got str; write it as JSON"], {}),
+        ("word-of-nothing", [words(words=["word1", " "])], ["number 2, which the tokenizer", "drops or joins"], {}),
+        ("word-half-character", [words(words=["\ud800", SECRET])], ["line 1: words", "half of a surrogate pair"], {}),
         ("one-tag", [words(tags=["O", "O"])], ["tags", "at least two different ones, got one"], {}),
         (
             "row-too-long",
@@ -300,6 +301,12 @@ def word_cases() -> None:
         whole = rows if name == "one-tag" else [*rows, words()]
         data = jsonl(*whole)
         case(name, TEXTS + task("token", "a.jsonl", "a.jsonl", **keys), [f"{name}/a.jsonl", *said], {"a.jsonl": data})
+    case(
+        "row-beyond-the-positions",
+        TEXTS + task("token", "a.jsonl", "a.jsonl", max_length=99),
+        ["task 'one'", "at most 64 tokens", "got one of 65", "max_length = 64 or less"],
+        {"a.jsonl": jsonl(words(words=["word1"] * 65, tags=["O", "B-X"] + ["O"] * 63))},
+    )
     case(
         "tag-without-training-rows",
         TEXTS + task("token", "a.jsonl", "b.jsonl"),

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from share_client.backbones import huggingface
 from share_client.kinds import token_classification
 from share_client.kinds.token_classification import TokenClassification, spans
 from share_client.tasks_file import TaskConfig
@@ -48,7 +49,8 @@ BAD_SPANS: Sequence[Callable[[Sequence[str]], set[tuple[str, int, int]]]] = (
         ("S-A B-B I-B E-B I-B", [("A", 0, 1), ("B", 1, 4), ("B", 4, 5)]),
         ("U-A B-B L-B E-C", [("A", 0, 1), ("B", 1, 3), ("C", 3, 4)]),
         ("NOUN NOUN O", [("NOUN", 0, 1), ("NOUN", 1, 2)]),
-        ("B- I-X-Y I-X-Y X-Z", [("B-", 0, 1), ("X-Y", 1, 3), ("X-Z", 3, 4)]),
+        ("B- I-X-Y I-X-Y X-Z", [("", 0, 1), ("X-Y", 1, 3), ("X-Z", 3, 4)]),
+        ("B- I- O E-", [("", 0, 2), ("", 3, 4)]),
     ],
 )
 def test_spans(tags: str, expected: list[tuple[str, int, int]]) -> None:
@@ -144,11 +146,16 @@ ROW: Mapping[str, Any] = {"words": ["hidden-word", "b"], "tags": ["X", "O"]}
     [
         ([{**ROW, "tags": ["X"]}], None, {}, "line 1: tags: expected one for each word.* got 1 for 2"),
         ([ROW, {"words": [], "tags": []}], None, {}, "line 2: tags: .*at least one word, got 0 for 0"),
-        ([{**ROW, "tags": [3, 4]}], None, {}, "line 1: tags: expected a list of strings"),
-        ([{**ROW, "words": "a b"}], None, {}, "line 1: words: expected a list, got str"),
+        ([{**ROW, "tags": [3, 4]}], None, {}, "line 1: tags: expected a list of strings.* got int; write strings"),
+        ([{**ROW, "words": "a b"}], None, {}, "line 1: words: expected a list, got str; write it as JSON"),
         ([{**ROW, "tags": ["O", "O"]}], None, {}, "tags: expected at least two different ones, got one"),
         ([ROW], [ROW, {**ROW, "tags": ["hidden-tag", "O"]}], {}, "test.jsonl: line 2: tags: .* got another"),
-        ([{**ROW, "words": ["a", " "]}], None, {}, "line 1: words: .* one, number 2, of which nothing is left"),
+        (
+            [{**ROW, "words": ["a", " "]}],
+            None,
+            {},
+            "line 1: words: .* one, number 2, which the tokenizer of minilm",
+        ),
         ([ROW], None, {"max_length": 4}, r"line 1: words: expected at most max_length = 4 tokens, got \d+; set"),
         ([{"text": "a", "tags": ["O"]}], None, {}, "words"),
         ([ROW], None, {"options": {"scheme": "iob"}}, "scheme"),
@@ -166,6 +173,39 @@ def test_a_tag_beyond_the_rows_that_are_taken_is_let_pass(llama: Backbone, task_
     train = [ROW, {**ROW, "tags": ["Y", "O"]}]
     task = prepare_task(task_of(KIND, train, [train[1]], rows=1), llama)
     assert task.classes == ("O", "X", "Y")
+
+
+def test_bare_prefixes_are_spans_only_where_there_is_nothing_else() -> None:
+    targets = torch.tensor([[0, 1, 1, 2]])
+    for tags, spans_there in ((("B", "I", "O"), 1), (("B", "I", "V"), 4)):
+        judged = TokenClassification(tags).judge(torch.eye(3)[targets], targets)
+        assert judged.tolist() == [[spans_there, 0, 0, 4, 4]]
+
+
+def test_a_token_belongs_to_the_last_word_in_it() -> None:
+    # "a b c": nothing, "a ", "b", " ", all of it from "a" on, and "c"
+    offsets = [(0, 0), (0, 2), (2, 3), (3, 4), (0, 4), (4, 5)]
+    assert huggingface._words_of(["a", "b", "c"], offsets) == [-1, 0, 1, -1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [KIND, "text-classification"])
+def test_a_row_beyond_the_positions_is_refused(kind: str, minilm: Backbone, task_of: Maker) -> None:
+    rows = [
+        {"text": "a " * length, "label": length % 2, "words": ["a"] * length, "tags": ["O", "X"] * (length // 2)}
+        for length in (510, 512)
+    ] + [{"text": "a", "label": 1, "words": ["a"], "tags": ["O"]}]
+    assert minilm.positions == 512  # type: ignore[attr-defined]
+    assert prepare_task(task_of(kind, [rows[0], rows[2]], max_length=8000), minilm).train.lengths()[0] == 512
+    with pytest.raises(ConfigError, match=r"at most 512 tokens, .* got one of 514; set max_length = 512 or less"):
+        prepare_task(task_of(kind, rows, max_length=8000), minilm)
+
+
+def test_no_room_is_made_for_a_row_that_is_refused(
+    llama: Backbone, task_of: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch, "full")
+    with pytest.raises(ConfigError, match="at most max_length = 64"):
+        prepare_task(task_of(KIND, [ROW, {"words": ["a"] * 99, "tags": ["O"] * 99}]), llama)
 
 
 def test_a_slow_tokenizer_is_refused(llama: Any, task_of: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

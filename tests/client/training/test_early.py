@@ -17,13 +17,17 @@ from share_client.training import (
     Progress,
     TrainingOptions,
     early,
+    in_space,
     loop,
+    train_in_space,
 )
 from share_client.training.early import held_out
 from share_client.training.loop import adamw, fresh_head, train
 from share_client.training.moments import Moments
 from share_client.training.options import DEFAULT_EPOCHS, DEFAULT_RATE, LEAST_STEPS, SHORT_STEPS, schedule_of
 from share_core.errors import ConfigError
+from share_core.fingerprint import describe_space
+from share_core.space import empty_space
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 100, 426, 427, 5000])
@@ -168,3 +172,21 @@ def test_planted_bug_is_caught(
 ) -> None:
     with mock.patch.object(early.EarlyStop, name, bug()), pytest.raises((AssertionError, StopIteration)):
         check_the_best_is_kept(*CASES[case], backbone, bars)
+
+
+def test_a_budget_cuts_by_the_steps_that_are_taken(
+    backbone: Backbone, bars: PreparedTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def cut(steps: int) -> float:
+        counted.append(steps)
+        return 0.5
+
+    monkeypatch.setattr(in_space, "narrow_at", cut)
+    left = held_out(bars, 0)[0].train_rows
+    options = TrainingOptions(epochs=2, batch_size=left, budget=0.5)
+    space = empty_space(describe_space("digits", backbone.site_weights()))
+    for patience in (None, 9):
+        train_in_space(backbone, bars, space, "org/bars", replace(options, patience=patience))
+    assert counted == [4, 2], "without the held-out rows a pass is one step less"

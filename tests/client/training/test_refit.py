@@ -118,8 +118,10 @@ def test_a_refit_starts_from_what_is_stored_and_adds_no_directions(
         assert torch.allclose(got.float(), kept, atol=1e-4 * float(kept.norm())), "a part of the stored core was cut"
     seen = compare(backbone, bars, (before, first.head), (after, still.head))
     assert seen.before == pytest.approx(seen.after)
-    moved = refit_in_space(backbone, bars, space, "org/bars", options, None, first.head)
-    assert all(part.residual is None for part in moved.update.sites.values())
+    for budget in (None, 0.5):
+        asked = replace(options, budget=budget)
+        moved = refit_in_space(backbone, bars, space, "org/bars", asked, None, first.head)
+        assert all(part.residual is None for part in moved.update.sites.values()), budget
 
 
 def test_the_noise_is_that_of_the_rows_which_changed() -> None:
