@@ -42,6 +42,24 @@ def test_the_sites_are_those_that_peft_adapts(save_model: Callable[[str], Path],
     assert shapes == ({(48, 16)} if model_type == "gpt2" else {(16, 16)})
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2", "llama", "distilbert"])
+def test_a_row_fits_as_far_as_positions_are_counted(save_model: Callable[[str], Path], model_type: str) -> None:
+    backbone = load_backbone(str(save_model(model_type)), "cpu")
+    assert isinstance(backbone, TextBackbone)
+
+    def features(tokens: int) -> torch.Tensor:
+        ones = torch.ones(1, tokens, dtype=torch.int64)
+        return backbone.features({"input_ids": 3 * ones, "attention_mask": ones})
+
+    if model_type == "llama":
+        assert backbone.positions is None
+        return
+    assert backbone.positions is not None
+    assert features(backbone.positions).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        features(backbone.positions + 1)
+
+
 def lora_paths(model: nn.Module) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith(".lora_A.default")]
 
