@@ -17,6 +17,7 @@ from share_client import check as check_module
 from share_client import sharing as sharing_module
 from share_client import tasks_file as tasks_module
 from share_client import values as values_module
+from share_client.backbones import huggingface as huggingface_module
 from share_client.check import check_tasks, print_check
 from share_client.cli import app
 from share_client.data import folders as folders_module
@@ -81,10 +82,17 @@ def _none(*_: Any, **__: Any) -> Any:
     return []
 
 
+def _plain_encodable(value: Any) -> bool:
+    """Look at a string itself and into nothing."""
+    return not isinstance(value, str) or all(not "\ud800" <= one <= "\udfff" for one in value)
+
+
 GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "encodings": ("latin-1", lines_module, "_decoded", lambda line, *_: line.decode("utf-8", "replace")),
     "finite gradients": ("pixels-huge", gradients_module, "require_finite_gradients", _none),
     "surrogates": ("text-half-character", table_module, "_encodable", lambda _: True),
+    "surrogates in lists": ("word-half-character", table_module, "_encodable", _plain_encodable),
+    "positions": ("row-beyond-the-positions", huggingface_module, "positions_of", lambda _: None),
     "unknown keys": ("misspelt-key", values_module, "unknown", _none),
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
     "what leaves beside noise": ("shared-head-beside-noisy-coefficients", tasks_module, "_exposed", _none),

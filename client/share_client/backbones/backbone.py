@@ -61,13 +61,13 @@ class WordTokens:
     columns: Mapping[str, list[int]]
     """Token columns by name, unpadded."""
     words: Sequence[int]
-    """Of each token the index of the word it belongs to, -1 for those that the tokenizer adds."""
+    """Of each token the index of the word it belongs to, -1 where there is none: those that the tokenizer adds."""
 
 
 class TextBackbone(Backbone):
     """A backbone that takes ``input_ids`` and ``attention_mask`` (rows, tokens)."""
 
-    positions: int | None
+    positions: int | None = None
     """Most tokens of a row, where there are only so many."""
 
     @abstractmethod

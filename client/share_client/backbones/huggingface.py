@@ -63,7 +63,7 @@ class HuggingFaceBackbone(TextBackbone):
         return [{name: columns[name][row] for name in names} for row in range(len(texts))]
 
     def tokenize_words(self, rows: Sequence[Sequence[str]]) -> list[WordTokens]:
-        """Return the tokens of the words of every row, joined by spaces; a token belongs to the word it ends in.
+        """Return the tokens of the words of every row, joined by spaces; a token belongs to the last word in it.
 
         Raises:
             ConfigError: the tokenizer does not tell where its tokens are in a text.

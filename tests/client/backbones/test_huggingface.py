@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from share_client.backbone_config import BackboneConfig
-from share_client.backbones import ImageBackbone, TextBackbone, load_backbone, sites
+from share_client.backbones import ImageBackbone, TextBackbone, huggingface, load_backbone, sites
 from share_client.backbones.sites import choose_sites
 from share_client.training.factors import FixedFactors
 from share_client.training.inject import adapted, injected
@@ -58,6 +58,13 @@ def test_a_row_fits_as_far_as_positions_are_counted(save_model: Callable[[str], 
     assert features(backbone.positions).isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
         features(backbone.positions + 1)
+
+
+def test_positions_that_count_those_of_padding_are_caught(save_model: Callable[[str], Path]) -> None:
+    with mock.patch.object(huggingface, "positions_of", lambda module: module.config.max_position_embeddings):
+        test_a_row_fits_as_far_as_positions_are_counted(save_model, "bert")
+        with pytest.raises((IndexError, RuntimeError)):
+            test_a_row_fits_as_far_as_positions_are_counted(save_model, "roberta")
 
 
 def lora_paths(model: nn.Module) -> list[str]:

@@ -24,6 +24,10 @@ TEXTS = Path(__file__).resolve().parents[4] / "shared" / "data" / "text"
 OPTIONS = SessionOptions(linger_s=0.5, poll_s=0.02)
 STEPS = 200
 """Steps of the teaching of a tiny model."""
+LAST_LAYERS = BackboneConfig(
+    "minilm", sites=tuple(f"{layer}.attention.self.{part}" for layer in (4, 5) for part in ("query", "value"))
+)
+"""Not all, to save time."""
 Rows = Sequence[Mapping[str, Any]]
 
 pytestmark = pytest.mark.skipif(not TEXTS.is_dir(), reason="needs ../shared/data/text")
@@ -150,17 +154,13 @@ def pairs(split: str, first: int, count: int, sign: int) -> Rows:
 
 
 def test_numbers_of_texts(own_hub_class: Any, tmp_path: Path, connect: Callable[..., HubLink]) -> None:
-    # The last layers only, to save time.
-    sites = tuple(f"{layer}.attention.self.{part}" for layer in (4, 5) for part in ("query", "value"))
-    model = BackboneConfig("minilm", sites=sites)
-    backbone = load_backbone(model, "cpu")
+    backbone = load_backbone(LAST_LAYERS, "cpu")
     clients = {
         client: {"pairs": ("text-regression", pairs("train", first, 96, sign), pairs("test", first, 48, sign))}
         for client, first, sign in (("north", 0, 1), ("south", 96, -1))
     }
-    keys = ""
     with federation(own_hub_class, tmp_path, backbone) as hub:
-        found = shown(hub, tmp_path, connect, backbone, model, clients, keys)
+        found = shown(hub, tmp_path, connect, backbone, LAST_LAYERS, clients, "")
     assert len(found) == 2
     for task_id, (probe, adapted) in found.items():
         assert adapted > probe + 0.1, task_id
@@ -178,16 +178,13 @@ def names(split: str, first: int, count: int) -> Rows:
 
 
 def test_tags_of_words(own_hub_class: Any, tmp_path: Path, connect: Callable[..., HubLink]) -> None:
-    # The last layers only, to save time.
-    sites = tuple(f"{layer}.attention.self.{part}" for layer in (4, 5) for part in ("query", "value"))
-    model = BackboneConfig("minilm", sites=sites)
-    backbone = load_backbone(model, "cpu")
+    backbone = load_backbone(LAST_LAYERS, "cpu")
     clients = {
         client: {"names": ("token-classification", names("train", first, 160), names("test", first, 80))}
         for client, first in (("north", 0), ("south", 160))
     }
     with federation(own_hub_class, tmp_path, backbone) as hub:
-        found = shown(hub, tmp_path, connect, backbone, model, clients, "")
+        found = shown(hub, tmp_path, connect, backbone, LAST_LAYERS, clients, "")
     assert len(found) == 2
     for task_id, (probe, adapted) in found.items():
         assert adapted > probe + 0.1, task_id
