@@ -13,6 +13,7 @@ import pytest
 from share_client.backbones import pretrain_digits
 from share_core.errors import ConfigError
 from share_simulations import digits
+from share_simulations.bench.texts import draw_rows
 from share_simulations.digits import QuickstartOptions, prepare_quickstart, task_rows
 from share_simulations.text import TextOptions, choose_rows, prepare_text
 
@@ -119,6 +120,21 @@ def test_text_rows_are_the_same_each_time_and_follow_the_seed() -> None:
     assert choose_rows(lines, 10, "0/a/train") != choose_rows(lines, 10, "1/a/train")
     assert choose_rows(lines, 10, "0/a/train") != lines[:10]
     assert sorted(choose_rows(lines, 1000, "x")) == sorted(lines)
+
+
+def test_rows_that_are_drawn_again_do_not_change_under_a_reader(tmp_path: Path) -> None:
+    """Chains of one benchmark draw the same rows side by side; one must not read what the other has half written."""
+    write_text_task(tmp_path / "data", "a", rows=20, packed=False)
+    train, test = draw_rows(tmp_path / "data", tmp_path / "rows", "a", 8, 5, "0")
+    opened = {path: tmp_path / f"opened-{path.name}" for path in (train, test)}
+    for path, reader in opened.items():
+        reader.hardlink_to(path)
+    before = {path: path.read_bytes() for path in opened}
+    draw_rows(tmp_path / "data", tmp_path / "rows", "a", 8, 5, "0")
+    for path, reader in opened.items():
+        assert path.read_bytes() == before[path] == reader.read_bytes()
+        assert path.stat().st_ino != reader.stat().st_ino, "the file was written in place"
+    assert sorted(path.name for path in train.parent.iterdir()) == ["test.jsonl", "train.jsonl"]
 
 
 def test_a_text_task_without_files_is_named(tmp_path: Path) -> None:

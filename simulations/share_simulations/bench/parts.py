@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from share_core.durable import PUBLIC, write_atomic
 from share_core.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ class Parts:
         described = json.loads(json.dumps(options, default=str))
         if path.is_file() and json.loads(path.read_text()) != described:
             raise ConfigError(f"{out}: holds a run with other options ({path}); name another --out or remove it")
-        path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        _write(path, described)
 
     def has(self, name: str) -> bool:
         """Return whether this part is finished."""
@@ -36,9 +37,11 @@ class Parts:
 
     def save(self, name: str, value: object) -> None:
         """Keep a part; a kill in between leaves none."""
-        unfinished = self._path(name).with_suffix(".part")
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self._path(name))
+        _write(self._path(name), value)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.json"
+
+
+def _write(path: Path, value: object) -> None:
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode(), PUBLIC)

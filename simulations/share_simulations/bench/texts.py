@@ -9,6 +9,7 @@ from typing import Any
 
 from share_client.tasks_file import TaskConfig
 from share_client.training import Backbone, PreparedTask, prepare_task
+from share_core.durable import PUBLIC, write_atomic
 from share_simulations.text import choose_rows, read_lines
 
 
@@ -30,6 +31,15 @@ def text_task(
     Raises:
         ConfigError: the files are missing or cannot be read.
     """
+    train, test = draw_rows(data, folder, name, rows, test_rows, draw)
+    return prepare_task(TaskConfig(name, "text-classification", train, test, **settings), backbone)
+
+
+def draw_rows(data: Path, folder: Path, name: str, rows: int, test_rows: int, draw: str = "") -> tuple[Path, Path]:
+    """Choose rows for :func:`text_task` and return the files of the training and the test rows.
+
+    Processes of one benchmark may draw the same rows at the same time: whoever reads a file finds it whole.
+    """
     chosen = {
         "train": with_every_class(read_lines(data / name, "train"), rows, f"{draw}/{name}/train"),
         "test": choose_rows(read_lines(data / name, "test"), test_rows, f"{name}/test"),
@@ -37,9 +47,8 @@ def text_task(
     own = folder / f"{name}-{rows}{draw and '-'}{draw}"
     own.mkdir(parents=True, exist_ok=True)
     for part, lines in chosen.items():
-        (own / f"{part}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    train, test = own / "train.jsonl", own / "test.jsonl"
-    return prepare_task(TaskConfig(name, "text-classification", train, test, **settings), backbone)
+        write_atomic(own / f"{part}.jsonl", "".join(f"{line}\n" for line in lines).encode(), PUBLIC)
+    return own / "train.jsonl", own / "test.jsonl"
 
 
 def with_every_class(lines: Sequence[str], limit: int, seed: str) -> list[str]:
