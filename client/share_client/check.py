@@ -1,13 +1,13 @@
 """``share-client check``: try a tasks file to its end before anything joins, and say what would leave.
 
-Every task is read whole, and trained for two steps on one batch, the most expensive one that its rows can make, by the
-code that trains for real. So what is found is what would have been found later: the memory is the largest that a step
-takes, and the tensors are those that would be sent. Nothing is written and nothing is sent.
+Every task is read whole, trained for two steps on one batch, the most expensive one that its rows can make, by the
+code that trains for real, and measured on the most expensive test rows. So what is found is what would have been found
+later: the memory is the largest that a step takes, and the tensors are those that would be sent. Nothing is written and
+nothing is sent.
 """
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from share_client.sharing import EVERYBODY
 from share_client.tasks_file import Examined, TaskConfig, examine_tasks
-from share_core.errors import ConfigError, FedshareError
+from share_client.watched import dropped_tasks
+from share_core.errors import FedshareError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from share_client.kinds import Rows
     from share_client.training import Backbone, PreparedTask, TrainingOptions
     from share_core.privacy import Declaration
     from share_core.types import Space, Update
@@ -109,7 +111,7 @@ class Checked:
 
 
 def check_tasks(path: Path, snapshot: Path | None = None, tell: Callable[[str], None] = lambda _: None) -> Checked:
-    """Try every task of a tasks file; problems are returned, not raised.
+    """Try every task of a tasks file, dropped folders included; problems are returned, not raised.
 
     Args:
         path: the tasks file.
@@ -120,7 +122,8 @@ def check_tasks(path: Path, snapshot: Path | None = None, tell: Callable[[str], 
     problems = [str(problem) for problem in examined.problems]
     backbone, space = _prepare_space(examined, snapshot, problems, tell)
     tried: list[TaskCheck] = []
-    for config in examined.tasks:
+    tasks = (*examined.tasks, *_dropped(examined, path, problems))
+    for config in tasks:
         if backbone is None or space is None:
             break
         tell(f"trying task {config.name!r}")
@@ -133,9 +136,18 @@ def check_tasks(path: Path, snapshot: Path | None = None, tell: Callable[[str], 
         device=None if backbone is None else str(backbone.device),
         version=0 if space is None else space.version,
         problems=tuple(problems),
-        untried=() if space is not None else tuple(config.name for config in examined.tasks),
+        untried=() if space is not None else tuple(config.name for config in tasks),
         tasks=tuple(tried),
     )
+
+
+def _dropped(examined: Examined, path: Path, problems: list[str]) -> tuple[TaskConfig, ...]:
+    """Return the tasks in the watched directory; why other folders are none goes to ``problems``."""
+    if examined.backbone is None:
+        return ()
+    found = dropped_tasks(examined.file(path), None)
+    problems.extend(found.remarks)
+    return found.tasks
 
 
 def _prepare_space(
@@ -191,9 +203,11 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     """Read one task whole, train it for two steps, and look at what came of it."""
     from share_client.trainer import LocalTask
     from share_client.training import TrainingOptions, declare, prepare_task, train_in_space
+    from share_client.training.evaluation import judged_rows
     from share_client.training.in_space import has_bases
     from share_client.training.options import steps_of
     from share_core.privacy import CoefficientNoise, SampleNoise
+    from share_core.space import update_adapter
     from share_core.tensorfile import describe_tensors
     from share_core.wire import encode_update
 
@@ -211,11 +225,8 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     trial = replace(declared, steps=STEPS, sample_rate=1.0) if isinstance(declared, SampleNoise) else declared
     watch = _Watch(backbone)
     result = train_in_space(backbone, one, space, f"check/{config.name}", options, watch.step, declared=trial)
+    judged_rows(backbone, one, update_adapter(result.update, space.bases), result.head)
     peak = watch.peak()
-    if not math.isfinite(result.loss):
-        raise ConfigError(
-            f"task {config.name!r}: expected a finite loss in the first steps, got {result.loss}; lower learning_rate"
-        )
     payload = encode_update(result.update)
     steps = declared.steps if isinstance(declared, SampleNoise) else steps_of(asked, task.train_rows)
     if isinstance(declared, CoefficientNoise):
@@ -280,12 +291,18 @@ def _notes(task: PreparedTask) -> list[str]:
 
 
 def _one_batch(task: PreparedTask) -> PreparedTask:
-    """Return the task with no training rows but those of the most expensive batch there can be."""
+    """Return the task with no rows but those of the most expensive batches there can be."""
+    from share_client.training.evaluation import rows_at_once
+
+    train, test = _dearest(task.train, task.config.batch_size), _dearest(task.test, rows_at_once(task.config))
+    return replace(task, train=train, test=test)
+
+
+def _dearest(rows: Rows, count: int) -> Rows:
     from share_client.kinds.kind import Chosen
 
-    lengths = task.train.lengths()
-    dearest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: task.config.batch_size]
-    return replace(task, train=Chosen(task.train, dearest))
+    lengths = rows.lengths()
+    return Chosen(rows, sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count])
 
 
 def _relative_cost(task: PreparedTask, one: PreparedTask) -> float:

@@ -15,16 +15,21 @@ from share_core.durable import PRIVATE, TEMPORARY, flush_directory
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it. A crash may leave a part of the last line; readers drop it."""
+    """Append one line and flush it. A crash may leave a part of the last line; readers drop it.
+
+    Raises:
+        OSError: not all of it is on the disk, for example because the disk is full.
+    """
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, PRIVATE)
-    with os.fdopen(handle, "r+b", buffering=0) as file:
+    with os.fdopen(handle, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(line.encode() + b"\n")
+        file.flush()  # one bare write may take a part and report no error
         os.fsync(file.fileno())
     if new:
         flush_directory(path.parent)

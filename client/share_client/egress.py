@@ -141,10 +141,11 @@ class EgressLog:
         path = _path(self._directory, int(end.path.stem) + 1) if begin else end.path
         size = 0 if begin else end.size
         handle = os.open(path, os.O_WRONLY | os.O_CREAT, PRIVATE)
-        with os.fdopen(handle, "wb", buffering=0) as file:
+        with os.fdopen(handle, "wb") as file:
             file.truncate(size)  # a crash may have left a part of a line: what it was about has not left
             file.seek(size)
             file.write(line)
+            file.flush()  # one bare write may take a part and report no error
             os.fsync(file.fileno())
         if size == 0:
             flush_directory(self._directory)

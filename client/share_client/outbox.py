@@ -77,6 +77,8 @@ class Training:
     """Basis vectors that it could use, over all sites and both sides."""
     captured: float = 0.0
     """Share of the gradient's energy left at the end that coefficients in those bases could follow."""
+    attempt: str = ""
+    """Hash of the data and of every setting, see :attr:`.trainer.LocalTask.attempt`; empty: there are no settings."""
 
 
 @dataclass(frozen=True)

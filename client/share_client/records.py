@@ -4,7 +4,7 @@
 
     tasks/<task>/record.json              which data is merged in which version; what was refused and why
                  head-<version>.safetensors   the private head that belongs to the core merged in that version
-                 history.jsonl            merges and evaluations, one object a line
+                 history.jsonl            merges, evaluations, refits and restored hubs, one object a line
 
 ``record.json`` decides; a head without an entry there is left over from a crash and is overwritten in time.
 """
@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from share_core.errors import ConfigError
 
 MOST_RETRAININGS = 5
 """How often the same data is trained again because the hub wants it in newer bases, before it counts as refused."""
+
+RESTORED = "restored"
+"""The event of a history after which versions above that of its line are other ones."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class TaskRecord:
     heads: tuple[Head, ...] = ()
     """Merged trainings, oldest first. Older ones are pruned once every version they belong to is evaluated."""
     refused_hash: str = ""
-    """Data that the hub refused for good; trained again only when it changes."""
+    """The attempt (:attr:`.trainer.LocalTask.attempt`: data and settings) that was refused for good; another is made
+    only when one of them changes."""
     refused_reason: str = ""
     """Why."""
     retrainings: int = 0
-    """Trainings thrown away in a row because their version was no longer kept."""
+    """Trainings in a row that were thrown away because their version was no longer kept, or that broke off."""
     refits: int = 0
     """How often the newest data was refitted in newer bases, or could have been and was not, see :mod:`.refits`."""
     columns: int = 0
@@ -61,9 +65,9 @@ class TaskRecord:
     task_id: str = ""
     """``organisation/name`` that it is merged into; empty: a task of this organisation."""
 
-    def wants(self, content_hash: str) -> bool:
-        """Whether data with this hash has yet to be trained."""
-        if content_hash == self.refused_hash:
+    def wants(self, content_hash: str, attempt: str = "") -> bool:
+        """Whether data with this hash has yet to be trained and this attempt, or else the hash, was not refused."""
+        if self.refused_hash == (attempt or content_hash):
             return False
         return not self.heads or self.heads[-1].content_hash != content_hash
 
@@ -83,10 +87,10 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self._directory = make_private_directory(directory)
         self._records = {path.parent.name: _read(path) for path in sorted(self._directory.glob("*/record.json"))}
-        self._evaluated = {
-            name: {(line["version"], line["metric"]) for line in self.history(name) if line["event"] == "evaluation"}
-            for name in self._records
-        }
+        self._evaluated: dict[str, set[int]] = {}
+        for name in self._records:
+            for line in standing(self.history(name)):
+                self._note(name, line)
 
     def get(self, task: str) -> TaskRecord:
         """Return what is known of a task; an empty record if nothing is."""
@@ -124,12 +128,18 @@ class Records:
         record = self.get(task)
         self._save(replace(record, refits=record.refits + 1, columns=columns))
 
-    def refused(self, task: str, content_hash: str, reason: str) -> None:
-        """Record that the hub will never take what was trained on this data."""
-        self._save(replace(self.get(task), refused_hash=content_hash, refused_reason=reason, retrainings=0))
+    def refused(self, task: str, attempt: str, reason: str) -> None:
+        """Record that nothing will come of an attempt: what was trained is never taken, or cannot be trained."""
+        self._save(replace(self.get(task), refused_hash=attempt, refused_reason=reason, retrainings=0))
+
+    def lost(self, task: str, version: int) -> None:
+        """Record that the hub no longer holds what it merged in ``version``."""
+        record = self.get(task)
+        self._save(replace(record, heads=tuple(head for head in record.heads if head.version != version)))
+        self._head_path(task, version).unlink(missing_ok=True)
 
     def retrain(self, task: str) -> bool:
-        """Record that a training was in vain and another try is due; False, and nothing, if there were too many."""
+        """Record that a training came to nothing and another try is due; False, and nothing, if there were too many."""
         record = self.get(task)
         if record.retrainings + 1 >= MOST_RETRAININGS:
             return False
@@ -154,15 +164,21 @@ class Records:
                 for head in stale:
                     self._head_path(record.task, head.version).unlink(missing_ok=True)
 
-    def is_evaluated(self, task: str, version: int, metric: str = "accuracy") -> bool:
+    def is_evaluated(self, task: str, version: int) -> bool:
         """Whether this version was evaluated, and reported, before."""
-        return (version, metric) in self._evaluated.get(task, set())
+        return version in self._evaluated.get(task, set())
 
     def add_history(self, task: str, line: Mapping[str, Any]) -> None:
         """Append one object to the task's history."""
         append_line(make_private_directory(self._directory / task) / "history.jsonl", json.dumps(line, sort_keys=True))
+        self._note(task, line)
+
+    def _note(self, task: str, line: Mapping[str, Any]) -> None:
+        known = self._evaluated.get(task, set())
         if line["event"] == "evaluation":
-            self._evaluated.setdefault(task, set()).add((line["version"], line["metric"]))
+            self._evaluated[task] = known | {line["version"]}
+        elif line["event"] == RESTORED:
+            self._evaluated[task] = {version for version in known if version <= line["version"]}
 
     def history(self, task: str) -> list[dict[str, Any]]:
         """Return the task's history, oldest first."""
@@ -175,6 +191,17 @@ class Records:
         directory = make_private_directory(self._directory / record.task)
         write_atomic(directory / "record.json", to_json(asdict(record)))
         self._records[record.task] = record
+
+
+def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of a history without those of versions that a restored hub has lost: their numbers came anew."""
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if line["event"] == RESTORED:
+            kept = [one for one in kept if one.get("version", 0) <= line["version"]]
+        else:
+            kept.append(line)
+    return kept
 
 
 def _read(path: Path) -> TaskRecord:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from share_client.attempts import reason_of
 from share_client.records import Records, TaskRecord
 from share_client.session_log import SessionLog
 from share_client.spending import Spending
@@ -34,16 +35,16 @@ CLEARLY = 2.0
 """Standard errors by which a refit must be better on the test rows to be sent."""
 
 
-def is_due(record: TaskRecord, content_hash: str, columns: int) -> bool:
+def is_due(record: TaskRecord, task: LocalTask, columns: int) -> bool:
     """Whether a merged task is to be looked at in bases of ``columns`` vectors.
 
     Args:
         record: what is known of the task.
-        content_hash: hash of its data now; changed data is trained, not refitted.
+        task: with the hash of its data now; changed data is trained, not refitted.
         columns: :func:`~share_core.space.columns_of` the newest version.
     """
-    trained = bool(record.heads) and record.heads[-1].content_hash == content_hash
-    if not trained or record.refused_hash == content_hash or record.columns == 0:
+    trained = bool(record.heads) and record.heads[-1].content_hash == task.content_hash
+    if not trained or record.refused_hash == task.attempt or record.columns == 0:
         return False
     return record.refits < MOST_REFITS and columns >= GROWN * record.columns
 
@@ -77,7 +78,7 @@ class Refits:
         """Return the first of ``tasks`` that is due in ``space``; None if none is."""
         columns = columns_of(space.bases)
         for task in tasks:
-            due = is_due(self._records.get(task.name), task.content_hash, columns)
+            due = is_due(self._records.get(task.name), task, columns)
             if due and is_allowed(task) and task_id(task) in space.cores and self._affordable(task):
                 return task
         return None
@@ -99,9 +100,10 @@ class Refits:
         before = record.captured if task.privacy is None else None
         try:
             found = self._trainer.refit(task, space, task_id, self._head(record), before, progress)
-        except ConfigError as error:  # such as a head that no longer fits, after `rows` was changed
+        except Exception as error:  # such as a head that no longer fits, after `rows` was changed
+            reason = reason_of(error)
             self._records.not_refitted(task.name, columns_of(space.bases))
-            self._log.write("refit", task=task.name, version=space.version, reason=str(error))
+            self._log.write("refit", task=task.name, version=space.version, reason=reason)
             return None
         if found.trained is not None and found.trained.declared is not None:
             spent = self._spending.add(task.name, found.trained.declared)

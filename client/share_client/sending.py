@@ -284,7 +284,7 @@ class Sender:
 
     def _refuse(self, entry: Entry, error: str, reason: str) -> None:
         training = entry.training
-        self._records.refused(training.task, training.content_hash, f"{error}: {reason}")
+        self._records.refused(training.task, training.attempt or training.content_hash, f"{error}: {reason}")
         moved = self._outbox.refuse(entry, error, reason)
         self.refused += 1
         self._log.write(

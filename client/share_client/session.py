@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 
+from share_client.attempts import Attempts
 from share_client.cache import SpaceCache, chain_path
 from share_client.chain import ManifestChain, open_chain
+from share_client.evaluations import Evaluations
 from share_client.feed import VersionFeed, fetch_newest
 from share_client.heads import first_head
 from share_client.link import HubLink, SpaceDescription, patiently
@@ -30,6 +32,7 @@ from share_client.rebase import Rebaser, kept_adapter
 from share_client.records import Records
 from share_client.refits import Refits
 from share_client.renewal import kept_renewed
+from share_client.restored import forget_lost
 from share_client.sending import Sender
 from share_client.session_lock import only_session
 from share_client.session_log import SessionLog
@@ -38,13 +41,12 @@ from share_client.sources import Sources, open_relay
 from share_client.spending import Spending
 from share_client.trainer import BackboneTrainer, LocalTask, Step, Trained, Trainer
 from share_client.view import View
-from share_client.watched import Settling
+from share_client.watched import SETTLE_S, Settling
 from share_core.errors import ConfigError, FedshareError, ManifestError, SpaceMismatchError, UnavailableError
 from share_core.fingerprint import check_backbone
-from share_core.space import empty_space, task_adapter
+from share_core.space import empty_space
 from share_core.types import Space
 from share_core.wire import encode_update
-from share_proto.v1 import hub_pb2
 
 if TYPE_CHECKING:
     from share_core.lease import Lease
@@ -126,8 +128,9 @@ def run_session(
             sources = Sources(link, relay, lambda text: log.write("source", reason=text))
             session = _Session(layout, member, lease, sources, chain, description, trainer, options, log, stop)
             return session.run()
-        except FedshareError as error:
-            log.write("failed", error=type(error).__name__, reason=str(error))
+        except Exception as error:
+            with contextlib.suppress(OSError):  # such as the full disk that this is about
+                log.write("failed", error=type(error).__name__, reason=str(error))
             raise
 
 
@@ -168,11 +171,14 @@ class _Session:
         rebaser = Rebaser(self._spec, lambda: self._view.newest, self._hub_versions)
         signer = SubmissionSigner(layout.sequence, lambda: self._link.credentials)
         self._sender = Sender(self._link, self._outbox, self._records, signer, log, stop, rebaser)
+        self._attempts = Attempts(self._records, log)
+        self._evaluations = Evaluations(
+            trainer, self._records, self._link, log, stop, self._task_id, self._check_backbone
+        )
         self._set_aside: frozenset[str] = frozenset()
-        self._evaluated = 0
         self._taken = 0
         self._tasks_error = ""
-        self._filling = False
+        self._filling: dict[str, float] = {}
         self._backbone_checked = False
 
     def run(self) -> SessionCounters:
@@ -192,7 +198,7 @@ class _Session:
             submitted=self._sender.submitted,
             merged=self._sender.merged,
             refused=self._sender.refused,
-            evaluated=self._evaluated,
+            evaluated=self._evaluations.reported,
             version=self._view.newest.version,
             idle=idle,
         )
@@ -201,9 +207,10 @@ class _Session:
 
     def _work(self, feed: VersionFeed) -> bool:
         """Repeat the loop until the end; return whether nothing was left to do."""
+        self._let_settle()
         last_event = time.monotonic()
         if self._sender.pass_once(self._view.walked.version).certain:
-            self._evaluate(self._view.walked)
+            self._evaluations.evaluate(self._tasks(), self._view.walked)
         while not self._stop.is_set():
             self._view.check()
             feed.expect(max(self._published, self._sender.merged_in))
@@ -230,9 +237,20 @@ class _Session:
             self._view.wait(self._options.poll_s)
         return False
 
+    def _let_settle(self) -> None:
+        """Wait until folders of trained tasks are known to be whole: no version before is evaluated for them."""
+        until = time.monotonic() + 3 * SETTLE_S
+        while not self._stop.is_set() and time.monotonic() < until:
+            self._tasks()
+            if not any(self._records.get(name).heads for name in self._filling):
+                return
+            self._stop.wait(self._options.poll_s)
+
     def _first_space(self, description: SpaceDescription) -> Space:
         """Return the space to begin with: the one kept, or the newest, or the empty one."""
         kept = self._cache.load()
+        if kept is None:
+            forget_lost(self._records, self._link, description.version, self._stop, self._waiting, self._log)
         if kept is not None or description.version == 0:
             return kept or empty_space(self._spec)
         space = patiently(self._fetch_space, self._stop, self._waiting)
@@ -278,7 +296,7 @@ class _Session:
         for task in self._tasks():
             if task.only_coefficients and not any(basis.k_out for basis in self._view.newest.bases.values()):
                 continue  # as long as the space has no bases there are no coefficients
-            wanted = task.name not in self._set_aside and self._records.get(task.name).wants(task.content_hash)
+            wanted = task.name not in self._set_aside and self._attempts.is_open(task)
             if wanted and not self._others.is_closed(task, self._view.newest.version):
                 return task
         return None
@@ -292,7 +310,8 @@ class _Session:
             self._tasks_error = str(error)
             return []
         self._tasks_error = ""
-        self._filling = any(not task.is_whole for task in tasks)
+        now = time.monotonic()
+        self._filling = {task.name: self._filling.get(task.name, now) for task in tasks if not task.is_whole}
         return [task for task in tasks if task.is_whole]
 
     def _check_backbone(self) -> None:
@@ -323,10 +342,10 @@ class _Session:
         task_id = self._task_id(task)
         try:
             rows = self._trainer.rows(task)
-        except ConfigError as error:
-            if not task.dropped:
+        except Exception as error:
+            if isinstance(error, ConfigError) and not task.dropped:
                 raise
-            self._refuse(task, error)
+            self._attempts.failed(task, error)
             return
         self._log.write("training", task=task.name, rows=rows, version=space.version)
         try:
@@ -335,16 +354,12 @@ class _Session:
             known = bool(self._records.get(task.name).heads)
             shared = None if known else first_head(self._link, self._chain, space, task_id, self._log)
             trained = self._trainer.train(task, space, task_id, self._progress(task, space.version), shared)
-        except ConfigError as error:
-            self._refuse(task, error)
+        except Exception as error:
+            self._attempts.failed(task, error)
             return
         if trained.declared is not None:  # before anything of it can leave
             self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
         self._keep(task, trained, space, "its data changed" if known else "it was new", refit=False)
-
-    def _refuse(self, task: LocalTask, error: ConfigError) -> None:
-        self._records.refused(task.name, task.content_hash, str(error))
-        self._log.write("refused", task=task.name, reason=str(error))
 
     def _refit(self) -> bool:
         """Refit a task for which the subspace has grown usefully; return whether there was one to look at."""
@@ -381,6 +396,7 @@ class _Session:
             refit=refit,
             columns=trained.columns,
             captured=trained.captured,
+            attempt=task.attempt,
         )
         self._outbox.put(
             payload,
@@ -428,45 +444,10 @@ class _Session:
                 return some, state.unsettled
             while not self._stop.is_set() and (space := self._view.walk(limit)) is not None:
                 some = True
-                self._evaluate(space)
+                self._evaluations.evaluate(self._tasks(), space)
                 if space.version % self._options.cache_every == 0:
                     self._cache.save(space)
                     self._records.prune(space.version)
-
-    def _evaluate(self, space: Space) -> None:
-        reports = []
-        for task in self._tasks():
-            record = self._records.get(task.name)
-            head = record.head_at(space.version)
-            task_id = self._task_id(task)
-            known = head is not None and head.content_hash == task.content_hash and task_id in space.cores
-            if not known or self._records.is_evaluated(task.name, space.version):
-                continue
-            assert head is not None
-            self._check_backbone()
-            adapter = task_adapter(space, task_id)
-            measured = self._trainer.evaluate(task, adapter, self._records.read_head(task.name, head))
-            line = {"task": task.name, "version": space.version, **vars(measured)}
-            reports.append((task_id if task.reports else "", line))
-        if not reports:
-            return
-        evaluations = [
-            hub_pb2.Evaluation(
-                task_id=task_id,
-                version=line["version"],
-                metric=line["metric"],
-                value=line["value"],
-                rows=line["rows"],
-            )
-            for task_id, line in reports
-            if task_id
-        ]
-        # Reported first, remembered after: a crash in between repeats the same value, which the hub replaces.
-        if not evaluations or patiently(lambda: self._link.report(evaluations), self._stop, self._waiting) is not None:
-            for _, line in reports:
-                self._records.add_history(line["task"], {"event": "evaluation", **line})
-                self._log.write("evaluation", **line)
-            self._evaluated += len(evaluations)
 
     def _waiting(self, error: FedshareError) -> None:
         self._log.write("waiting", reason=str(error))

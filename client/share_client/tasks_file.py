@@ -159,6 +159,11 @@ class Examined:
     defaults: Mapping[str, object] = field(default_factory=dict, hash=False)
     """As in :class:`TasksFile`."""
 
+    def file(self, path: Path) -> TasksFile:
+        """Return what can be used of the file, which names a backbone that can."""
+        assert self.backbone is not None, "nothing can be made of tasks without a backbone"
+        return TasksFile(path, self.backbone, self.device, self.tasks, self.watch, self.defaults)
+
 
 def read_tasks(path: Path) -> TasksFile:
     """Read ``tasks.toml``.
@@ -192,8 +197,7 @@ def examine_tasks(path: Path) -> Examined:
 def _sound(examined: Examined, path: Path) -> TasksFile:
     for problem in examined.problems:
         raise problem
-    assert examined.backbone is not None, "a file without a problem names a backbone"
-    return TasksFile(path, examined.backbone, examined.device, examined.tasks, examined.watch, examined.defaults)
+    return examined.file(path)
 
 
 def dropped_task(file: TasksFile, folder: Path, table: Mapping[str, object]) -> TaskConfig:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ from share_client.data.content import content_hash, stamps
 from share_client.kind_names import is_import_path
 from share_client.privacy_table import PrivacyConfig
 from share_client.tasks_file import TaskConfig, TasksFile, read_tasks
-from share_client.watched import Dropped, Settling, dropped_tasks
+from share_client.watched import Settling, dropped_tasks
 from share_core.errors import ConfigError
 from share_core.privacy import COEFFICIENTS, SAMPLES, Declaration
 from share_core.space import columns_of, task_adapter, update_adapter
@@ -48,6 +49,15 @@ class LocalTask:
 
     dropped: bool = False
     """Whether it came as a folder: rows that cannot be read are then a refusal of the task, and end nothing."""
+    backbone: str = ""
+    """What it is trained on and where, in words."""
+
+    @property
+    def attempt(self) -> str:
+        """Hash of its data and of every setting: what was refused is tried again once one of them has changed."""
+        if self.config is None:
+            return self.content_hash
+        return hashlib.sha256(f"{self.content_hash} {self.config} {self.backbone}".encode()).hexdigest()
 
     @property
     def privacy(self) -> PrivacyConfig | None:
@@ -231,7 +241,7 @@ class BackboneTrainer:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
         settling = self._settling
-        dropped = Dropped() if settling is None else dropped_tasks(file, settling)
+        dropped = dropped_tasks(file, settling)
         for remark in sorted(set(dropped.remarks) - self._told):
             self._tell(remark)
         self._told = frozenset(dropped.remarks)
@@ -248,7 +258,8 @@ class BackboneTrainer:
         ]
 
     def _local(self, task: TaskConfig, is_whole: bool, file: TasksFile) -> LocalTask:
-        return LocalTask(task.name, self._hash(task, file) if is_whole else "", task, is_whole)
+        content_hash = self._hash(task, file) if is_whole else ""
+        return LocalTask(task.name, content_hash, task, is_whole, backbone=f"{file.backbone} on {file.device}")
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
@@ -318,8 +329,9 @@ class BackboneTrainer:
         captured = 0.0
         if prepared.config.refit and result.declared is None:
             adapter = update_adapter(result.update, space.bases)
-            gradients = refit.gradients_at(self._backbone(), prepared, adapter, result.head, tuple(usable), options)
-            captured = refit.captured_share(gradients, usable)
+            with suppress(ConfigError, RuntimeError, MemoryError):  # what was trained is not to be lost by a look at it
+                gradients = refit.gradients_at(self._backbone(), prepared, adapter, result.head, tuple(usable), options)
+                captured = refit.captured_share(gradients, usable)
         return Trained(
             update=result.update,
             head=result.head,

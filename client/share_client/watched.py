@@ -56,7 +56,8 @@ class Settling:
         if known is None or known[0] != stamp:
             known = self._seen[paths] = (stamp, clock)
         old = named and all(self._now() - changed_ns / 1e9 >= SETTLE_S for _, _, changed_ns in stamp)
-        return bool(stamp) and (old or clock - known[1] >= SETTLE_S)
+        # A named directory without a file is whole too: who reads it says what is missing.
+        return (named or bool(stamp)) and (old or clock - known[1] >= SETTLE_S)
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Dropped:
     """Why other folders are no tasks."""
 
 
-def dropped_tasks(file: TasksFile, settling: Settling) -> Dropped:
-    """Look at every folder in the watched directory of ``file``."""
+def dropped_tasks(file: TasksFile, settling: Settling | None) -> Dropped:
+    """Look at every folder in the watched directory of ``file``; without ``settling`` each counts as whole."""
     tasks: list[TaskConfig] = []
     filling: list[str] = []
     remarks: list[str] = []
@@ -81,7 +82,7 @@ def dropped_tasks(file: TasksFile, settling: Settling) -> Dropped:
         try:
             if not _parts(folder, "train"):
                 continue
-            if not settling.is_whole(folder):
+            if settling is not None and not settling.is_whole(folder):
                 filling.append(folder.name)
                 continue
             if folder.name in names:

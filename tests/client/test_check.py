@@ -29,7 +29,9 @@ from share_client.kinds import text_classification as text_module
 from share_client.kinds import token_classification as token_module
 from share_client.tasks_file import read_tasks
 from share_client.training import TrainingOptions, load_backbone, prepare_task, train_in_space
+from share_client.training import evaluation as evaluation_module
 from share_client.training import gradients as gradients_module
+from share_client.watched import Dropped
 from share_core.errors import ConfigError
 from share_core.fingerprint import describe_space
 from share_core.space import empty_space
@@ -102,6 +104,7 @@ GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "litter in folders": ("other-file-in-a-class", folders_module, "SUFFIXES", (".png", ".txt")),
     "one format": ("train-archive-test-folder", images_module, "_format", lambda _: images_module.ARCHIVE),
     "rows on both sides": ("too-few-to-hold-out", splits_module, "held_out", lambda *_: ([0], [0])),
+    "watched folders": ("watched-folder-without-test", check_module, "dropped_tasks", lambda *_: Dropped()),
     "existing files": ("missing-file", tasks_module, "_data_path", lambda path, _: path),
 }
 """A case, and a guard whose absence it must show."""
@@ -286,3 +289,28 @@ def test_the_estimate_counts_steps_rows_and_pace() -> None:
 
     whole, one = _Task([8, 8, 2, 2, 2, 2]), _Task([8, 8])
     assert check_module._relative_cost(whole, one) == pytest.approx(24 / 3 / 16)  # type: ignore[arg-type]
+
+
+def test_a_task_in_a_watched_folder_is_tried_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most memory may be needed for the test rows: they are passed through the backbone as they will be."""
+    folder = tmp_path / "incoming" / "bars"
+    folder.mkdir(parents=True)
+    for part, rows in (("train", 6), ("test", 200)):
+        x = np.random.default_rng(0).random((rows, 8, 8), dtype=np.float32)
+        np.savez(folder / f"{part}.npz", x=x, y=np.arange(rows) % 2)
+    (tmp_path / "tasks.toml").write_text(
+        'backbone = "digits-vit"\ndevice = "cpu"\nwatch = "incoming"\n'
+        '[defaults]\nkind = "image-classification"\nbatch_size = 6\naccumulate = 2\n'
+    )
+    judged = []
+    plain = evaluation_module.judged_rows
+
+    def counting(*given: Any) -> Any:
+        judged.append(len(plain(*given)))
+        return plain(*given)
+
+    monkeypatch.setattr(evaluation_module, "judged_rows", counting)
+    found = check_tasks(tmp_path / "tasks.toml")
+    assert found.problems == ()
+    assert [(task.name, task.train_rows, task.test_rows) for task in found.tasks] == [("bars", 6, 200)]
+    assert judged == [12], "four times the three rows of a part"

@@ -30,18 +30,19 @@ from share_core.space import columns_of
 from share_core.types import Core, SiteBasis, SiteUpdate, Space, Update
 
 OPTIONS = SessionOptions(linger_s=0.4, poll_s=0.02, lock_s=0.5)
+TASK = LocalTask("t", "data")
 MERGED = TaskRecord("t", heads=(Head(3, "data"),), columns=100, captured=0.02)
 
 
 def test_a_task_is_due_when_the_bases_have_grown() -> None:
-    assert not is_due(MERGED, "data", 100)
-    assert not is_due(MERGED, "data", 124)
-    assert is_due(MERGED, "data", 125)
-    assert not is_due(MERGED, "other data", 500), "changed data is trained, not refitted"
-    assert not is_due(replace(MERGED, heads=()), "data", 500)
-    assert not is_due(replace(MERGED, refused_hash="data"), "data", 500)
-    assert not is_due(replace(MERGED, columns=0), "data", 500), "of an older release, nothing to compare with"
-    assert not is_due(replace(MERGED, refits=refits.MOST_REFITS), "data", 500)
+    assert not is_due(MERGED, TASK, 100)
+    assert not is_due(MERGED, TASK, 124)
+    assert is_due(MERGED, TASK, 125)
+    assert not is_due(MERGED, LocalTask("t", "other data"), 500), "changed data is trained, not refitted"
+    assert not is_due(replace(MERGED, heads=()), TASK, 500)
+    assert not is_due(replace(MERGED, refused_hash="data"), TASK, 500)
+    assert not is_due(replace(MERGED, columns=0), TASK, 500), "of an older release, nothing to compare with"
+    assert not is_due(replace(MERGED, refits=refits.MOST_REFITS), TASK, 500)
 
 
 def ping_pong(most: int) -> int:
@@ -49,7 +50,7 @@ def ping_pong(most: int) -> int:
     columns, tries = 20.0, 0
     records = [replace(MERGED, columns=10), replace(MERGED, columns=10)]
     while tries < most:
-        due = [n for n, record in enumerate(records) if is_due(record, "data", int(columns))]
+        due = [n for n, record in enumerate(records) if is_due(record, TASK, int(columns))]
         if not due:
             break
         tries += 1
@@ -68,7 +69,7 @@ def test_growth_alone_bounds_the_tries_where_nothing_grows_by_refits(monkeypatch
     monkeypatch.setattr(refits, "MOST_REFITS", 10**9)
     record, tries = replace(MERGED, columns=10), 0
     for columns in range(10, 2000):
-        if is_due(record, "data", columns):
+        if is_due(record, TASK, columns):
             record, tries = replace(record, columns=columns), tries + 1
     assert tries <= 1 + 24, "log(2000 / 10) / log(1.25) is 23.7"
 

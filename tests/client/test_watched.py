@@ -304,3 +304,10 @@ def test_a_session_trains_what_is_dropped_and_survives_what_cannot_be_read(
     (refused,) = [line for line in seen if line["event"] == "refused"]
     assert refused["task"] == "broken"
     assert [record.task for record in Records(layout.tasks).all() if record.heads] == ["digits"]
+
+
+def test_a_named_directory_without_files_is_not_waited_for(tmp_path: Path, settling: Settling) -> None:
+    """Who reads it says at once what is missing; a dropped folder is being filled."""
+    (tmp_path / "empty").mkdir()
+    assert settling.is_whole(tmp_path / "empty", named=True)
+    assert not settling.is_whole(tmp_path / "empty")

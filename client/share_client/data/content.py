@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from share_core.errors import ConfigError
@@ -39,7 +40,23 @@ def stamps(path: Path) -> list[tuple[str, int, int]]:
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """Return the file, or every file below the directory, also in directories that a link leads to."""
+    try:
+        return sorted(_below(path, frozenset())) if path.is_dir() else [path]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot list the data: {error}") from error
+
+
+def _below(directory: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    status = directory.stat()
+    own = (status.st_dev, status.st_ino)
+    if own in above:
+        return  # a link to a directory that it lies in
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _below(path, above | {own})
+        elif path.is_file():
+            yield path
 
 
 def _tree_digest(directory: Path) -> bytes:

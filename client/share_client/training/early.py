@@ -16,6 +16,7 @@ from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask, Rows
 from share_client.kinds.kind import Chosen
 from share_client.training.batches import sorted_batches
+from share_client.training.steps import part_rows
 from share_core.errors import ConfigError
 
 HELD_OUT = 0.1
@@ -81,7 +82,7 @@ class EarlyStop:
         """Return the mean loss of the held-out rows."""
         total = 0.0
         with torch.no_grad():
-            for chosen in sorted_batches(self._rows, self._task.config.batch_size):
+            for chosen in sorted_batches(self._rows, part_rows(self._task.config)):
                 inputs, targets = self._rows.batch(chosen, self._backbone.device)
                 outputs = self._task.kind.outputs(self._backbone, self._head, inputs)
                 total += self._task.kind.loss(outputs, targets).item() * len(chosen)

@@ -9,16 +9,25 @@ from torch import Tensor, nn
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
+from share_client.tasks_file import TaskConfig
 from share_client.training.batches import sorted_batches
-from share_client.training.factors import FixedFactors
-from share_client.training.inject import adapted, injected
+from share_client.training.inject import adapted, fixed_factors, injected
 from share_client.training.loop import fresh_head
 from share_client.training.options import EvaluationResult
+from share_client.training.steps import part_rows
 from share_core.errors import SpaceMismatchError
 from share_core.types import Adapter
 
 BATCH = 128
-"""Rows in one forward pass."""
+"""Most rows in one forward pass."""
+
+WITHOUT_GRADIENT = 4
+"""How many times the rows of one training pass fit into the memory where nothing is kept for a backward pass."""
+
+
+def rows_at_once(config: TaskConfig) -> int:
+    """Return the rows in one forward pass: who trains in small parts to save memory is not to run out of it here."""
+    return min(BATCH, WITHOUT_GRADIENT * part_rows(config))
 
 
 def evaluate(
@@ -57,11 +66,10 @@ def judged_rows(backbone: Backbone, task: PreparedTask, adapter: Adapter | None,
         got = (factors.out.shape[0], factors.in_.shape[0])
         if got != expected:
             raise SpaceMismatchError(f"site {site!r}: expected factors for {expected}, got {got}")
-        out, in_ = (part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_))
-        modules[site] = adapted(base, FixedFactors(out, in_))
+        modules[site] = adapted(base, fixed_factors(base, factors))
     judged: list[Tensor] = []
     with injected(backbone, modules), torch.inference_mode():
-        for rows in sorted_batches(task.test, BATCH):
+        for rows in sorted_batches(task.test, rows_at_once(task.config)):
             inputs, target = task.test.batch(rows, backbone.device)
             judged.append(task.kind.judge(task.kind.outputs(backbone, module, inputs), target).cpu())
     return torch.cat(judged)

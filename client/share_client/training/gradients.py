@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
 from share_client.training.batches import epoch_batches
-from share_client.training.inject import injected, probed
+from share_client.training.inject import adapted, fixed_factors, injected, probed
 from share_client.training.options import TrainingOptions
 from share_client.training.steps import part_losses, recomputed
 from share_core.errors import ConfigError
 from share_core.linalg import float64, leading_right_vectors, residual
-from share_core.types import SiteBasis
+from share_core.types import Adapter, SiteBasis
+
+NOTHING: Adapter = MappingProxyType({})
 
 GROUP_NUMBERS = 2**28
 """Numbers in the gradients that are held at one time, 1 GiB in float32; one site alone may have more."""
@@ -96,18 +99,35 @@ def grouped(backbone: Backbone, sites: Sequence[str], numbers: int | None = None
 
 
 def weight_gradients(
-    backbone: Backbone, task: PreparedTask, head: nn.Module, sites: tuple[str, ...], options: TrainingOptions
+    backbone: Backbone,
+    task: PreparedTask,
+    head: nn.Module,
+    sites: tuple[str, ...],
+    options: TrainingOptions,
+    adapter: Adapter = NOTHING,
 ) -> dict[str, Tensor]:
-    """Return the gradient (d_out, d_in) of the loss with respect to every site's frozen weight, over a few batches.
+    """Return the gradient (d_out, d_in) of the loss with respect to every site's weight, over a few batches.
+
+    Always the same batches for the same options, so that two calls differ only in what they are given.
+
+    Args:
+        backbone: the encoder; left as it was.
+        task: whose loss.
+        head: the head.
+        sites: where gradients are wanted.
+        options: batches, and what saves memory.
+        adapter: the change, by site, that the weights have while the gradient is taken; sites without any have none.
 
     Raises:
-        ConfigError: NaN or infinity before anything was trained.
+        ConfigError: NaN or infinity.
     """
     draw = torch.Generator().manual_seed(options.seed)
-    probes = {site: probed(backbone.site(site)) for site in sites}
+    fixed = {site: fixed_factors(backbone.site(site), factors) for site, factors in adapter.items()}
+    changed = {site: adapted(backbone.site(site), factors) for site, factors in fixed.items() if site not in sites}
+    probes = {site: probed(backbone.site(site), fixed.get(site)) for site in sites}
     matrices = [probe.change for probe in probes.values()]
     total = [torch.zeros_like(matrix) for matrix in matrices]
-    with injected(backbone, probes), recomputed(backbone, options.checkpointing):
+    with injected(backbone, {**changed, **probes}), recomputed(backbone, options.checkpointing):
         for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
             for loss in part_losses(backbone, task, head, rows, options):
                 for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from share_client.backbones import Backbone
 from share_client.backbones.places import Place
-from share_client.training.factors import SiteFactors
+from share_client.training.factors import FixedFactors, SiteFactors
+from share_core.types import Factors
 
 
 class AdaptedLinear(nn.Module):
@@ -50,11 +51,15 @@ class AdaptedConv(nn.Module):
 
 
 class ProbedLinear(nn.Module):
-    """The frozen map plus a zero matrix (d_out, d_in), whose gradient is that of the frozen weight as a matrix."""
+    """A map plus a zero matrix (d_out, d_in), whose gradient is that of the frozen weight as a matrix.
 
-    def __init__(self, place: Place) -> None:
+    The map is the frozen one, or the frozen one with a given change.
+    """
+
+    def __init__(self, place: Place, fixed: SiteFactors | None) -> None:
         super().__init__()
-        self.base = place.module
+        self.frozen = place.module
+        self.base = place.module if fixed is None else adapted(place, fixed)
         zeros = torch.zeros(place.d_out, place.d_in, dtype=place.compute_dtype(), device=place.device)
         self.change = nn.Parameter(zeros)
 
@@ -69,7 +74,7 @@ class ProbedConv(ProbedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, channels, ...) to (rows, d_out, ...)."""
-        y: Tensor = self.base(x) + _convolved(self.base, x, self.change)
+        y: Tensor = self.base(x) + _convolved(self.frozen, x, self.change)
         return y
 
 
@@ -78,9 +83,14 @@ def adapted(base: Place, change: SiteFactors) -> AdaptedLinear | AdaptedConv:
     return AdaptedConv(base.module, change) if base.kind == "conv" else AdaptedLinear(base.module, change)
 
 
-def probed(base: Place) -> ProbedLinear:
-    """Return the module that computes what ``base`` does and has the gradient of its weight in ``change``."""
-    return ProbedConv(base) if base.kind == "conv" else ProbedLinear(base)
+def probed(base: Place, fixed: SiteFactors | None = None) -> ProbedLinear:
+    """Return the module that computes what ``base`` and ``fixed`` do, with the weight's gradient in ``change``."""
+    return ProbedConv(base, fixed) if base.kind == "conv" else ProbedLinear(base, fixed)
+
+
+def fixed_factors(base: Place, factors: Factors) -> FixedFactors:
+    """Return given factors where ``base`` is and in the type that it computes in."""
+    return FixedFactors(*(part.to(base.device, base.compute_dtype()) for part in (factors.out, factors.in_)))
 
 
 def _convolved(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

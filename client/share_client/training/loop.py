@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,9 @@ def train(
         progress: called after every step.
         span: which part of the steps is taken, with the rows and rates as if all were; (0.5, 1.0) is the second half.
         moments: of the part before. Parameters found there go on with them; new ones begin anew.
+
+    Raises:
+        ConfigError: the loss is no finite number, or rows cannot be held out.
     """
     rated = [one for change in changes.values() for one in change.rated()]
     task, stop = _watched(backbone, task, head, rated, options)
@@ -125,7 +129,7 @@ def train(
                 done += 1
                 if not first < done <= end:
                     continue
-                value = _step(backbone, task, head, chosen, options, optimizer)
+                value = require_finite_loss(_step(backbone, task, head, chosen, options, optimizer), done, task)
                 schedule.step()
                 mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
@@ -167,6 +171,20 @@ def _step(
         value += loss.item()
     optimizer.step()
     return value
+
+
+def require_finite_loss(loss: float, step: int, task: PreparedTask) -> float:
+    """Return the loss of a step.
+
+    Raises:
+        ConfigError: it is NaN or infinite: whatever is trained after it is worth nothing.
+    """
+    if not math.isfinite(loss):
+        raise ConfigError(
+            f"task {task.config.name!r}: expected a finite loss, got {loss} in step {step}; lower learning_rate, or "
+            f"look for extreme numbers in {task.config.train}"
+        )
+    return loss
 
 
 def smoothed(mean: float | None, value: float) -> float:

@@ -26,7 +26,7 @@ from share_client.kinds import PreparedTask
 from share_client.noise import system_normal, system_sample
 from share_client.training.factors import Rated, SpaceFactors
 from share_client.training.inject import injected
-from share_client.training.loop import Trained, adamw, smoothed, triangle
+from share_client.training.loop import Trained, adamw, require_finite_loss, smoothed, triangle
 from share_client.training.options import DEFAULT_EPOCHS, DEFAULT_RATE, Progress, ProgressCallback, TrainingOptions
 from share_client.training.steps import parts_of
 from share_core.errors import ConfigError
@@ -147,7 +147,7 @@ def train_private(
     type and activations are kept, whatever ``options`` says: the hooks that tell rows apart need both.
 
     Raises:
-        ConfigError: Opacus is not installed.
+        ConfigError: Opacus is not installed, or the loss is no finite number.
     """
     adapted = {site: PrivateLinear(backbone.site(site), change) for site, change in changes.items()}
     rated = [one for site, linear in adapted.items() for one in linear.rated(changes[site])]
@@ -164,6 +164,7 @@ def train_private(
             for step in range(1, declared.steps + 1):
                 rows = system_sample(task.train_rows, declared.sample_rate)
                 loss = _row_gradients(backbone, task, head, rows, parameters, options.accumulate)
+                require_finite_loss(loss, step, task)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

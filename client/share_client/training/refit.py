@@ -14,20 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from share_client.backbones import Backbone
-from share_client.backbones.places import Place
 from share_client.kinds import PreparedTask
-from share_client.training.batches import epoch_batches
 from share_client.training.evaluation import judged_rows
-from share_client.training.factors import SiteFactors
-from share_client.training.gradients import inside
+from share_client.training.gradients import grouped, inside, weight_gradients
 from share_client.training.in_space import train_in_space
-from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
 from share_client.training.options import DEFAULT_RATE, ProgressCallback, TrainingOptions, TrainResult
 from share_core.linalg import float64, residual
@@ -53,26 +48,6 @@ class Comparison:
     """Standard error of ``after - before``, from drawing the rows again (paired bootstrap)."""
 
 
-class _Probed(SiteFactors):
-    """A given change plus a zero matrix, whose gradient is that of the weight with the change in it."""
-
-    fixed_out: Tensor
-    fixed_in: Tensor
-    eye: Tensor
-
-    def __init__(self, place: Place, fixed: Factors | None) -> None:
-        super().__init__()
-        kind: dict[str, Any] = {"dtype": place.compute_dtype(), "device": place.device}
-        self.probe = nn.Parameter(torch.zeros(place.d_out, place.d_in, **kind))
-        self.register_buffer("fixed_out", (torch.zeros(place.d_out, 0) if fixed is None else fixed.out).to(**kind))
-        self.register_buffer("fixed_in", (torch.zeros(place.d_in, 0) if fixed is None else fixed.in_).to(**kind))
-        self.register_buffer("eye", torch.eye(place.d_in, **kind))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``[fixed out, probe]`` and ``[fixed in_, identity]``."""
-        return torch.cat([self.fixed_out, self.probe], dim=1), torch.cat([self.fixed_in, self.eye], dim=1)
-
-
 def gradients_at(
     backbone: Backbone,
     task: PreparedTask,
@@ -83,21 +58,15 @@ def gradients_at(
 ) -> dict[str, Tensor]:
     """Return the gradient (d_out, d_in) of the loss at every site's weight plus ``adapter``, over a few batches.
 
-    Always the same batches for the same options, so that two calls differ only in what they are given.
+    Raises:
+        ConfigError: ``head`` does not fit the task, or a gradient holds NaN or infinity.
     """
     module = fresh_head(backbone, task, options.seed, head)
-    draw = torch.Generator().manual_seed(options.seed)
-    places = {site: backbone.site(site) for site in sites}
-    probes = {site: _Probed(place, adapter.get(site)) for site, place in places.items()}
-    matrices = [probe.probe for probe in probes.values()]
-    total = [torch.zeros_like(matrix) for matrix in matrices]
-    with injected(backbone, {site: adapted(places[site], probe) for site, probe in probes.items()}):
-        for rows in epoch_batches(task.train, options.batch_size, draw)[: options.gradient_batches]:
-            inputs, targets = task.train.batch(rows, backbone.device)
-            loss = task.kind.loss(task.kind.outputs(backbone, module, inputs), targets)
-            for running, part in zip(total, torch.autograd.grad(loss, matrices), strict=True):
-                running.add_(part)
-    return {site: part.to("cpu") for site, part in zip(sites, total, strict=True)}
+    found: dict[str, Tensor] = {}
+    for group in grouped(backbone, sites):
+        own = weight_gradients(backbone, task, module, group, options, adapter)
+        found.update({site: gradient.to("cpu") for site, gradient in own.items()})
+    return found
 
 
 def captured_share(gradients: Mapping[str, Tensor], bases: Mapping[str, SiteBasis]) -> float:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from share_client.backbones import Backbone
 from share_client.kinds import PreparedTask
+from share_client.tasks_file import TaskConfig
 from share_client.training.options import TrainingOptions
 from share_core.errors import ConfigError
 
@@ -40,6 +41,11 @@ def parts_of(rows: Sequence[int], count: int) -> list[Sequence[int]]:
     count = min(count, len(rows))
     cuts = [len(rows) * number // count for number in range(count + 1)]
     return [rows[start:end] for start, end in pairwise(cuts)]
+
+
+def part_rows(config: TaskConfig) -> int:
+    """Return the most rows that a training of a task passes through the backbone at one time."""
+    return -(-config.batch_size // min(config.accumulate, config.batch_size))
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from share_client.data import Field, content_hash, held_out, read_splits, read_t
 from share_client.data import delimited as delimited_module
 from share_client.data import lines as lines_module
 from share_client.data import table as table_module
+from share_client.data.content import stamps
 from share_client.kind_names import KINDS
 from share_client.tasks_file import TaskConfig
 from share_client.trainer import BackboneTrainer
+from share_client.watched import Settling
 from share_core.errors import ConfigError
 
 FIELDS = (Field("text", (str,)), Field("text_b", (str,), required=False), Field("label", (int, str)))
@@ -283,6 +286,23 @@ def test_hash_of_a_directory_follows_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "d" / "x" / "1").rename(tmp_path / "d" / "x" / "2")
     seen.append(content_hash(tmp_path / "d"))
     assert len(set(seen)) == 3
+
+
+def test_what_a_link_leads_to_is_looked_at_and_a_link_in_a_circle_ends(tmp_path: Path) -> None:
+    """Readers follow links: what is not looked at could change unseen, and a folder of links would never be whole."""
+    store, folder = tmp_path / "store", tmp_path / "d"
+    for name in ("cats", "dogs"):
+        (store / name).mkdir(parents=True)
+        (store / name / "1").write_bytes(name.encode())
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(store / name)
+    (store / "dogs" / "back").symlink_to(folder)
+    names = [Path(name).relative_to(folder).as_posix() for name, _, _ in stamps(folder)]
+    assert names == ["cats/1", "dogs/1"]
+    assert Settling(now=lambda: time.time() + 60).is_whole(folder, named=True)
+    before = content_hash(folder)
+    (store / "dogs" / "1").write_bytes(b"other dogs")
+    assert content_hash(folder) != before
 
 
 def _nothing(*_: Any) -> bool:

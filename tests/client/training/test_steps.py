@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from share_client.tasks_file import tasks_from_toml
-from share_client.training import Backbone, PreparedTask, TrainingOptions, private, steps, train_lora
+from share_client.training import Backbone, PreparedTask, TrainingOptions, evaluate, private, steps, train_lora
 from share_client.training.factors import LoraFactors
 from share_client.training.inject import adapted, injected
 from share_client.training.loop import fresh_head
@@ -33,6 +33,28 @@ def test_parts_are_runs_of_like_length(rows: int, count: int) -> None:
     sizes = [len(part) for part in parts]
     assert len(sizes) == min(rows, count)
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "most"), [(32, 1, 128), (8, 1, 32), (8, 8, 4), (9, 2, 20)])
+def test_who_trains_in_small_parts_is_measured_in_small_parts(
+    backbone: Backbone, bars: PreparedTask, batch_size: int, accumulate: int, most: int
+) -> None:
+    seen: list[int] = []
+
+    class Seen(type(bars.kind)):  # type: ignore[misc]
+        def outputs(self, *given: Any) -> Any:
+            found = super().outputs(*given)
+            seen.append(len(found))
+            return found
+
+    config = replace(bars.config, batch_size=batch_size, accumulate=accumulate, patience=1)
+    task = replace(bars, config=config, kind=Seen())
+    found = train_lora(backbone, task, 2, TrainingOptions.of(config))
+    assert max(seen) <= max(most // 4, 1), "training, or the rows that are held out"
+    before = evaluate(backbone, bars, found.adapter, found.head)
+    seen.clear()
+    assert evaluate(backbone, task, found.adapter, found.head) == before
+    assert max(seen) <= most
 
 
 @pytest.fixture(scope="module")

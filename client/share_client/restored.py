@@ -1,0 +1,67 @@
+"""A hub that was restored from a backup: what it no longer holds counts as never merged, and is trained again.
+
+A restored hub is at an older version than its clients, which refuse it until their operators remove the cached
+versions. So the hub is asked whenever a session begins without any.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from share_client.link import HubLink, patiently
+from share_client.records import RESTORED, Head, Records, TaskRecord, standing
+from share_client.session_log import SessionLog
+from share_core.errors import FedshareError, UnknownUpdateError
+from share_proto.v1 import hub_pb2
+
+
+def forget_lost(
+    records: Records,
+    link: HubLink,
+    version: int,
+    stop: threading.Event,
+    on_wait: Callable[[FedshareError], None],
+    log: SessionLog,
+) -> None:
+    """Ask the hub after the newest merge of every task, and forget what it does not hold any more.
+
+    Args:
+        records: of all tasks.
+        link: to the hub.
+        version: its newest version; what the histories say of later ones is of versions that it has lost.
+        stop: ends the waiting for a hub that is away.
+        on_wait: is told why it waits.
+        log: is told of every task that a merge was lost of.
+    """
+    stands = version
+    for record in records.all():
+        for head in reversed(record.heads):
+            if _is_held(records, record, head, link, stop, on_wait):
+                break
+            records.lost(record.task, head.version)
+            log.write("lost", task=record.task, version=head.version)
+            stands = min(stands, head.version - 1)
+    for record in records.all():
+        if max((line.get("version", 0) for line in standing(records.history(record.task))), default=0) > stands:
+            records.add_history(record.task, {"event": RESTORED, "task": record.task, "version": stands})
+
+
+def _is_held(
+    records: Records,
+    record: TaskRecord,
+    head: Head,
+    link: HubLink,
+    stop: threading.Event,
+    on_wait: Callable[[FedshareError], None],
+) -> bool:
+    """Whether the hub has merged this training in this version; True where that cannot be asked."""
+    merges = [line for line in records.history(record.task) if line["event"] == "merged"]
+    update_id = next((line["update_id"] for line in reversed(merges) if line["version"] == head.version), None)
+    if update_id is None:
+        return True
+    try:
+        found = patiently(lambda: link.get_update(update_id), stop, on_wait)
+    except UnknownUpdateError:
+        return False
+    return found is None or (found.state == hub_pb2.UPDATE_STATE_MERGED and found.version == head.version)

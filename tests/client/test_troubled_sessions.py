@@ -1,0 +1,231 @@
+"""What goes wrong with one task stays with that task, is told, and is tried again when that may help."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from share_client import attempts as attempts_module
+from share_client import session as session_module
+from share_client.attempts import may_pass, reason_of
+from share_client.history import client_history
+from share_client.link import HubLink
+from share_client.member import ClientLayout
+from share_client.records import MOST_RETRAININGS, Records
+from share_client.session import SessionOptions, run_session
+from share_client.tasks_file import TaskConfig
+from share_client.trainer import LocalTask, Measured
+from share_core.errors import ConfigError, StorageError
+from share_core.types import Adapter
+
+OPTIONS = SessionOptions(linger_s=0.3, poll_s=0.02, lock_s=0.5)
+
+
+def events(layout: ClientLayout, *wanted: str) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in layout.session_log.read_text().splitlines()]
+    return [(line["event"], line.get("task", "")) for line in lines if line["event"] in wanted]
+
+
+def failing(fake: Any, error: Exception | None, only: str = "bad") -> type[Any]:
+    """A trainer whose training of the task ``only`` raises ``error``; ``tries`` counts."""
+
+    class Failing(fake.FakeTrainer):  # type: ignore[misc]
+        tries = 0
+
+        def train(self, task: LocalTask, *rest: Any) -> Any:
+            if task.name == only and error is not None:
+                type(self).tries += 1
+                raise error
+            return super().train(task, *rest)
+
+    return Failing
+
+
+def run(layout: ClientLayout, trainer: Any) -> Any:
+    path = layout.root / "tasks.json"
+    return run_session(layout.root, path, trainer=trainer(path), options=OPTIONS)
+
+
+def write(layout: ClientLayout, *names: str) -> None:
+    (layout.root / "tasks.json").write_text(json.dumps({name: f"the data of {name}" for name in names}))
+
+
+def test_a_training_that_crashes_ends_no_session_and_is_given_up_in_the_end(
+    hub: Any, fake: Any, tmp_path: Path
+) -> None:
+    layout = hub.client(tmp_path / "c", "crashing/main")
+    write(layout, "bad", "good")
+    trainer = failing(fake, ZeroDivisionError("float division by zero"))
+    for _ in range(MOST_RETRAININGS + 2):
+        run(layout, trainer)
+    assert trainer.tries == MOST_RETRAININGS, "once in a session, and not for ever"
+    told = [("broken_off", "bad")] * (MOST_RETRAININGS - 1) + [("refused", "bad")]
+    assert events(layout, "broken_off", "refused", "failed") == told
+    assert events(layout, "merged") == [("merged", "good")]
+    reason = Records(layout.tasks).get("bad").refused_reason
+    assert "ZeroDivisionError: float division by zero (test_troubled_sessions.py, line " in reason
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "no space left"), torch.OutOfMemoryError("x")])
+def test_what_may_pass_is_tried_in_every_session(hub: Any, fake: Any, tmp_path: Path, error: Exception) -> None:
+    layout = hub.client(tmp_path / "c", f"passing-{type(error).__name__.lower()}/main")
+    write(layout, "bad", "good")
+    trainer = failing(fake, error)
+    for _ in range(MOST_RETRAININGS + 1):
+        run(layout, trainer)
+    assert trainer.tries == MOST_RETRAININGS + 1
+    assert events(layout, "refused", "failed") == []
+    run(layout, fake.FakeTrainer)
+    assert events(layout, "merged") == [("merged", "good"), ("merged", "bad")]
+
+
+def test_a_training_that_broke_off_is_tried_again_later_in_the_session(
+    hub: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "AGAIN_S", 0.0)
+    layout = hub.client(tmp_path / "c", "again/main")
+    write(layout, "bad")
+    trainer = failing(fake, MemoryError())
+    train = trainer.train
+    trainer.train = lambda self, *rest: train(self, *rest) if trainer.tries < 2 else fake.FakeTrainer.train(self, *rest)
+    run(layout, trainer)
+    assert events(layout, "broken_off", "merged") == [("broken_off", "bad")] * 2 + [("merged", "bad")]
+
+
+def test_what_is_about_more_than_one_task_ends_the_session_and_is_told(hub: Any, fake: Any, tmp_path: Path) -> None:
+    layout = hub.client(tmp_path / "c", "storage/main")
+    write(layout, "bad", "good")
+    with pytest.raises(StorageError):
+        run(layout, failing(fake, StorageError("no log, no sending")))
+    assert events(layout, "failed", "merged") == [("failed", "")]
+
+
+def test_a_failure_of_any_kind_is_in_the_log(
+    hub: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = hub.client(tmp_path / "c", "unexpected/main")
+    write(layout, "good")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(session_module, "encode_update", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(layout, fake.FakeTrainer)
+    assert events(layout, "failed") == [("failed", "")]
+
+
+def test_what_may_pass_is_told_from_broken_files_and_mistakes() -> None:
+    def caused(cause: Exception) -> ConfigError:
+        error = ConfigError("cannot be read")
+        error.__cause__ = cause
+        return error
+
+    assert may_pass(caused(FileNotFoundError(errno.ENOENT, "no such file")))
+    assert not may_pass(caused(OSError("cannot identify image file")))
+    assert not may_pass(ConfigError("lower learning_rate"))
+    assert not may_pass(ValueError("shape"))
+    assert reason_of(ConfigError("lower learning_rate")) == "lower learning_rate"
+    assert "set checkpointing" in reason_of(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_a_refused_attempt_is_made_again_when_data_or_a_setting_changes(tmp_path: Path) -> None:
+    config = TaskConfig("t", "text-classification", tmp_path / "train.jsonl", tmp_path / "test.jsonl", patience=2)
+    task = LocalTask("t", "hash", config, backbone="minilm on cpu")
+    records = Records(tmp_path / "tasks")
+    records.refused("t", task.attempt, "patience needs at least 2 rows")
+    records = Records(tmp_path / "tasks")
+
+    def wants(one: LocalTask) -> bool:
+        return records.get("t").wants(one.content_hash, one.attempt)
+
+    assert not wants(task)
+    assert not wants(replace(task, config=replace(config))), "nothing has changed"
+    assert wants(replace(task, config=replace(config, patience=None)))
+    assert wants(replace(task, content_hash="other"))
+    assert wants(replace(task, backbone="minilm on cuda"))
+
+
+class Unmeasurable:
+    """Fails to evaluate one task, and calls its metric by another name than accuracy."""
+
+    def evaluate(self, task: LocalTask, adapter: Adapter, head: Mapping[str, Any]) -> Measured:
+        if task.name == "bad":
+            raise ConfigError("bad: expected at least two classes, got one")
+        return Measured("micro-f1", 0.5, 50)
+
+
+def test_a_task_that_cannot_be_evaluated_is_told_once_and_others_are(hub: Any, fake: Any, tmp_path: Path) -> None:
+    layout = hub.client(tmp_path / "c", "unmeasured/main")
+    write(layout, "bad", "good", "better")
+    trainer = type("Trainer", (Unmeasurable, fake.FakeTrainer), {})
+    counters = run(layout, trainer)
+    assert counters.merged == 3
+    assert events(layout, "unmeasured") == [("unmeasured", "bad")]
+    assert {task for _, task in events(layout, "evaluation")} == {"good", "better"}
+
+
+def test_a_version_is_evaluated_once_whatever_the_metric_is_called(hub: Any, fake: Any, tmp_path: Path) -> None:
+    layout = hub.client(tmp_path / "c", "metrics/main")
+    write(layout, "good")
+    trainer = type("Trainer", (Unmeasurable, fake.FakeTrainer), {})
+    assert run(layout, trainer).evaluated == 1
+    assert [run(layout, trainer).evaluated for _ in range(2)] == [0, 0]
+
+
+def test_versions_that_came_meanwhile_are_evaluated_for_folders_too(own_hub: Any, fake: Any, tmp_path: Path) -> None:
+    """At the start of a session a dropped folder is not known to be whole, and versions wait already."""
+    layout, other = (own_hub.client(tmp_path / name, f"{name}/main") for name in ("ours", "theirs"))
+
+    class Dropped(fake.FakeTrainer):  # type: ignore[misc]
+        looks = 0
+
+        def tasks(self) -> Sequence[LocalTask]:
+            self.looks += 1
+            return [replace(task, is_whole=self.looks > 3, dropped=True) for task in super().tasks()]
+
+    write(layout, "folder")
+    run(layout, Dropped)
+    for number in range(3):
+        write(other, *(f"task{n}" for n in range(number + 1)))
+        run(other, fake.FakeTrainer)
+    run(layout, Dropped)
+    lines = Records(layout.tasks).history("folder")
+    assert [line["version"] for line in lines if line["event"] == "evaluation"] == [1, 2, 3, 4]
+
+
+def test_what_a_restored_hub_has_lost_is_trained_again(
+    own_hub: Any, fake: Any, tmp_path: Path, connect: Callable[..., HubLink]
+) -> None:
+    layout, other = (own_hub.client(tmp_path / name, f"{name}/main") for name in ("ours", "theirs"))
+    write(layout, "kept")
+    run(layout, fake.FakeTrainer)
+    own_hub.stop()
+    shutil.copytree(own_hub.layout.root, tmp_path / "backup")
+    own_hub.start()
+    write(layout, "kept", "lost")
+    run(layout, fake.FakeTrainer)
+    own_hub.stop()
+    shutil.rmtree(own_hub.layout.root)
+    shutil.copytree(tmp_path / "backup", own_hub.layout.root)
+    own_hub.start()
+    write(other, "theirs")
+    run(other, fake.FakeTrainer)  # which takes the number of the version that is lost
+    shutil.rmtree(layout.cache)
+    run(layout, fake.FakeTrainer)
+    held = {task.task_id for task in connect(layout).list_tasks().tasks}
+    assert held == {"ours/kept", "ours/lost", "theirs/theirs"}
+    assert events(layout, "lost") == [("lost", "lost")]
+    assert [head.version for head in Records(layout.tasks).get("lost").heads] == [3]
+    assert [head.version for head in Records(layout.tasks).get("kept").heads] == [1]
+    rows = {task["task"]: [row["version"] for row in task["rows"]] for task in client_history(layout)["tasks"]}
+    assert rows == {"kept": [1, 2, 3], "lost": [3]}
+    assert run(layout, fake.FakeTrainer).submitted == 0
