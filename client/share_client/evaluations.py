@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from share_client.attempts import reason_of
 from share_client.link import HubLink, patiently
 from share_client.records import Records
 from share_client.session_log import SessionLog
 from share_client.trainer import LocalTask, Trainer
-from share_core.errors import ConfigError, FedshareError
+from share_core.errors import FedshareError
 from share_core.space import task_adapter
 from share_core.types import Space
 from share_proto.v1 import hub_pb2
@@ -75,16 +76,13 @@ class Evaluations:
         adapter = task_adapter(space, task_id)
         try:
             found = self._trainer.evaluate(task, adapter, self._records.read_head(task.name, head))
-        except Exception as error:
-            if isinstance(error, FedshareError) and not isinstance(error, ConfigError):
-                raise
-            self._unmeasured(task, space, error)
+        except Exception as error:  # its rows or settings may have changed; the others go on
+            self._unmeasured(task, space, reason_of(error))
             return None
         return {"task": task.name, "version": space.version, **vars(found)}
 
-    def _unmeasured(self, task: LocalTask, space: Space, error: Exception) -> None:
-        """Say once why a task is not measured: its rows or settings may have changed, and others go on."""
-        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    def _unmeasured(self, task: LocalTask, space: Space, reason: str) -> None:
+        """Say once why a task is not measured."""
         if (task.name, reason) not in self._told:
             self._told.add((task.name, reason))
             self._log.write("unmeasured", task=task.name, version=space.version, reason=reason)

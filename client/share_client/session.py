@@ -51,6 +51,9 @@ from share_core.wire import encode_update
 if TYPE_CHECKING:
     from share_core.lease import Lease
 
+FILLING_S = 60.0
+"""Seconds after which a task whose files are not at rest is mentioned in the log."""
+
 
 @dataclass(frozen=True)
 class SessionOptions:
@@ -178,7 +181,8 @@ class _Session:
         self._set_aside: frozenset[str] = frozenset()
         self._taken = 0
         self._tasks_error = ""
-        self._filling: dict[str, float] = {}
+        self._filling: dict[str, float] = {}  # since when, by name
+        self._told: set[str] = set()
         self._backbone_checked = False
 
     def run(self) -> SessionCounters:
@@ -312,6 +316,10 @@ class _Session:
         self._tasks_error = ""
         now = time.monotonic()
         self._filling = {task.name: self._filling.get(task.name, now) for task in tasks if not task.is_whole}
+        for name, since in self._filling.items():
+            if now - since >= FILLING_S and name not in self._told:
+                self._told.add(name)
+                self._log.write("tasks", reason=f"{name}: its files are still changing, or there are none: it waits")
         return [task for task in tasks if task.is_whole]
 
     def _check_backbone(self) -> None:

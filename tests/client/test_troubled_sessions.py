@@ -229,3 +229,23 @@ def test_what_a_restored_hub_has_lost_is_trained_again(
     rows = {task["task"]: [row["version"] for row in task["rows"]] for task in client_history(layout)["tasks"]}
     assert rows == {"kept": [1, 2, 3], "lost": [3]}
     assert run(layout, fake.FakeTrainer).submitted == 0
+
+
+def test_a_folder_that_is_never_at_rest_is_told_once(
+    hub: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "FILLING_S", 0.1)
+    layout = hub.client(tmp_path / "c", "filling/main")
+    write(layout, "growing", "whole")
+
+    class Filling(fake.FakeTrainer):  # type: ignore[misc]
+        looks = 0
+
+        def tasks(self) -> Sequence[LocalTask]:
+            self.looks += 1
+            return [replace(one, is_whole=one.name == "whole" or self.looks > 40) for one in super().tasks()]
+
+    run(layout, Filling)
+    told = [line for line in layout.session_log.read_text().splitlines() if "growing: its files are still" in line]
+    assert len(told) == 1
+    assert events(layout, "merged") == [("merged", "whole"), ("merged", "growing")]
