@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,11 +187,13 @@ def test_versions_that_came_meanwhile_are_evaluated_for_folders_too(own_hub: Any
     layout, other = (own_hub.client(tmp_path / name, f"{name}/main") for name in ("ours", "theirs"))
 
     class Dropped(fake.FakeTrainer):  # type: ignore[misc]
-        looks = 0
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.whole_at = time.monotonic() + 1.0
 
         def tasks(self) -> Sequence[LocalTask]:
-            self.looks += 1
-            return [replace(task, is_whole=self.looks > 3, dropped=True) for task in super().tasks()]
+            is_whole = time.monotonic() > self.whole_at
+            return [replace(task, is_whole=is_whole, dropped=True) for task in super().tasks()]
 
     write(layout, "folder")
     run(layout, Dropped)

@@ -266,3 +266,14 @@ def test_gradients_of_single_rows_are_the_same_in_parts(backbone: Backbone, bars
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert found[1][1].shape == (30, 4, 64)
     assert apart([found[0][1]], [found[1][1]]) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training(backbone: Backbone, bars: PreparedTask, value: float) -> None:
+    class Lost(type(bars.kind)):  # type: ignore[misc]
+        def loss(self, *given: Any) -> Tensor:
+            found: Tensor = super().loss(*given) * value
+            return found
+
+    with pytest.raises(ConfigError, match=f"task 'bars': expected a finite loss, got {value} in step 1; lower"):
+        train_lora(backbone, replace(bars, kind=Lost()), 2, PLAIN)
