@@ -125,7 +125,7 @@ def train(
                 done += 1
                 if not first < done <= end:
                     continue
-                value = _step(backbone, task, head, chosen, options, optimizer)
+                value = _step(backbone, task.at(done), head, chosen, options, optimizer)
                 schedule.step()
                 mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
