@@ -20,6 +20,8 @@ from share_simulations.shapes import CAPTION_SIDE, COLOURS, FORMS, PLACES, PRETR
 ROWS = 1200
 """Images that a pretraining draws from."""
 WORDS = ("[PAD]", "[UNK]", "a", "on", "the", "at", "night", *COLOURS, *FORMS, *PLACES)
+WORDS_MOST = 8
+"""Words of a caption, with padding. The denoiser is told of all, as Stable Diffusion is."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def pretrain_denoiser(steps: int, seed: int = 0, batch_size: int = 32) -> Pretra
     tokenizer, text_encoder = _text_parts()
     known = sorted(set(captions))
     with torch.inference_mode():
-        tokens = tokenizer(known, padding="max_length", max_length=8, return_tensors="pt")
-        hidden = text_encoder(**tokens).last_hidden_state
+        tokens = tokenizer(known, padding="max_length", max_length=WORDS_MOST, return_tensors="pt")
+        hidden = text_encoder(input_ids=tokens["input_ids"]).last_hidden_state
     hidden, index = hidden.clone(), torch.tensor([known.index(caption) for caption in captions])
     scheduler_class: Any = diffusers.DDPMScheduler
     scheduler = scheduler_class()
@@ -156,14 +158,14 @@ def _text_parts() -> tuple[Any, Any]:
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     make: Any = hf.PreTrainedTokenizerFast
-    tokenizer = make(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer = make(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=WORDS_MOST)
     config = hf.CLIPTextConfig(
         vocab_size=len(WORDS),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=8,
+        max_position_embeddings=WORDS_MOST,
         eos_token_id=0,
         bos_token_id=0,
         pad_token_id=0,

@@ -3,6 +3,16 @@
 The directory is one that ``save_pretrained`` of a pipeline wrote: ``unet`` (UNet2DConditionModel) or ``transformer``
 (PixArtTransformer2DModel, a DiT with cross attention), ``text_encoder``, ``tokenizer``, ``scheduler``, and ``vae``
 where the denoiser works on latents. Only the denoiser is adapted; the rest is used as it is.
+
+What the denoiser is told beside the noisy image is what the pipeline of diffusers tells it without guidance:
+
+* UNet and CLIP (``StableDiffusionPipeline``): captions padded to the tokenizer's ``model_max_length``; the text encoder
+  is told which tokens are padding only if its ``use_attention_mask`` says so, the denoiser never is.
+* UNet and T5 (``IFPipeline``): padded alike; the text encoder is told of the padding, the denoiser is not.
+* PixArt (``PixArtAlphaPipeline``, ``PixArtSigmaPipeline``): both are told, so that the length of the padding changes
+  nothing; and the size of the image where the denoiser takes it.
+
+Captions of the last two are put in lower case and stripped, as their pipelines do with ``clean_caption=False``.
 """
 
 from __future__ import annotations
@@ -13,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from share_client.backbone_config import BackboneConfig
 from share_client.backbones.backbone import Backbone, Batch, choose_device, freeze
@@ -23,6 +33,9 @@ from share_core.errors import ConfigError
 SITES = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention maps, as in the training scripts of diffusers."""
 EPSILON, FLOW = "epsilon", "rectified-flow"
+PIXART = "PixArtTransformer2DModel"
+ENDLESS = 2**20
+"""A tokenizer without a limit has a ``model_max_length`` far above this."""
 CHUNK = 32
 """Captions or images encoded at a time."""
 
@@ -42,9 +55,11 @@ class DiffusionBackbone(Backbone):
         self.name = directory.name
         self.device = choose_device(device)
         module = _denoiser(directory)
+        self._pixart = type(module).__name__ == PIXART
         self.sites = choose_sites(module, config.sites or SITES, f"backbone {self.name}")
         self.module = freeze(module, self.device)
         self._text_encoder = freeze(_text_encoder(directory), self.device)
+        self._like_t5 = self._pixart or type(self._text_encoder).__name__ == "T5EncoderModel"
         self._tokenizer = _load("transformers", "AutoTokenizer", directory / "tokenizer")
         self._vae = _load("diffusers", "AutoencoderKL", directory / "vae") if (directory / "vae").is_dir() else None
         if self._vae is not None:
@@ -60,32 +75,41 @@ class DiffusionBackbone(Backbone):
     def features(self, batch: Batch) -> Tensor:
         """Return what the denoiser predicts, (rows, c, h, w): the noise, or the velocity of a rectified flow."""
         more: dict[str, Any] = {}
-        if "resolution" in _arguments(self.module):
-            more["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        if self._pixart:
+            more = {"encoder_attention_mask": batch["mask"], "added_cond_kwargs": self._size(batch["noisy"])}
         out: Tensor = self.module(
-            batch["noisy"],
-            timestep=batch["times"],
-            encoder_hidden_states=batch["captions"],
-            encoder_attention_mask=batch["mask"],
-            **more,
+            batch["noisy"], timestep=batch["times"], encoder_hidden_states=batch["captions"], **more
         ).sample
         return out[:, : self.width]
 
+    def _size(self, noisy: Tensor) -> dict[str, Tensor | None]:
+        """Return the image's height and width and their ratio, as ``PixArtAlphaPipeline`` tells a large denoiser."""
+        if not self.module.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        side = float(self.image_shape[1])
+        return {"resolution": noisy.new_full((len(noisy), 2), side), "aspect_ratio": noisy.new_ones(len(noisy), 1)}
+
     @torch.inference_mode()
     def encode(self, captions: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-        """Return what the text encoder makes of captions, (n, tokens, width), and the mask (n, tokens), on the CPU."""
-        limit = min(max_length, int(getattr(self._text_encoder.config, "max_position_embeddings", max_length)))
+        """Return what the text encoder makes of captions, (n, tokens, width), and the mask (n, tokens), on the CPU.
+
+        Captions are cut to ``max_length`` tokens, or to what tokenizer and text encoder take if that is less.
+        """
+        config = self._text_encoder.config
+        most = min(self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", ENDLESS))
+        limit = min(max_length, most)
+        # A denoiser that is not told which tokens are padding sees them: there must be as many as in its pipeline.
+        width = limit if self._pixart or most >= ENDLESS else most
+        if self._like_t5:
+            captions = [caption.lower().strip() for caption in captions]
+        told = self._like_t5 or getattr(config, "use_attention_mask", False)
         hidden, masks = [], []
         for start in range(0, len(captions), CHUNK):
-            tokens = self._tokenizer(
-                list(captions[start : start + CHUNK]),
-                padding="max_length",
-                max_length=limit,
-                truncation=True,
-                return_tensors="pt",
-            )
+            cut = self._tokenizer(list(captions[start : start + CHUNK]), max_length=limit, truncation=True)
+            tokens = self._tokenizer.pad(cut, padding="max_length", max_length=width, return_tensors="pt")
             ids, mask = tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
-            hidden.append(self._text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state.cpu())
+            found = self._text_encoder(input_ids=ids, attention_mask=mask if told else None)
+            hidden.append(found.last_hidden_state.cpu())
             masks.append(mask.cpu())
         return torch.cat(hidden).clone(), torch.cat(masks).clone()
 
@@ -110,18 +134,14 @@ def load(config: BackboneConfig, device: str) -> Backbone:
     return DiffusionBackbone(config, device)
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
-    return ("resolution",) if type(module).__name__ == "PixArtTransformer2DModel" else ()
-
-
 def _denoiser(directory: Path) -> Any:
     if (directory / "unet").is_dir():
         return _load("diffusers", "UNet2DConditionModel", directory / "unet")
     found = _class_name(directory / "transformer" / "config.json", "_class_name")
-    if found != "PixArtTransformer2DModel":
+    if found != PIXART:
         raise ConfigError(
             f"backbone {directory}: expected a folder unet (UNet2DConditionModel) or transformer "
-            f"(PixArtTransformer2DModel), got {found or 'neither'}; other denoisers take more than a caption"
+            f"({PIXART}), got {found or 'neither'}; other denoisers take more than a caption"
         )
     return _load("diffusers", found, directory / "transformer")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,15 @@ class Rows(ABC):
 
     @abstractmethod
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
-        """Return inputs and targets of the given rows, on ``device``."""
+        """Return inputs and targets of the given rows, on ``device``.
+
+        Padding aside, those of a row may not depend on the other rows: splitting a step into parts and DP-SGD rely on
+        it.
+        """
+
+    def at(self, step: int) -> Rows:
+        """Return the rows as a step of training sees them, counted from 1: with noise of its own, if they have any."""
+        return self
 
 
 class Chosen(Rows):
@@ -49,6 +57,10 @@ class Chosen(Rows):
         """Return inputs and targets of the given ones of the chosen rows."""
         return self._rows.batch([self._chosen[row] for row in rows], device)
 
+    def at(self, step: int) -> Rows:
+        """Return the same ones of the rows at that step."""
+        return Chosen(self._rows.at(step), self._chosen)
+
 
 @dataclass(frozen=True)
 class PreparedTask:
@@ -64,6 +76,10 @@ class PreparedTask:
     """Test rows, for evaluation only."""
     classes: tuple[int | str, ...]
     """Labels in order of their index: sorted, over training and test rows."""
+
+    def at(self, step: int) -> PreparedTask:
+        """Return the task with its training rows as a step sees them, see :meth:`Rows.at`."""
+        return replace(self, train=self.train.at(step))
 
     @property
     def train_rows(self) -> int:

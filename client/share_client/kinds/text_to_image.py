@@ -3,15 +3,16 @@
 With an image ``x``, noise ``e`` and a share ``a`` of the signal that is left at time t, ``epsilon`` predicts ``e`` from
 ``sqrt(a) x + sqrt(1 - a) e``; ``rectified-flow`` predicts ``e - x`` from ``(1 - t) x + t e`` with t from 0 to 1.
 
-Noise and times of training rows follow from the seed and the rows of a batch, so they are new in every epoch and the
-same in every run. Those of test rows follow from the row alone: the metric is the negative loss at the same noise and
-times, whenever it is measured.
+Noise and times of a training row follow from the seed, the step and the row: they are new in every epoch, the same in
+every run, and the same in whatever parts a step is taken. Those of test rows follow from the row alone: the metric is
+the negative loss at the same noise and times, whenever it is measured.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,7 @@ class _Captioned(Rows):
         self._noising = noising
         self._seed = seed
         self._encoded = encoded
+        self._step = 0
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -77,19 +79,22 @@ class _Captioned(Rows):
         """All rows cost the same."""
         return [1] * len(self)
 
+    def at(self, step: int) -> Rows:
+        """Return the rows with noise and times of another step."""
+        other = copy(self)
+        other._step = step
+        return other
+
     def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Batch, Tensor]:
         """Return ``noisy``, ``times``, ``captions`` and ``mask`` of the rows, and the targets (n, c, h, w).
 
         Of training rows there is one of each; of test rows there are :data:`DRAWS`, a row's own beside each other.
         """
-        if self._seed is None:
-            index = torch.tensor(rows).repeat_interleave(DRAWS)
-            drawn = [self._drawn(f"test/{row}", DRAWS) for row in rows]
-            noise = torch.cat([one for one, _ in drawn])
-            share = torch.cat([(torch.arange(DRAWS) + part) / DRAWS for _, part in drawn])
-        else:
-            index = torch.tensor(rows)
-            noise, share = self._drawn(f"{self._seed}/{list(rows)}", len(rows))
+        of, count = ("test", DRAWS) if self._seed is None else (f"{self._seed}/{self._step}", 1)
+        index = torch.tensor(rows).repeat_interleave(count)
+        drawn = [self._drawn(f"{of}/{row}", count) for row in rows]
+        noise = torch.cat([one for one, _ in drawn])
+        share = torch.cat([(torch.arange(count) + part) / count for _, part in drawn])
         noisy, times, target = self._noising.mix(self._latents[index], noise, share)
         own = self._captions[index]
         batch = {

@@ -129,7 +129,8 @@ def train(
                 done += 1
                 if not first < done <= end:
                     continue
-                value = require_finite_loss(_step(backbone, task, head, chosen, options, optimizer), done, task)
+                value = _step(backbone, task.at(done), head, chosen, options, optimizer)
+                require_finite_loss(value, done, task)
                 schedule.step()
                 mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
@@ -173,18 +174,17 @@ def _step(
     return value
 
 
-def require_finite_loss(loss: float, step: int, task: PreparedTask) -> float:
-    """Return the loss of a step.
+def require_finite_loss(loss: float, step: int, task: PreparedTask) -> None:
+    """Refuse the loss of a step after which nothing that is trained is worth anything.
 
     Raises:
-        ConfigError: it is NaN or infinite: whatever is trained after it is worth nothing.
+        ConfigError: NaN or infinity.
     """
     if not math.isfinite(loss):
         raise ConfigError(
             f"task {task.config.name!r}: expected a finite loss, got {loss} in step {step}; lower learning_rate, or "
             f"look for extreme numbers in {task.config.train}"
         )
-    return loss
 
 
 def smoothed(mean: float | None, value: float) -> float:

@@ -163,7 +163,7 @@ def train_private(
         try:
             for step in range(1, declared.steps + 1):
                 rows = system_sample(task.train_rows, declared.sample_rate)
-                loss = _row_gradients(backbone, task, head, rows, parameters, options.accumulate)
+                loss = _row_gradients(backbone, task.at(step), head, rows, parameters, options.accumulate)
                 require_finite_loss(loss, step, task)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -20,7 +20,9 @@ from share_client.backbones import Backbone, load_backbone
 from share_client.kinds import text_to_image
 from share_client.kinds.text_to_image import DRAWS, Noising, TextToImage
 from share_client.tasks_file import TaskConfig
-from share_client.training import evaluate, prepare_task
+from share_client.training import TrainingOptions, evaluate, prepare_task, train_lora
+from share_client.training.loop import fresh_head
+from share_client.training.steps import part_losses
 from share_core.errors import ConfigError
 
 diffusers = pytest.importorskip("diffusers", reason="denoisers need diffusers")
@@ -65,9 +67,14 @@ def test_images_and_noise_are_mixed_as_diffusers_does(seed: int) -> None:
 
 def test_noise_is_new_in_training_and_fixed_in_tests(denoiser: Backbone, captions: TaskConfig) -> None:
     task = prepare_task(captions, denoiser)
-    one, again, other = (task.train.batch(rows, CPU) for rows in ([1, 2], [1, 2], [1, 3]))
+    one, again, other = (task.train.at(step).batch([1, 2], CPU) for step in (4, 4, 5))
     assert torch.equal(one[1], again[1])
-    assert not torch.equal(one[1][0], other[1][0]), "in another batch a row has other noise"
+    for row in (0, 1):
+        assert not torch.equal(one[1][row], other[1][row]), "at another step a row has other noise"
+        assert not torch.equal(one[0]["times"][row], other[0]["times"][row])
+    assert not torch.equal(one[1][0], one[1][1]), "another row has other noise"
+    for name, tensor in task.train.at(4).batch([3, 2], CPU)[0].items():
+        assert torch.equal(tensor[1], one[0][name][1]), "whatever other rows there are"
     seeded = prepare_task(replace(captions, seed=1), denoiser).train.batch([1, 2], CPU)
     assert not torch.equal(one[1], seeded[1])
     alone, both = task.test.batch([2], CPU), task.test.batch([0, 2], CPU)
@@ -76,6 +83,37 @@ def test_noise_is_new_in_training_and_fixed_in_tests(denoiser: Backbone, caption
         assert torch.equal(tensor, both[0][name][DRAWS:])
     assert (alone[0]["times"] * DRAWS // 1000).tolist() == list(range(DRAWS)), "one time in each quarter"
     assert evaluate(denoiser, task, {}, {}) == evaluate(denoiser, task, {}, {})
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_a_row_never_meets_the_same_noise_twice(denoiser: Backbone, captions: TaskConfig, batch_size: int) -> None:
+    """Even where every epoch has the same batches, as with one row each."""
+    task = prepare_task(captions, denoiser)
+    met: list[Tensor] = []
+    loss = TextToImage.loss
+
+    def watched(self: TextToImage, outputs: Tensor, noise: Tensor) -> Tensor:
+        met.extend(noise)
+        return loss(self, outputs, noise)
+
+    with mock.patch.object(TextToImage, "loss", watched):
+        train_lora(denoiser, task, 2, TrainingOptions(epochs=3, batch_size=batch_size))
+    assert len(met) == 36
+    assert len({tuple(noise.flatten().tolist()) for noise in met}) == 36
+
+
+def test_parts_of_a_step_change_nothing(denoiser: Backbone, captions: TaskConfig) -> None:
+    task = prepare_task(captions, denoiser)
+    head = fresh_head(denoiser, task, 0, None)
+    losses = []
+    for accumulate in (1, 2, 4, 11):
+        with torch.no_grad():
+            parts = part_losses(denoiser, task.at(3), head, range(11), TrainingOptions(accumulate=accumulate))
+            losses.append(float(sum(parts)))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    trained = [train_lora(denoiser, task, 2, TrainingOptions(epochs=2, accumulate=count)) for count in (1, 3)]
+    whole, parted = (evaluate(denoiser, task, one.adapter, {}).value for one in trained)
+    assert parted == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_row_has_its_own_caption(denoiser: Backbone, captions: TaskConfig) -> None:
