@@ -64,11 +64,11 @@ def bench_compress(
     as_json: Json = False,
 ) -> None:
     """What each task loses at a given size: ours, the optimum, the published merge and every package."""
-    from share_simulations.bench.compress import CompressOptions, run_compress
+    from share_simulations.bench.compress import CompressOptions, compress_table, run_compress
 
     options = CompressOptions(tuple(pools or ()), _numbers(caps, "--caps"), orders, peers)
     report = run_compress(options, _note)
-    _finish(report, as_json, _compress_table)
+    _finish(report, as_json, compress_table)
 
 
 @bench_app.command("endurance")
@@ -268,7 +268,7 @@ def bench_serve(
     too, divided among the tasks; bytes_added_per_task is what one more task costs. A quick look: --models minilm
     --tasks 1,8 --rows 8 --repetitions 3.
     """
-    from share_simulations.bench.serve import ServeOptions, run_serve
+    from share_simulations.bench.serve import ServeOptions, run_serve, serve_table
 
     options = ServeOptions(
         models=tuple(name.strip() for name in models.split(",")),
@@ -290,7 +290,7 @@ def bench_serve(
         out.mkdir(parents=True, exist_ok=True)
         (out / "serve.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_serve_plot(report, out / "serve.png")
-    _finish(report, as_json, _serve_table)
+    _finish(report, as_json, serve_table)
 
 
 @bench_app.command("transfer")
@@ -377,6 +377,24 @@ def bench_sequence(
     _finish(run_sequence(options, _note), as_json, sequence_table)
 
 
+@bench_app.command("tasks")
+def bench_tasks(
+    tasks: Annotated[Path, typer.Argument(help="A tasks.toml.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other starts and orders of rows.")] = 3,
+    space: Annotated[
+        Path | None, typer.Option(help="Version of the space to train in, from share-client snapshot. Default: empty.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Own tasks, each alone: what a client reaches, a separate LoRA of rank 8, and a head on the frozen backbone.
+
+    Same rows, passes and rate; noise is left out. Nothing leaves this machine.
+    """
+    from share_simulations.bench.tasks import TasksOptions, run_tasks, tasks_table
+
+    _finish(run_tasks(TasksOptions(tasks, seeds, space), _note), as_json, tasks_table)
+
+
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run something that starts processes; Ctrl-C and SIGTERM end them all before this returns."""
     # The children are forked while gRPC's threads run; they exec at once and use none of its state.
@@ -445,47 +463,4 @@ def _merge_table(report: dict[str, Any]) -> Table:
         table.add_row(f"seconds at {tasks} tasks", f"{row['seconds_per_update']:.4g}")
     for name, peer in report.get("peers", {}).items():
         table.add_row(name, f"{peer['speedup']:.1f} x slower, error {peer['error']:.3f}; {peer['note']}")
-    return table
-
-
-def _serve_table(report: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("model", "tasks", "way", "rows/s", "vs backbone", "bytes per task", "added by one task")
-    for model, own in report["models"].items():
-        for tasks, row in own["by_tasks"].items():
-            for way, figures in row["ways"].items():
-                table.add_row(
-                    model,
-                    tasks,
-                    way,
-                    f"{figures['rows_per_second']:.1f}",
-                    f"{figures['ratio_to_backbone']:.3f}",
-                    f"{figures.get('bytes_per_task', 0):,.0f}",
-                    f"{figures.get('bytes_added_per_task', 0):,.0f}",
-                )
-            table.add_section()
-    return table
-
-
-def _compress_table(report: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table("pool", "cap", "method", "mean error", "max", "compression", "seconds")
-    for pool, own in report["pools"].items():
-        for cap, row in own["caps"].items():
-            for method, figures in row["methods"].items():
-                if "skipped" in figures:
-                    table.add_row(pool, cap, method, f"[dim]{figures['skipped']}[/dim]")
-                    continue
-                table.add_row(
-                    pool,
-                    cap,
-                    method,
-                    f"{figures['mean']:.4f}",
-                    f"{figures['max']:.4f}",
-                    f"{figures['compression']:.2f} x",
-                    f"{figures['seconds']:.2f}",
-                )
-            table.add_section()
     return table

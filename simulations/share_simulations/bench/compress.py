@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from share_core.errors import ConfigError
 from share_core.peft.reader import read_adapter
@@ -155,3 +156,25 @@ def _generated() -> dict[str, Adapter]:
 
 def _name(path: Path) -> str:
     return path.resolve().name
+
+
+def compress_table(report: dict[str, Any]) -> Table:
+    """Return the figures of a report for people."""
+    table = Table("pool", "cap", "method", "mean error", "max", "compression", "seconds")
+    for pool, own in report["pools"].items():
+        for cap, row in own["caps"].items():
+            for method, figures in row["methods"].items():
+                if "skipped" in figures:
+                    table.add_row(pool, cap, method, f"[dim]{figures['skipped']}[/dim]")
+                    continue
+                table.add_row(
+                    pool,
+                    cap,
+                    method,
+                    f"{figures['mean']:.4f}",
+                    f"{figures['max']:.4f}",
+                    f"{figures['compression']:.2f} x",
+                    f"{figures['seconds']:.2f}",
+                )
+            table.add_section()
+    return table

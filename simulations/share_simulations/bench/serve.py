@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from share_client.backbones.backbone import freeze
@@ -298,3 +299,22 @@ def _tokens(options: ServeOptions, vocabulary: int, device: torch.device) -> dic
 
 
 _MODELS: dict[str, Callable[[ServeOptions, torch.device], Subject]] = {"minilm": _minilm, "decoder": _decoder}
+
+
+def serve_table(report: dict[str, Any]) -> Table:
+    """Return the figures of a report for people."""
+    table = Table("model", "tasks", "way", "rows/s", "vs backbone", "bytes per task", "added by one task")
+    for model, own in report["models"].items():
+        for tasks, row in own["by_tasks"].items():
+            for way, figures in row["ways"].items():
+                table.add_row(
+                    model,
+                    tasks,
+                    way,
+                    f"{figures['rows_per_second']:.1f}",
+                    f"{figures['ratio_to_backbone']:.3f}",
+                    f"{figures.get('bytes_per_task', 0):,.0f}",
+                    f"{figures.get('bytes_added_per_task', 0):,.0f}",
+                )
+            table.add_section()
+    return table
