@@ -178,6 +178,10 @@ def _try(config: TaskConfig, backbone: Backbone, space: Space, tried: list[TaskC
         return _named(f"out of memory on the device in the first step; {remedy}", config)
     except MemoryError:
         return _named("out of memory; lower rows or test_rows, or raise accumulate", config)
+    except OSError as error:
+        # Only what the system says: the name of the file may be what a row holds.
+        why = error.strerror or type(error).__name__
+        return _named(f"a file that it needs cannot be read ({why}); see that it is there and may be read", config)
     return None
 
 

@@ -260,6 +260,27 @@ def test_it_says_whose_task_it_is_and_with_whom_it_is_shared(good: Callable[[str
     assert task.reports == (None if "owner" in key else "accuracy"), "the hub takes evaluations from the owner only"
 
 
+def test_a_file_that_cannot_be_read_ends_one_task_and_is_not_named(
+    good: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from share_client import training as training_module
+
+    plain = training_module.prepare_task
+
+    def failing(config: Any, backbone: Any) -> Any:
+        if config.name == "bars":
+            raise OSError(36, "File name too long", f"/{SECRET}")
+        return plain(config, backbone)
+
+    monkeypatch.setattr(training_module, "prepare_task", failing)
+    second = '[[task]]\nname = "more"\nkind = "image-classification"\ntrain = "bars.npz"\nvalidation = 0.2\n'
+    found = check_tasks(good(second))
+    assert [task.name for task in found.tasks] == ["more"]
+    (problem,) = found.problems
+    assert "task 'bars': a file that it needs cannot be read (File name too long)" in problem
+    assert SECRET not in problem
+
+
 def test_code_and_text_for_people(good: Callable[[str], Path]) -> None:
     answer = CliRunner().invoke(app, ["check", str(good(""))])
     assert answer.exit_code == 0, answer.output

@@ -146,12 +146,21 @@ def _read(value: Any, base: Path, fit: Fit, where: str) -> NDArray[np.uint8]:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: image: expected the name of a file, or its bytes, got {type(value).__name__}")
     file = base / value
-    if not file.is_file():
+    if not _is_file(file):
         raise ConfigError(
             f"{where}: image: expected the name of a file in {base}, got one that does not exist there; names are "
-            "relative to the directory of the table"
+            "relative to the directory of the table, and base64 is not read: save the images as files, or as bytes in "
+            "Parquet"
         )
     return _decoded(file, fit, f"{where}: image")
+
+
+def _is_file(file: Path) -> bool:
+    """Return whether there is such a file; what cannot even be a name, such as one too long, is none."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # which hold the whole value
+        return False
 
 
 def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -158,6 +159,17 @@ def test_a_bomb_of_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32)
     with pytest.raises(ConfigError, match="less than 90 million pixels"):
         read_image_splits(_config(_folder(tmp_path)), FIT)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_base64_is_no_name_of_a_file_and_is_not_told(tmp_path: Path, wrapped: bool) -> None:
+    text = base64.b64encode(_png(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))).decode()
+    assert len(text) > 4096, "longer than the name of a file may be"
+    row = {"image": {"bytes": text} if wrapped else text, "label": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"line 1: image: .* base64 is not read: save the images as files") as caught:
+        read_image_splits(_config(tmp_path / "a.jsonl"), FIT)
+    assert text[:20] not in str(caught.value)
 
 
 def test_missing_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
