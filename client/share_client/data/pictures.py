@@ -88,13 +88,18 @@ class Fit:
         if channels not in _MODES:
             raise ConfigError(f"{where}: the backbone takes {channels} channels: expected 1 or 3 for image files")
         mode = _MODES[channels]
+        if opened.mode in ("I", "F"):
+            raise ConfigError(
+                f"{where}: expected an image of 8 or 16 bits a channel, got mode {opened.mode}, whose numbers do not "
+                "say what is white; scale them to 255 or 65535 and save it with 8 or 16 bits"
+            )
         if opened.mode != mode:
             if not self.convert:
                 raise ConfigError(
                     f"{where}: expected an image of mode {mode} ({channels} channel(s)) for the backbone, got mode "
                     f"{opened.mode}; change the file, or say convert = true in [task.options]"
                 )
-            opened = opened.convert(mode)
+            opened = _of_8_bits(opened).convert(mode)
         if opened.size != (width, height):
             if not self.resize:
                 raise ConfigError(f"{where}: {self._other(opened.width, opened.height, channels)}")
@@ -102,6 +107,15 @@ class Fit:
 
             opened = opened.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(opened, dtype=np.uint8).reshape(height, width, channels)
+
+
+def _of_8_bits(opened: Any) -> Any:
+    """Return a grey image of 16 bits as one of 8, and any other as it is: pillow would cut all above 255 to white."""
+    if not opened.mode.startswith("I;16"):
+        return opened
+    from PIL import Image
+
+    return Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))  # 65535 / 255
 
 
 def load_pictures(values: Sequence[Any], base: Path, fit: Fit, where: Callable[[int], str]) -> Tensor:
