@@ -97,7 +97,7 @@ def numbers(table: Table, name: str, shape: tuple[int | None, ...], expected: st
     for row, value in enumerate(table.columns[name]):
         try:
             one = torch.tensor(value, dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError, OverflowError):
             raise ConfigError(f"{table.where(row)}: {name}: expected {expected}, got another list") from None
         fits = one.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, one.shape, strict=True))
         if not fits or (wanted is not None and tuple(one.shape) != wanted):

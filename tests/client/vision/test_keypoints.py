@@ -57,6 +57,7 @@ def test_rows_are_read(encoder: Backbone, poses: Callable[..., TaskConfig]) -> N
         ([[0.5, 0.5]] * 4, r"line 3: keypoints: .* of shape \[5, 2\] as in the first row, got shape \[4, 2\]"),
         ([[12, 0.5]] * 5, "line 3: keypoints: expected x and y of visible points from 0 to 1"),
         ([[0.5, 1e999]] * 5, "line 3: keypoints: expected finite numbers"),
+        ([[10**400, 0.5]] * 5, r"line 3: keypoints: expected a list of \[x, y\]"),
         ([0.5] * 10, r"line 3: keypoints: expected a list of \[x, y\]"),
     ],
 )
