@@ -215,6 +215,8 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     trial = replace(declared, steps=STEPS, sample_rate=1.0) if isinstance(declared, SampleNoise) else declared
     watch = _Watch(backbone)
     result = train_in_space(backbone, one, space, f"check/{config.name}", options, watch.step, declared=trial)
+    if result.steps == 0:
+        raise _nothing_trained(config, space, options)
     peak = watch.peak()
     if not math.isfinite(result.loss):
         raise ConfigError(
@@ -246,6 +248,17 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
         privacy="none" if declared is None else repr(declared),
         notes=tuple(notes),
     )
+
+
+def _nothing_trained(config: TaskConfig, space: Space, options: TrainingOptions) -> ConfigError:
+    """Return the error for a task of which nothing is learned: no new directions, no coefficients and no head."""
+    why = (
+        f"with directions = 0 only coefficients are, which need bases, and version {space.version} of the space has "
+        "none; give --space for a version that has, or take directions out"
+        if options.pseudo_rank
+        else "directions = 0 and pseudo_rank = 0 leave nothing; take one of them out"
+    )
+    return ConfigError(f"task {config.name!r}: expected something that is trained, got no step: {why}")
 
 
 def _goes_to(config: TaskConfig) -> str:
