@@ -87,7 +87,7 @@ def _fitted(rows: ImageRows, fit: Fit, path: Path) -> ImageRows:
 
 def _from_table(table: Table, fit: Fit) -> ImageRows:
     base = table.path if table.path.is_dir() else table.path.parent
-    pixels = load_pictures(table.columns["image"], base, fit, table.where)
+    pixels, _ = load_pictures(table.columns["image"], base, fit, table.where)
     return ImageRows(pixels, table.columns["label"], tuple(map(table.where, range(table.rows))))
 
 

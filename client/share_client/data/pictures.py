@@ -118,8 +118,8 @@ def _of_8_bits(opened: Any) -> Any:
     return Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))  # 65535 / 255
 
 
-def load_pictures(values: Sequence[Any], base: Path, fit: Fit, where: Callable[[int], str]) -> Tensor:
-    """Return images as float32 (n, h, w, c) in [0, 1], of the shape of ``fit``.
+def load_pictures(values: Sequence[Any], base: Path, fit: Fit, where: Callable[[int], str]) -> tuple[Tensor, Tensor]:
+    """Return images as float32 (n, h, w, c) in [0, 1], of the shape of ``fit``, and width and height of each file.
 
     Args:
         values: for each row the name of a file (relative to ``base``), the bytes of one, or an object with ``bytes``
@@ -140,18 +140,23 @@ def load_files(files: Sequence[Path], fit: Fit) -> Tensor:
     Raises:
         ConfigError: as :func:`load_pictures`; names the file.
     """
-    return _stacked((_decoded(file, fit, str(file)) for file in files), len(files), fit)
+    return _stacked((_decoded(file, fit, str(file)) for file in files), len(files), fit)[0]
 
 
-def _stacked(pictures: Iterable[NDArray[np.uint8]], count: int, fit: Fit) -> Tensor:
+_Picture = tuple[NDArray[np.uint8], tuple[int, int]]
+"""(h, w, c) of the wanted shape, and width and height of the file."""
+
+
+def _stacked(pictures: Iterable[_Picture], count: int, fit: Fit) -> tuple[Tensor, Tensor]:
     channels, height, width = fit.shape
-    pixels = torch.empty(count, height, width, channels)
-    for row, picture in enumerate(pictures):
+    pixels, sizes = torch.empty(count, height, width, channels), torch.empty(count, 2)
+    for row, (picture, size) in enumerate(pictures):
         pixels[row] = torch.from_numpy(picture.copy())
-    return pixels.div_(255)
+        sizes[row] = torch.tensor(size)
+    return pixels.div_(255), sizes
 
 
-def _read(value: Any, base: Path, fit: Fit, where: str) -> NDArray[np.uint8]:
+def _read(value: Any, base: Path, fit: Fit, where: str) -> _Picture:
     """Return the image that one value of a table is or names."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -177,7 +182,7 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> NDArray[np.uint8]:
+def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> _Picture:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -188,7 +193,7 @@ def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> NDArray[np.uint8]
             warnings.simplefilter("ignore", UserWarning)  # of the file's metadata
             with Image.open(file) as opened:
                 opened.load()
-                return fit.picture(opened, where)
+                return fit.picture(opened, where), opened.size
     except UnidentifiedImageError:
         raise ConfigError(
             f"{where}: expected an image, got a file that is none; leave it out or save it anew"
