@@ -92,7 +92,9 @@ def test_hidden_points_count_for_nothing(encoder: Backbone, poses: Callable[...,
     assert task.kind.judge(exact.flatten(1), targets).tolist() == [[4.0, 4.0]]
 
 
-@pytest.mark.parametrize(("size", "apart", "right"), [((400, 100), 39, 1), ((400, 100), 41, 0), ((50, 100), 11, 0)])
+@pytest.mark.parametrize(
+    ("size", "apart", "right"), [((400, 100), 39, 1), ((400, 100), 41, 0), ((50, 100), 9, 1), ((50, 100), 11, 0)]
+)
 @pytest.mark.parametrize("down", [False, True])
 def test_points_are_judged_in_the_image_of_the_file(
     tmp_path: Path, size: tuple[int, int], apart: int, right: int, down: bool
