@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from share_client.sharing import EVERYBODY
 from share_client.tasks_file import Examined, TaskConfig, examine_tasks
 from share_client.watched import dropped_tasks
-from share_core.errors import FedshareError
+from share_core.errors import ConfigError, FedshareError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,6 +190,10 @@ def _try(config: TaskConfig, backbone: Backbone, space: Space, tried: list[TaskC
         return _named(f"out of memory on the device in the first step; {remedy}", config)
     except MemoryError:
         return _named("out of memory; lower rows or test_rows, or raise accumulate", config)
+    except OSError as error:
+        # Only what the system says: the name of the file may be what a row holds.
+        why = error.strerror or type(error).__name__
+        return _named(f"a file that it needs cannot be read ({why}); see that it is there and may be read", config)
     return None
 
 
@@ -225,6 +229,8 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
     trial = replace(declared, steps=STEPS, sample_rate=1.0) if isinstance(declared, SampleNoise) else declared
     watch = _Watch(backbone)
     result = train_in_space(backbone, one, space, f"check/{config.name}", options, watch.step, declared=trial)
+    if result.steps == 0:
+        raise _nothing_trained(config, space, options)
     judged_rows(backbone, one, update_adapter(result.update, space.bases), result.head)
     peak = watch.peak()
     payload = encode_update(result.update)
@@ -253,6 +259,17 @@ def _tried(config: TaskConfig, backbone: Backbone, space: Space) -> TaskCheck:
         privacy="none" if declared is None else repr(declared),
         notes=tuple(notes),
     )
+
+
+def _nothing_trained(config: TaskConfig, space: Space, options: TrainingOptions) -> ConfigError:
+    """Return the error for a task of which nothing is learned: no new directions, no coefficients and no head."""
+    why = (
+        f"with directions = 0 only coefficients are, which need bases, and version {space.version} of the space has "
+        "none; give --space for a version that has, or take directions out"
+        if options.pseudo_rank
+        else "directions = 0 and pseudo_rank = 0 leave nothing; take one of them out"
+    )
+    return ConfigError(f"task {config.name!r}: expected something that is trained, got no step: {why}")
 
 
 def _goes_to(config: TaskConfig) -> str:

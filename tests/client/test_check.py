@@ -23,6 +23,7 @@ from share_client.cli import app
 from share_client.data import folders as folders_module
 from share_client.data import images as images_module
 from share_client.data import lines as lines_module
+from share_client.data import pictures as pictures_module
 from share_client.data import splits as splits_module
 from share_client.data import table as table_module
 from share_client.kinds import text_classification as text_module
@@ -89,11 +90,18 @@ def _plain_encodable(value: Any) -> bool:
     return not isinstance(value, str) or all(not "\ud800" <= one <= "\udfff" for one in value)
 
 
+def _finite_by_recursion(value: Any) -> bool:
+    return not isinstance(value, list) or all(map(_finite_by_recursion, value))
+
+
 GUARDS: dict[str, tuple[str, Any, str, Any]] = {
     "encodings": ("latin-1", lines_module, "_decoded", lambda line, *_: line.decode("utf-8", "replace")),
     "finite gradients": ("pixels-huge", gradients_module, "require_finite_gradients", _none),
     "surrogates": ("text-half-character", table_module, "_encodable", lambda _: True),
     "surrogates in lists": ("word-half-character", table_module, "_encodable", _plain_encodable),
+    "names that are none": ("list-of-base64", pictures_module, "_is_file", Path.is_file),
+    "large integers": ("score-too-large", table_module, "_as_float", float),
+    "depth": ("words-deep", table_module, "_finite", _finite_by_recursion),
     "positions": ("row-beyond-the-positions", huggingface_module, "positions_of", lambda _: None),
     "unknown keys": ("misspelt-key", values_module, "unknown", _none),
     "two tasks of one name": ("same-name-twice", tasks_module, "_twins", _none),
@@ -117,7 +125,7 @@ def test_a_guard_that_is_taken_out_is_noticed(guard: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, attribute, instead)
     try:
         unsaid = _unsaid(name)
-    except (AttributeError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, OSError, OverflowError) as error:
         unsaid = [str(error)]  # what nothing refuses ends the program later
     assert unsaid != []
 
@@ -261,6 +269,27 @@ def test_it_says_whose_task_it_is_and_with_whom_it_is_shared(good: Callable[[str
         assert task.goes_to == ""
         assert "shared" not in "\n".join(said)
     assert task.reports == (None if "owner" in key else "accuracy"), "the hub takes evaluations from the owner only"
+
+
+def test_a_file_that_cannot_be_read_ends_one_task_and_is_not_named(
+    good: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from share_client import training as training_module
+
+    plain = training_module.prepare_task
+
+    def failing(config: Any, backbone: Any) -> Any:
+        if config.name == "bars":
+            raise OSError(36, "File name too long", f"/{SECRET}")
+        return plain(config, backbone)
+
+    monkeypatch.setattr(training_module, "prepare_task", failing)
+    second = '[[task]]\nname = "more"\nkind = "image-classification"\ntrain = "bars.npz"\nvalidation = 0.2\n'
+    found = check_tasks(good(second))
+    assert [task.name for task in found.tasks] == ["more"]
+    (problem,) = found.problems
+    assert "task 'bars': a file that it needs cannot be read (File name too long)" in problem
+    assert SECRET not in problem
 
 
 def test_code_and_text_for_people(good: Callable[[str], Path]) -> None:

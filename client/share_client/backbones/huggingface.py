@@ -34,11 +34,13 @@ class HuggingFaceBackbone(TextBackbone):
         self.device = choose_device(device)
         whole = load_model(directory, config.quantised, self.device, self.AUTO)
         self._tokenizer = load_tokenizer(directory)
-        module = whole.base_model
-        self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
         self.whole: Any = whole if config.quantised else freeze(whole, self.device)
-        self.module = module
-        self.width = int(module.config.hidden_size)
+        self.module = module = whole.base_model
+        tokens = torch.tensor([[0, 1]], device=self.device)
+        self.width = width_of(
+            self, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, "token ids", "BERT, Llama"
+        )
+        self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
         self.positions = positions_of(module)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -104,6 +106,31 @@ def positions_of(module: Any) -> int | None:
             unused = 0 if part.padding_idx is None else part.padding_idx + 1
             return int(module.config.max_position_embeddings) - unused
     return None
+
+
+def width_of(backbone: Backbone, row: Batch, takes: str, such_as: str) -> int:
+    """Return the length of the features of one small row, which shows that the model can be a backbone at all.
+
+    Args:
+        backbone: its module is loaded, and on its device.
+        row: a batch of one row.
+        takes: what its model must be content with, for messages.
+        such_as: models that are.
+
+    Raises:
+        ConfigError: the model wants more than that, such as texts beside images or the start of an answer, or returns
+            no hidden states.
+    """
+    expected = f"backbone {backbone.name}: expected a model that makes hidden states of {takes} alone ({such_as})"
+    got = f"got {type(backbone.module).__name__}"
+    try:
+        with torch.no_grad():
+            features = backbone.features(row)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{expected}, {got}, which fails on one small row: {error}; use such a model") from error
+    if features.ndim != 2 or features.shape[0] != 1:
+        raise ConfigError(f"{expected}, {got} with features of shape {tuple(features.shape)}; use such a model")
+    return int(features.shape[1])
 
 
 def packaged_minilm() -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from share_client.backbone_config import BackboneConfig
 from share_client.backbones.backbone import Batch, ImageBackbone, choose_device, freeze
-from share_client.backbones.huggingface import load_model, targets_of
+from share_client.backbones.huggingface import load_model, targets_of, width_of
 from share_client.backbones.sites import choose_sites
 from share_core.errors import ConfigError
 
@@ -24,15 +24,15 @@ class HuggingFaceVisionBackbone(ImageBackbone):
         self.device = choose_device(device)
         module = load_model(directory, config.quantised, self.device)
         processor = _processor(directory)
-        self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
         self.module = module if config.quantised else freeze(module, self.device)
         channels = int(getattr(module.config, "num_channels", 3))
         self.image_shape = config.image or (channels, *_size(processor, directory))
         plain = not getattr(processor, "do_normalize", True)
         mean, std = (0.0, 1.0) if plain else (processor.image_mean, processor.image_std)
         self._mean, self._std = (torch.tensor(value, device=self.device).view(-1, 1, 1) for value in (mean, std))
-        with torch.inference_mode():
-            self.width = self.features({"pixels": torch.zeros(1, *self.image_shape, device=self.device)}).shape[1]
+        black = torch.zeros(1, *self.image_shape, device=self.device)
+        self.width = width_of(self, {"pixels": black}, f"pixels {list(self.image_shape)}", "ViT, ConvNeXt")
+        self.sites = choose_sites(module, config.sites or targets_of(module), f"backbone {self.name}")
 
     def features(self, batch: Batch) -> Tensor:
         """Return the mean of the last hidden states (rows, width) of ``batch["pixels"]`` (rows, c, h, w) in [0, 1]."""

@@ -111,5 +111,8 @@ def _dequantised(module: nn.Module) -> Tensor:
         from peft.utils.integrations import dequantize_module_weight
     except ImportError as error:
         raise ConfigError("quantised backbones need peft: pip install 'fedshare[text]'") from error
+    kept = module.weight
     weight: Tensor = dequantize_module_weight(module)
+    # On a CPU PEFT puts a copy in its place, which in 8 bits lacks the scales once a pass went through the module.
+    module.weight = kept
     return weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +87,7 @@ def _fitted(rows: ImageRows, fit: Fit, path: Path) -> ImageRows:
 
 def _from_table(table: Table, fit: Fit) -> ImageRows:
     base = table.path if table.path.is_dir() else table.path.parent
-    pixels = load_pictures(table.columns["image"], base, fit, table.where)
+    pixels, _ = load_pictures(table.columns["image"], base, fit, table.where)
     return ImageRows(pixels, table.columns["label"], tuple(map(table.where, range(table.rows))))
 
 
@@ -144,8 +143,10 @@ def _read_arrays(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
                 if name not in archive.files:
                     raise ConfigError(f"{path}: expected arrays x and y, got {', '.join(archive.files) or 'none'}")
             return archive["x"], archive["y"]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ConfigError(f"{path}: cannot read images: {error}") from error
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # zip, each of its compressions and NumPy have errors of their own for broken bytes
+        raise ConfigError(f"{path}: cannot read images: {error}; save the archive anew") from error
 
 
 def _scaled(x: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -88,13 +88,18 @@ class Fit:
         if channels not in _MODES:
             raise ConfigError(f"{where}: the backbone takes {channels} channels: expected 1 or 3 for image files")
         mode = _MODES[channels]
+        if opened.mode in ("I", "F"):
+            raise ConfigError(
+                f"{where}: expected an image of 8 or 16 bits a channel, got mode {opened.mode}, whose numbers do not "
+                "say what is white; scale them to 255 or 65535 and save it with 8 or 16 bits"
+            )
         if opened.mode != mode:
             if not self.convert:
                 raise ConfigError(
                     f"{where}: expected an image of mode {mode} ({channels} channel(s)) for the backbone, got mode "
                     f"{opened.mode}; change the file, or say convert = true in [task.options]"
                 )
-            opened = opened.convert(mode)
+            opened = _of_8_bits(opened).convert(mode)
         if opened.size != (width, height):
             if not self.resize:
                 raise ConfigError(f"{where}: {self._other(opened.width, opened.height, channels)}")
@@ -104,8 +109,17 @@ class Fit:
         return np.asarray(opened, dtype=np.uint8).reshape(height, width, channels)
 
 
-def load_pictures(values: Sequence[Any], base: Path, fit: Fit, where: Callable[[int], str]) -> Tensor:
-    """Return images as float32 (n, h, w, c) in [0, 1], of the shape of ``fit``.
+def _of_8_bits(opened: Any) -> Any:
+    """Return a grey image of 16 bits as one of 8, and any other as it is: pillow would cut all above 255 to white."""
+    if not opened.mode.startswith("I;16"):
+        return opened
+    from PIL import Image
+
+    return Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))  # 65535 / 255
+
+
+def load_pictures(values: Sequence[Any], base: Path, fit: Fit, where: Callable[[int], str]) -> tuple[Tensor, Tensor]:
+    """Return images as float32 (n, h, w, c) in [0, 1], of the shape of ``fit``, and width and height of each file.
 
     Args:
         values: for each row the name of a file (relative to ``base``), the bytes of one, or an object with ``bytes``
@@ -126,18 +140,23 @@ def load_files(files: Sequence[Path], fit: Fit) -> Tensor:
     Raises:
         ConfigError: as :func:`load_pictures`; names the file.
     """
-    return _stacked((_decoded(file, fit, str(file)) for file in files), len(files), fit)
+    return _stacked((_decoded(file, fit, str(file)) for file in files), len(files), fit)[0]
 
 
-def _stacked(pictures: Iterable[NDArray[np.uint8]], count: int, fit: Fit) -> Tensor:
+_Picture = tuple[NDArray[np.uint8], tuple[int, int]]
+"""(h, w, c) of the wanted shape, and width and height of the file."""
+
+
+def _stacked(pictures: Iterable[_Picture], count: int, fit: Fit) -> tuple[Tensor, Tensor]:
     channels, height, width = fit.shape
-    pixels = torch.empty(count, height, width, channels)
-    for row, picture in enumerate(pictures):
+    pixels, sizes = torch.empty(count, height, width, channels), torch.empty(count, 2)
+    for row, (picture, size) in enumerate(pictures):
         pixels[row] = torch.from_numpy(picture.copy())
-    return pixels.div_(255)
+        sizes[row] = torch.tensor(size)
+    return pixels.div_(255), sizes
 
 
-def _read(value: Any, base: Path, fit: Fit, where: str) -> NDArray[np.uint8]:
+def _read(value: Any, base: Path, fit: Fit, where: str) -> _Picture:
     """Return the image that one value of a table is or names."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -146,15 +165,24 @@ def _read(value: Any, base: Path, fit: Fit, where: str) -> NDArray[np.uint8]:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: image: expected the name of a file, or its bytes, got {type(value).__name__}")
     file = base / value
-    if not file.is_file():
+    if not _is_file(file):
         raise ConfigError(
             f"{where}: image: expected the name of a file in {base}, got one that does not exist there; names are "
-            "relative to the directory of the table"
+            "relative to the directory of the table, and base64 is not read: save the images as files, or as bytes in "
+            "Parquet"
         )
     return _decoded(file, fit, f"{where}: image")
 
 
-def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> NDArray[np.uint8]:
+def _is_file(file: Path) -> bool:
+    """Return whether there is such a file; what cannot even be a name, such as one too long, is none."""
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # which hold the whole value
+        return False
+
+
+def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> _Picture:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -165,7 +193,7 @@ def _decoded(file: Path | io.BytesIO, fit: Fit, where: str) -> NDArray[np.uint8]
             warnings.simplefilter("ignore", UserWarning)  # of the file's metadata
             with Image.open(file) as opened:
                 opened.load()
-                return fit.picture(opened, where)
+                return fit.picture(opened, where), opened.size
     except UnidentifiedImageError:
         raise ConfigError(
             f"{where}: expected an image, got a file that is none; leave it out or save it anew"

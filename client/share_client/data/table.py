@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _expected(field: Field) -> str:
 def _checked(value: Any, field: Field, where: str, before: Sequence[Any]) -> Any:
     """Return a value of one of the field's types, and of the same as the values before it."""
     if type(value) is int and float in field.types:
-        value = float(value)
+        value = _as_float(value)
     if type(value) not in field.types:
         gaps = type(value) is float and int in field.types
         hint = "; integers with gaps are often saved as floats: fill the gaps and save integers" if gaps else ""
@@ -174,7 +174,9 @@ def _checked(value: Any, field: Field, where: str, before: Sequence[Any]) -> Any
         first, other = type(before[0]).__name__, type(value).__name__
         raise ConfigError(f"{where}: {field.name}: expected {first} as in the first row, got {other}")
     if not _finite(value):
-        raise ConfigError(f"{where}: {field.name}: expected finite numbers, got NaN or infinity; leave such rows out")
+        raise ConfigError(
+            f"{where}: {field.name}: expected finite numbers, got NaN, infinity or one too large; leave such rows out"
+        )
     if not _encodable(value):
         raise ConfigError(
             f"{where}: {field.name}: expected text, got half of a surrogate pair (a \\ud800 to \\udfff escape alone); "
@@ -183,26 +185,38 @@ def _checked(value: Any, field: Field, where: str, before: Sequence[Any]) -> Any
     return value
 
 
+def _as_float(value: int) -> float:
+    """Return an integer as a float, infinity where it is too large to be one: it is then refused with the others."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _finite(value: Any) -> bool:
     """Return whether no number in a value, however deep in lists and objects, is NaN or infinite."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, list):
-        return all(map(_finite, value))
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return True
+    return all(math.isfinite(leaf) for leaf in _leaves(value) if isinstance(leaf, float))
 
 
 def _encodable(value: Any) -> bool:
     """Return whether no string in a value, however deep in lists and objects, holds half of a surrogate pair."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return False
-    if isinstance(value, list):
-        return all(map(_encodable, value))
-    if isinstance(value, dict):
-        return all(map(_encodable, (*value, *value.values())))
+    try:
+        for leaf in _leaves(value):
+            if isinstance(leaf, str) and not leaf.isascii():
+                leaf.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
     return True
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in lists and objects, keys too, or else the value; they may be deeper than Python's stack."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting.extend(one)
+        elif isinstance(one, dict):
+            waiting.extend((*one, *one.values()))
+        else:
+            yield one

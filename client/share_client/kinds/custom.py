@@ -6,6 +6,7 @@ Its code runs in the client with all the client's rights, as the file that names
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def prepare_custom(kind: Kind, config: TaskConfig, backbone: Backbone) -> Prepar
         ConfigError: naming the part that fails, and of an exception its class and line only: its words may be rows.
     """
     where = f"task {config.name!r}: kind {config.kind!r}"
-    with _telling(where, "prepare"):
+    with _telling(where, "prepare", kind):
         task: Any = kind.prepare(config, backbone)
     if not isinstance(task, PreparedTask):
         raise _misfit(where, "prepare", "a share_client.kinds.PreparedTask", type(task).__name__)
@@ -73,20 +74,20 @@ def prepare_custom(kind: Kind, config: TaskConfig, backbone: Backbone) -> Prepar
 
 def _check_rows(where: str, task: PreparedTask, backbone: Backbone) -> None:
     """Run the first rows through head, outputs, loss, judge and score."""
-    with _telling(where, "head"):
+    with _telling(where, "head", task.kind):
         head = task.kind.head(task, backbone.width).to(backbone.device)
 
     def pass_of(rows: list[int]) -> tuple[Tensor, Tensor]:
-        with _telling(where, "batch"):
+        with _telling(where, "batch", task.kind):
             inputs, targets = task.train.batch(rows, backbone.device)
-        with _telling(where, "outputs"):
+        with _telling(where, "outputs", task.kind):
             outputs = task.kind.outputs(backbone, head, inputs)
-        with _telling(where, "loss"):
+        with _telling(where, "loss", task.kind):
             loss = task.kind.loss(outputs, targets)
         if not isinstance(loss, Tensor) or loss.ndim or not bool(torch.isfinite(loss)):
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise _misfit(where, "loss", "a finite scalar tensor", f"{shape}")
-        with _telling(where, "judge"):
+        with _telling(where, "judge", task.kind):
             judged = task.kind.judge(outputs, targets)
         if not isinstance(judged, Tensor) or judged.ndim != 2 or len(judged) != len(rows):
             shape = tuple(judged.shape) if isinstance(judged, Tensor) else type(judged).__name__
@@ -101,7 +102,7 @@ def _check_rows(where: str, task: PreparedTask, backbone: Backbone) -> None:
             raise _misfit(
                 where, "loss", "the mean of the losses of the rows, each of its own row alone", "another value"
             )
-        with _telling(where, "score"):
+        with _telling(where, "score", task.kind):
             score: Any = task.kind.score(judged.cpu())
     if not isinstance(score, float):
         raise _misfit(where, "score", "a float", type(score).__name__)
@@ -112,14 +113,17 @@ def _misfit(where: str, part: str, expected: str, got: str) -> ConfigError:
 
 
 @contextmanager
-def _telling(where: str, part: str) -> Iterator[None]:
+def _telling(where: str, part: str, kind: Kind) -> Iterator[None]:
     """Turn an exception of the client's code into an error that names its class and line, and none of its words."""
     try:
         yield
     except FedshareError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = getattr(sys.modules.get(type(kind).__module__), "__file__", None)
+        # The kind's own line, not one of PyTorch's that it led to; where it has none, the deepest there is.
+        last = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
         raise ConfigError(
             f"{where}: {part} failed with {type(error).__name__} at {Path(last.filename).name}, line {last.lineno}"
         ) from None

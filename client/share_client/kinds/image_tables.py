@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,18 @@ from share_core.errors import ConfigError
 
 IMAGE = Field("image", (str, bytes, dict))
 """The name of an image file, relative to the table's directory, or its bytes."""
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """The rows of a table, and the images that they name or hold."""
+
+    table: Table
+    """The rows."""
+    pixels: Tensor
+    """(n, c, h, w) in [0, 1], of the shape that the backbone takes."""
+    sizes: Tensor
+    """Width and height (n, 2) of the images in their files, before they were resized."""
 
 
 class PixelRows(Rows):
@@ -57,8 +70,8 @@ def read_image_tables(
     fields: Sequence[Field],
     shape: tuple[int, int, int],
     readers: Mapping[str, values.Reader],
-) -> tuple[tuple[Table, Tensor], tuple[Table, Tensor], dict[str, Any]]:
-    """Return training and test rows with their pixels (n, c, h, w) in [0, 1], and the kind's own options.
+) -> tuple[Pictured, Pictured, dict[str, Any]]:
+    """Return training and test rows with their images, and the kind's own options.
 
     Args:
         config: the task.
@@ -72,12 +85,13 @@ def read_image_tables(
     options = read_options(config, {**IMAGE_OPTIONS, **readers})
     fit = Fit(shape, **{key: options.pop(key) for key in IMAGE_OPTIONS if key in options})
     train, test = read_splits(config, (IMAGE, *fields))
-    return (train, _pixels(train, fit)), (test, _pixels(test, fit)), options
+    return _pictured(train, fit), _pictured(test, fit), options
 
 
-def _pixels(table: Table, fit: Fit) -> Tensor:
+def _pictured(table: Table, fit: Fit) -> Pictured:
     base = table.path if table.path.is_dir() else table.path.parent
-    return load_pictures(table.columns["image"], base, fit, table.where).permute(0, 3, 1, 2).contiguous()
+    pixels, sizes = load_pictures(table.columns["image"], base, fit, table.where)
+    return Pictured(table, pixels.permute(0, 3, 1, 2).contiguous(), sizes)
 
 
 def numbers(table: Table, name: str, shape: tuple[int | None, ...], expected: str) -> Tensor:
@@ -97,7 +111,7 @@ def numbers(table: Table, name: str, shape: tuple[int | None, ...], expected: st
     for row, value in enumerate(table.columns[name]):
         try:
             one = torch.tensor(value, dtype=torch.float32)
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError, OverflowError):
             raise ConfigError(f"{table.where(row)}: {name}: expected {expected}, got another list") from None
         fits = one.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, one.shape, strict=True))
         if not fits or (wanted is not None and tuple(one.shape) != wanted):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from share_client import values
 from share_client.backbones import Backbone
-from share_client.data import Field, Table
-from share_client.kinds.image_tables import PixelRows, image_backbone, numbers, read_image_tables
+from share_client.data import Field
+from share_client.kinds.image_tables import Pictured, PixelRows, image_backbone, numbers, read_image_tables
 from share_client.kinds.kind import Kind, PreparedTask
 from share_client.tasks_file import TaskConfig
 from share_core.errors import ConfigError
@@ -25,9 +25,7 @@ class Keypoints(Kind):
     """The position of each of k points; those that are not visible count neither for the loss nor for the metric."""
 
     alpha: float = 0.1
-    """A point is right within this share of the image's larger side."""
-    sides: tuple[float, float] = (1.0, 1.0)
-    """Width and height of the image, the larger one 1: distances are measured in the larger side."""
+    """A point is right within this share of the larger side of its image, as it is in the file."""
 
     name = "keypoints"
     metric = "pck"
@@ -39,32 +37,31 @@ class Keypoints(Kind):
             ConfigError: unreadable data, another number of points in some row, or a backbone that takes no images.
         """
         shape = image_backbone(config, backbone, self.name).image_shape
-        (train, train_x), (test, test_x), options = read_image_tables(config, FIELDS, shape, OPTIONS)
+        train, test, options = read_image_tables(config, FIELDS, shape, OPTIONS)
         train_y, test_y = _points(train), _points(test)
         if train_y.shape[1] != test_y.shape[1]:
             raise ConfigError(
                 f"task {config.name!r}: keypoints: expected {train_y.shape[1]} points in the test rows as in the "
                 f"training rows, got {test_y.shape[1]}"
             )
-        larger = max(shape[1:])
-        kind = Keypoints(sides=(shape[2] / larger, shape[1] / larger), **options)
         names = tuple(f"point {number}" for number in range(train_y.shape[1]))
-        return PreparedTask(config, kind, PixelRows(train_x, train_y), PixelRows(test_x, test_y), names)
+        rows = PixelRows(train.pixels, train_y), PixelRows(test.pixels, test_y)
+        return PreparedTask(config, Keypoints(**options), *rows, names)
 
     def head(self, task: PreparedTask, width: int) -> nn.Module:
         """Return a linear map from features to x and y of every point."""
         return nn.Linear(width, 2 * len(task.classes))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over rows of the mean squared distance of their visible points, of (rows, k, 3) targets."""
+        """Return the mean over rows of the mean squared distance of their visible points, of (rows, k, 5) targets."""
         seen = targets[..., 2]
         squared = ((outputs.view(len(targets), -1, 2) - targets[..., :2]) ** 2).sum(dim=2)
         return ((squared * seen).sum(dim=1) / seen.sum(dim=1).clamp(min=1)).mean()
 
     def judge(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return of each row how many visible points are right and how many there are, (rows, 2)."""
-        apart = outputs.view(len(targets), -1, 2) - targets[..., :2]
-        right = (apart * torch.tensor(self.sides, device=apart.device)).norm(dim=2) <= self.alpha
+        apart = (outputs.view(len(targets), -1, 2) - targets[..., :2]) * targets[..., 3:]
+        right = apart.norm(dim=2) <= self.alpha
         seen = targets[..., 2]
         return torch.stack([(right * seen).sum(dim=1), seen.sum(dim=1)], dim=1)
 
@@ -74,8 +71,9 @@ class Keypoints(Kind):
         return float(right / max(1.0, seen))
 
 
-def _points(table: Table) -> Tensor:
-    """Return (rows, k, 3): x, y, visible."""
+def _points(rows: Pictured) -> Tensor:
+    """Return (rows, k, 5): x, y, visible, and width and height of the image in units of its larger side."""
+    table = rows.table
     expected = "a list of [x, y] or [x, y, visible]"
     found = numbers(table, "keypoints", (None, None), expected)
     if found.shape[1] == 0 or found.shape[2] not in (2, 3):
@@ -89,4 +87,5 @@ def _points(table: Table) -> Tensor:
                 f"{table.where(row)}: keypoints: expected x and y of visible points from 0 to 1, as fractions of the "
                 "image's width and height, and visible 0 or 1"
             )
-    return found
+    sides = rows.sizes / rows.sizes.amax(dim=1, keepdim=True)
+    return torch.cat([found, sides.unsqueeze(1).expand(-1, found.shape[1], -1)], dim=2)

@@ -45,11 +45,11 @@ class Pose(Kind):
             ConfigError: unreadable data, a matrix that is no rotation, or a backbone that takes no images.
         """
         shape = image_backbone(config, backbone, self.name).image_shape
-        (train, train_x), (test, test_x), options = read_image_tables(config, FIELDS, shape, OPTIONS)
+        train, test, options = read_image_tables(config, FIELDS, shape, OPTIONS)
         kind = Pose(**options)
-        train_y, test_y = _poses(train, kind.unit), _poses(test, kind.unit)
+        train_y, test_y = _poses(train.table, kind.unit), _poses(test.table, kind.unit)
         names = ("rotation", "translation")[: 1 + (train_y.shape[1] > 9)]
-        return PreparedTask(config, kind, PixelRows(train_x, train_y), PixelRows(test_x, test_y), names)
+        return PreparedTask(config, kind, PixelRows(train.pixels, train_y), PixelRows(test.pixels, test_y), names)
 
     def head(self, task: PreparedTask, width: int) -> nn.Module:
         """Return a linear map from features to six numbers for the rotation and three for the translation."""
@@ -71,7 +71,7 @@ class Pose(Kind):
 
     def details(self, judged: Tensor) -> Mapping[str, float]:
         """Return the median errors: of the rotation in degrees, of the translation in units."""
-        angle, apart = judged.double().median(dim=0).values.tolist()
+        angle, apart = judged.double().quantile(0.5, dim=0).tolist()
         return {"median_degrees": angle, "median_translation": apart}
 
 

@@ -28,22 +28,23 @@ class TextMultiLabel(Kind):
         """Read and tokenise both files.
 
         Raises:
-            ConfigError: unreadable data, labels that are no strings, a label that no training row has, an option, or a
-                backbone that takes no text.
+            ConfigError: unreadable data, labels that are no strings, a label that no training row has (unless ``rows``
+                cuts them short), an option, or a backbone that takes no text.
         """
         takes = text_backbone(config, backbone)
         read_options(config, {})
         train, test = read_splits(config, FIELDS)
         found = [[set(labels) for labels in strings_of(table, "labels")] for table in (train, test)]
-        classes = tuple(sorted(set().union(*found[0])))
-        if not classes:
+        known = set().union(*found[0])
+        if not known:
             raise ConfigError(f"{config.train}: labels: expected at least one label in the training rows, got none")
-        for row, labels in enumerate(found[1]):
-            if not labels <= set(classes):
-                raise ConfigError(
-                    f"{test.where(row)}: labels: expected some of the {len(classes)} labels of the training rows, got "
-                    "another: it cannot be learned; add training rows of it, or take it out"
-                )
+        alien = [row for row, labels in enumerate(found[1]) if not labels <= known]
+        if alien and config.rows is None:
+            raise ConfigError(
+                f"{test.where(alien[0])}: labels: expected some of the {len(known)} labels of the training rows, got "
+                "another: it cannot be learned; add training rows of it, or take it out"
+            )
+        classes = tuple(sorted(known.union(*found[1])))
         targets = [torch.tensor([[float(one in row) for one in classes] for row in split]) for split in found]
         return PreparedTask(
             config=config,

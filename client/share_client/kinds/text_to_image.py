@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from share_client import values
 from share_client.backbones import Backbone, Batch
 from share_client.backbones.diffusion import EPSILON, FLOW, DiffusionBackbone
-from share_client.data import Field, Table
+from share_client.data import Field
 from share_client.kinds.fitting import misfit
-from share_client.kinds.image_tables import read_image_tables
+from share_client.kinds.image_tables import Pictured, read_image_tables
 from share_client.kinds.kind import Kind, PreparedTask, Rows
 from share_client.tasks_file import TaskConfig
 
@@ -140,13 +140,12 @@ class TextToImage(Kind):
             raise misfit(config.name, self.name, backbone, "makes images of texts", such_as)
         train, test, options = read_image_tables(config, FIELDS, backbone.image_shape, OPTIONS)
         noising = Noising(options.get("objective", backbone.objective), backbone.signal)
-        captions = sorted({*train[0].columns["caption"], *test[0].columns["caption"]})
+        captions = sorted({*train.table.columns["caption"], *test.table.columns["caption"]})
         hidden, mask = backbone.encode(captions, config.max_length)
         encoded = _Encoded({caption: number for number, caption in enumerate(captions)}, hidden, mask)
 
-        def rows(split: tuple[Table, Tensor], seed: int | None) -> Rows:
-            table, pixels = split
-            return _Captioned(backbone.latents(pixels), table.columns["caption"], noising, seed, encoded)
+        def rows(split: Pictured, seed: int | None) -> Rows:
+            return _Captioned(backbone.latents(split.pixels), split.table.columns["caption"], noising, seed, encoded)
 
         return PreparedTask(config, self, rows(train, config.seed), rows(test, None), ())
 

@@ -44,6 +44,10 @@ def _save(model_type: str, folder: Path) -> None:
             n_layer=2, n_head=2, n_embd=16, vocab_size=8, n_positions=16, bos_token_id=0, eos_token_id=0
         ),
         "llama": lambda: hf.LlamaConfig(**text, num_key_value_heads=2, bos_token_id=0, eos_token_id=0),
+        "t5": lambda: hf.T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+        "clip": lambda: hf.CLIPConfig(
+            text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=16
+        ),
         "vit": lambda: hf.ViTConfig(**small, image_size=8, patch_size=4, num_channels=3),
         "resnet": lambda: hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,32 @@ def test_an_encoder_without_query_and_value_needs_sites(save_model: Callable[[st
     backbone = load_backbone(BackboneConfig(folder, sites=r"encoder\..*\.convolution"), "cpu")
     assert backbone.width == 16
     assert {len(weight.shape) for weight in backbone.site_weights().values()} == {2}
+
+
+@pytest.mark.parametrize("model_type", ["t5", "clip"])
+@pytest.mark.parametrize("takes", ["token ids", "pixels"])
+def test_a_model_that_wants_more_than_a_backbone_gets_is_refused(
+    save_model: Callable[[str], Path], tmp_path: Path, model_type: str, takes: str
+) -> None:
+    folder = save_model(model_type)
+    if takes == "pixels":
+        folder = Path(shutil.copytree(folder, tmp_path / model_type))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        shutil.copy(save_model("vit") / "preprocessor_config.json", folder)
+    name = {"t5": "T5Model", "clip": "CLIPModel"}[model_type]
+    words = (
+        rf"{folder.name}: expected .*hidden states of {takes}.* alone .*, got {name}, which fails on one small row: "
+    )
+    with pytest.raises(ConfigError, match=words):
+        load_backbone(str(folder), "cpu")
+
+
+def test_images_that_the_model_does_not_take_are_refused(save_model: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"pixels \[3, 16, 16\] alone .*, got ViTModel, which fails .*: Input image size"
+    ):
+        load_backbone(BackboneConfig(str(save_model("vit")), image=(3, 16, 16)), "cpu")
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

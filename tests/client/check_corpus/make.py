@@ -219,6 +219,8 @@ def json_cases() -> None:
         ["line 2: label", "got nothing", "leave the row out"],
     )
     bad_train("label-nan", "a.jsonl", jsonl(row(0), row(1, label=float("nan"))), ["line 2: label", "got float"])
+    scores = TEXTS + task(train="a.jsonl").replace("classification", "regression")
+    case("score-too-large", scores, ["line 1: score", "one too large"], {"a.jsonl": jsonl(row(0, score=10**400))})
     bad_train(
         "labels-mixed",
         "a.jsonl",
@@ -287,6 +289,7 @@ def word_cases() -> None:
         ("tags-numbers", [words(tags=[0, 1])], ["line 1: tags", "a list of strings", "got int; write strings"], {}),
         ("words-none", [words(words=[], tags=[])], ["line 1: tags", "at least one word"], {}),
         ("words-not-cut", [words(words=SECRET)], ["line 1: words", "a list, got str; write it as JSON"], {}),
+        ("words-deep", [words(words=json.loads("[" * 600 + "]" * 600))], ["line 1: words", "strings", "got list"], {}),
         ("word-of-nothing", [words(words=["word1", " "])], ["number 2, which the tokenizer", "drops or joins"], {}),
         ("word-half-character", [words(words=["\ud800", SECRET])], ["line 1: words", "half of a surrogate pair"], {}),
         ("one-tag", [words(tags=["O", "O"])], ["tags", "at least two different ones, got one"], {}),
@@ -386,6 +389,9 @@ def image_cases() -> None:
         IMAGES + image_task(columns='{ x = "pixels" }'),
         ["columns: expected none for an .npz archive", "take the key out"],
     )
+    torn = npz(x=pixels(8, 8, 8), y=labels)
+    torn = torn[:100] + b"\xff" * 100 + torn[200:]
+    case("archive-torn", IMAGES + image_task("a.npz"), ["cannot read images", "save the archive anew"], {"a.npz": torn})
     case("no-archive", IMAGES + image_task("a.npz"), ["cannot read images"], {"a.npz": b"no zip"})
 
 
@@ -420,6 +426,8 @@ def folder_cases() -> None:
         ["list.csv: line 3: image", "does not exist there"],
         {"list.csv": listed, "0.png": png()},
     )
+    base64 = {"a.jsonl": jsonl({"image": SECRET * 40, "label": 0})}  # what is longer than a name can be
+    case("list-of-base64", IMAGES + image_task("a.jsonl", "a.jsonl"), ["line 1: image", "base64 is not read"], base64)
     case(
         "list-without-images",
         IMAGES + image_task("list.csv", "list.csv"),

@@ -84,6 +84,9 @@ def changed(method: str) -> str:
 
 ABSTRACT = "from share_client.kinds import Kind\nclass Careful(Kind):\n    name = metric = 'x'\n"
 LEAKY = "prepare(self, config, backbone): raise ValueError(config.train.read_text())"
+INSIDE_TORCH = """loss(self, outputs, targets):
+        from torch.nn.functional import nll_loss
+        return nll_loss(outputs, outputs)"""
 SUMMED = "loss(self, outputs, targets): return super().loss(outputs, targets) * len(outputs)"
 CASES = [
     ("x = 1", "module 'own' has no 'Careful'"),
@@ -99,6 +102,7 @@ CASES = [
     (changed("loss(self, outputs, targets): return outputs"), r"loss: expected a finite scalar tensor, got \(2, 2\)"),
     (changed("loss(self, outputs, targets): return outputs.sum() / 0"), "loss: expected a finite scalar"),
     (changed(SUMMED), "loss: expected the mean of the losses of the rows"),
+    (changed(INSIDE_TORCH), r"loss failed with RuntimeError at own\.py, line 14"),
     (changed("judge(self, outputs, targets): return outputs.mean()"), r"judge: expected a tensor \(2, n\) .* got \(\)"),
     (changed("score(self, judged): return judged.float().mean()"), "score: expected a float, got Tensor"),
 ]

@@ -273,3 +273,23 @@ def test_check_tries_language_models(save_decoder: Callable[..., Path], tmp_path
     assert found.problems == ()
     assert (found.tasks[0].train_rows, found.tasks[0].reports, found.tasks[0].stays) == (4, "token-accuracy", ())
     assert {line.name.split("/")[0] for line in found.tasks[0].leaves} == {"A", "B"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("directions = 0", "version 0 of the space has none; give --space"),
+        ("directions = 0\npseudo_rank = 0", "directions = 0 and pseudo_rank = 0 leave nothing"),
+    ],
+)
+def test_check_says_why_nothing_would_be_trained(
+    save_decoder: Callable[..., Path], tmp_path: Path, keys: str, words: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lm_rows(*SENTENCES)))
+    (tmp_path / "tasks.toml").write_text(
+        f'backbone = "{save_decoder()}"\ndevice = "cpu"\n[[task]]\nname = "t"\nkind = "causal-lm"\n'
+        f'train = "rows.jsonl"\ntest = "rows.jsonl"\n{keys}\n'
+    )
+    (problem,) = check_tasks(tmp_path / "tasks.toml").problems
+    assert "task 't': expected something that is trained, got no step: " in problem
+    assert words in problem

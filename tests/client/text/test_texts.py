@@ -136,6 +136,13 @@ def test_labels_that_cannot_be_used(llama: Backbone, task_of: Maker) -> None:
         assert "hidden-label" not in str(caught.value)
 
 
+def test_a_label_behind_the_rows_in_use_is_let_pass(llama: Backbone, task_of: Maker) -> None:
+    task = prepare_task(task_of("text-multi-label", TAGS, rows=1), llama)
+    assert (task.train_rows, task.classes) == (1, ("cold", "wet"))
+    _, targets = task.test.batch([1], CPU)
+    assert targets.tolist() == [[1.0, 1.0]]
+
+
 ROWS = {
     "text-classification": [{"text": row["text"], "label": str(row["labels"])} for row in TAGS],
     "text-multi-label": TAGS,

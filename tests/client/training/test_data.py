@@ -58,6 +58,26 @@ def test_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
         read_images(path)
 
 
+@pytest.mark.parametrize(
+    ("of", "place", "byte"),
+    [
+        ("data", 0, 0x07),  # a block of a kind that there is not: zlib.error
+        ("entry", 8, 0x01),  # encrypted: RuntimeError
+        ("entry", 10, 0x63),  # a compression that Python does not know: NotImplementedError
+    ],
+)
+def test_an_archive_with_one_broken_byte_is_named(tmp_path: Path, of: str, place: int, byte: int) -> None:
+    path = tmp_path / "bad.npz"
+    np.savez_compressed(path, x=np.random.default_rng(0).random((2, 8, 8)), y=np.arange(2))
+    data = bytearray(path.read_bytes())
+    extra = int.from_bytes(data[28:30], "little")
+    begins = {"data": 30 + len("x.npy") + extra, "entry": data.index(b"PK\x01\x02")}
+    data[begins[of] + place] = byte
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"bad\.npz: cannot read images: .*; save the archive anew"):
+        read_images(path)
+
+
 def test_text_plain_and_gzip_read_alike(tmp_path: Path) -> None:
     lines = '{"text": "a", "text_b": "x", "label": 1}\n\n{"text": "b", "text_b": "y", "label": 0}\n'
     (tmp_path / "a.jsonl").write_text(lines)

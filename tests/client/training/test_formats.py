@@ -171,6 +171,10 @@ def test_bad_cells_are_named(tmp_path: Path, cell: str, types: tuple[type, ...],
     [
         ('{"v": NaN}', "finite"),
         ('{"v": [1, [2, -Infinity]]}', "finite"),
+        ('{"v": 1' + "0" * 400 + "}", "finite numbers, got .* one too large"),
+        ('{"v": ' + "[" * 600 + "NaN" + "]" * 600 + "}", "finite"),
+        ('{"v": ' + "[" * 600 + '"\\ud800"' + "]" * 600 + "}", "half of a surrogate pair"),
+        ('{"v": [{"\\ud800": 1}]}', "half of a surrogate pair"),
         ('{"v": "\\ud800"}', "half of a surrogate pair"),
         ('{"v": 1' + "0" * 5000 + "}", "number too long"),
         ('{"v": ' + "[" * 100_000 + "}", "too deep"),
@@ -182,6 +186,17 @@ def test_bad_json_values_are_named(tmp_path: Path, line: str, words: str) -> Non
     path.write_text(line + "\n")
     with pytest.raises(ConfigError, match=f"line 1: .*{words}"):
         read_table(path, [Field("v", (float, list, str))], {})
+
+
+def test_lists_deeper_than_the_stack_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"v": ' + "[" * 600 + "]" * 600 + "}\n")
+    (value,) = read_table(path, [Field("v", (list,))], {}).columns["v"]
+    depth = 0
+    while value:
+        (value,) = value
+        depth += 1
+    assert depth == 599
 
 
 def test_arrow_trouble_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

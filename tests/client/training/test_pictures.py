@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from share_client.data import Fit, ImageRows, read_image_splits
 from share_client.data import pictures as pictures_module
+from share_client.data.pictures import load_files
 from share_client.tasks_file import TaskConfig
 from share_core.errors import ConfigError
 
@@ -130,6 +132,29 @@ def test_files_are_resized_and_converted_only_when_the_task_says_so(tmp_path: Pa
     assert torch.allclose(train.x, torch.full_like(train.x, 0.299), atol=0.005)  # the share of red in ITU-R BT.601
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [16, 8])
+def test_greys_of_16_bits_keep_their_brightness(tmp_path: Path, ending: str, channels: int, size: int) -> None:
+    deep = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / f"a.{ending}")
+    with pytest.raises(ConfigError, match="got mode I;16; change the file, or say convert = true"):
+        load_files([tmp_path / f"a.{ending}"], Fit((channels, 16, 16)))
+    (pixels,) = load_files([tmp_path / f"a.{ending}"], Fit((channels, size, size), resize=True, convert=True))
+    means = (deep / 65535).reshape(size, 16 // size, size, 16 // size).mean(axis=(1, 3))
+    assert pixels.shape == (size, size, channels)
+    error = np.abs(pixels.numpy() - means[..., None])[1:-1, 1:-1].max()  # filters differ at the border
+    assert error < (0.5 / 255 + 1e-6 if size == 16 else 0.02)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+@pytest.mark.parametrize("convert", [False, True])
+def test_numbers_without_a_white_are_refused(tmp_path: Path, kind: type, mode: str, convert: bool) -> None:
+    Image.fromarray(np.full((8, 8), 1, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ConfigError, match=rf"a\.tif: expected .* got mode {mode}, .*scale them to 255 or 65535"):
+        load_files([tmp_path / "a.tif"], Fit((1, 8, 8), convert=convert))
+
+
 def test_options_are_read_and_checked() -> None:
     config = _config(Path("x"), options={"resize": 1})
     with pytest.raises(ConfigError, match="options of kind 'image-classification': resize: expected true or false"):
@@ -158,6 +183,17 @@ def test_a_bomb_of_pixels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32)
     with pytest.raises(ConfigError, match="less than 90 million pixels"):
         read_image_splits(_config(_folder(tmp_path)), FIT)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_base64_is_no_name_of_a_file_and_is_not_told(tmp_path: Path, wrapped: bool) -> None:
+    text = base64.b64encode(_png(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))).decode()
+    assert len(text) > 4096, "longer than the name of a file may be"
+    row = {"image": {"bytes": text} if wrapped else text, "label": 0}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ConfigError, match=r"line 1: image: .* base64 is not read: save the images as files") as caught:
+        read_image_splits(_config(tmp_path / "a.jsonl"), FIT)
+    assert text[:20] not in str(caught.value)
 
 
 def test_missing_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,8 @@ def test_the_metric_counts_rotations_and_the_details_are_medians() -> None:
     assert Pose().score(judged) == pytest.approx(2 / 3)
     assert Pose(within=10.0).score(judged) == pytest.approx(1 / 3)
     assert Pose().details(judged) == {"median_degrees": 29.0, "median_translation": 2.0}
+    even = torch.cat([judged, torch.tensor([[33.0, 5.0]])])
+    assert Pose().details(even) == {"median_degrees": 30.0, "median_translation": 3.5}, "halfway between two"
 
 
 def test_rows_are_read(encoder: Backbone, poses: Callable[..., TaskConfig]) -> None:
