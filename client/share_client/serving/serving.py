@@ -7,8 +7,9 @@ published meanwhile.
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -26,6 +27,8 @@ from share_core.types import Space, SpaceSpec
 
 _BATCH: ContextVar[Batch | None] = ContextVar("share_serving_batch", default=None)
 """The innermost batch of this thread or coroutine."""
+_ROUTED = re.compile(r"(^|\.)experts?[._\d]")
+"""In a site's name: an expert, to which a router sends any positions of any rows."""
 
 
 class Serving:
@@ -62,6 +65,7 @@ class Serving:
             place.module.register_forward_hook(self._hook(site, place), with_kwargs=True)
             for site, place in self._places.items()
         ]
+        self._hooks.append(model.register_forward_pre_hook(self._look(), with_kwargs=True))
 
     def __enter__(self) -> Serving:
         return self
@@ -209,8 +213,16 @@ class Serving:
             if stack is None or cores is None:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            batch.check_rows(site, x)
-            return add(place, stack, cores, batch.rows, x, y)
+            batch.check_rows(place, x)
+            return add(place, stack, cores, x, y)
+
+        return hook
+
+    def _look(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            batch = self._own_batch()
+            if batch is not None:
+                batch.look_at_input(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
         return hook
 
@@ -228,6 +240,7 @@ class Batch:
         entries = [0 if task is None else entry_of(held, task) for task in self.tasks]
         self._entries: Tensor | int = entries[0] if len(set(entries)) == 1 else torch.tensor(entries)
         self._idle = not any(entries)
+        self._flattened = {self.rows}  # what the first dimension of a matrix may be
         self._gathered: dict[str, RowCores] = {}
 
     @property
@@ -260,19 +273,39 @@ class Batch:
             self._gathered[site] = stack.rows(entries)
         return self._gathered[site]
 
-    def check_rows(self, site: str, x: Tensor) -> None:
-        """Refuse an input whose rows are not those of this batch. (rows * n, d_in) counts as n positions per row.
+    def look_at_input(self, inputs: Iterable[Tensor]) -> None:
+        """Note how many positions the model is called with: a layer may get them all as one matrix."""
+        if self._idle:
+            return
+        self._flattened = {self.rows}
+        for x in inputs:  # numbers are (..., d), everything else is names of tokens
+            positions = x.shape[:-1].numel() if x.is_floating_point() else x.numel()
+            if x.ndim == 2 and x.is_floating_point() and positions % self.rows == 0:
+                self._flattened.add(positions)  # flattened by the caller
+            elif x.ndim > 1 and x.shape[0] == self.rows:
+                self._flattened.add(positions)
+
+    def check_rows(self, place: Place, x: Tensor) -> None:
+        """Refuse an input in which the rows of this batch cannot be told apart, unless all have one task.
+
+        They come first. A matrix has one position per row, or as many as the model itself was called with; which rows
+        the positions of an expert are of, only its router knows.
 
         Raises:
-            TensorShapeError: another number of rows.
+            TensorShapeError: other rows.
         """
-        rows = int(x.shape[0])
-        if rows == self.rows or (x.ndim == 2 and rows % self.rows == 0):
+        if isinstance(self._entries, int):
             return
-        raise TensorShapeError(
-            f"site {site!r} is called with {tuple(x.shape)}, expected {self.rows} rows first, as many as the batch has "
-            "tasks: name a task for every row that the model sees; beams and windows of an image are rows too"
-        )
+        if place.kind != "conv" and x.ndim == 2:
+            told = int(x.shape[0]) in self._flattened and not _ROUTED.search(place.site)
+        else:
+            told = x.ndim > 2 and int(x.shape[0]) == self.rows
+        if not told:
+            raise TensorShapeError(
+                f"site {place.site!r} is called with {tuple(x.shape)}, expected {self.rows} rows first, as many as the "
+                "batch has tasks: name a task for every row that the model sees; beams and windows of an image are "
+                "rows too. Experts and projections of relative positions have no rows: serve one task per batch"
+            )
 
     def heads(self, features: Tensor) -> list[Tensor | None]:
         """Return each row's outputs by the head of its task; None for rows without a task or with a task without head.
@@ -315,20 +348,20 @@ def entry_of(held: ServedVersion, task: str) -> int:
         raise UnknownTaskError(f"version {held.version} has no task {task!r}; it has: {known}") from None
 
 
-def _add_to_linear(place: Place, stack: SiteStack, cores: RowCores, rows: int, x: Tensor, y: Tensor) -> Tensor:
+def _add_to_linear(place: Place, stack: SiteStack, cores: RowCores, x: Tensor, y: Tensor) -> Tensor:
     """Return y + left C right^T x for inputs (rows, ..., d_in) or (rows * n, d_in)."""
-    z = x.to(stack.right.dtype).reshape(rows, -1, place.d_in) @ stack.right
+    z = x.to(stack.right.dtype).reshape(cores.rows, -1, place.d_in) @ stack.right
     z = cores.apply(z).reshape(-1, stack.left_t.shape[0])
     if z.dtype != y.dtype:
         return y + (z @ stack.left_t).reshape(y.shape).to(y.dtype)
     return torch.addmm(y.reshape(-1, place.d_out), z, stack.left_t).reshape(y.shape)
 
 
-def _add_to_convolution(place: Place, stack: SiteStack, cores: RowCores, rows: int, x: Tensor, y: Tensor) -> Tensor:
+def _add_to_convolution(place: Place, stack: SiteStack, cores: RowCores, x: Tensor, y: Tensor) -> Tensor:
     """Return y + left C (right * x) for inputs (rows, channels, ...); ``right`` is a convolution to k_in channels."""
     weight, convolve = place.module.weight, place.module._conv_forward
     assert isinstance(weight, Tensor)
     assert callable(convolve)
     z: Tensor = convolve(x.to(stack.right.dtype), stack.right.T.reshape(-1, *weight.shape[1:]), None)
-    z = cores.apply(z.flatten(2).transpose(1, 2)) @ stack.left_t
-    return y + z.transpose(1, 2).reshape(y.shape).to(y.dtype)
+    z = cores.apply(z.flatten(2 - weight.ndim).transpose(-1, -2)) @ stack.left_t
+    return y + z.transpose(-1, -2).reshape(y.shape).to(y.dtype)
