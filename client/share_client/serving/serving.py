@@ -3,6 +3,9 @@
 Forward hooks add each row's change to what an adapted module returns. Nothing in the model is replaced or written to,
 and outside a batch it is the backbone alone. A batch holds one version from its first layer to its last, whatever is
 published meanwhile.
+
+A batch belongs to a context (:mod:`contextvars`): a coroutine has that of the one that made it, a new thread an empty
+one. What would be the backbone alone by that mistake is refused, never served.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Serving:
         self._updating = threading.Lock()
         self._current = build_version(space, self._places, heads or {})
         self._in_use: dict[ServedVersion, int] = {}
+        self._with_tasks: set[Batch] = set()
+        self._closed = False
         self._merged: str | None = None
         self._hooks = [
             place.module.register_forward_hook(self._hook(site, place), with_kwargs=True)
@@ -76,9 +81,15 @@ class Serving:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks out: the model is the backbone alone again."""
-        for hook in self._hooks:
-            hook.remove()
+        """Take the hooks out, once no batch runs any more: the model is the backbone alone again."""
+        with self._changed:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        if self._closed and not self._in_use:
+            for hook in self._hooks:
+                hook.remove()
 
     @property
     def current(self) -> ServedVersion:
@@ -101,13 +112,18 @@ class Serving:
     def batch(self, tasks: Sequence[str | None]) -> Iterator[Batch]:
         """Give every row of what the model is called with inside the block its task; None is the backbone alone.
 
-        No gradients are recorded inside.
+        No gradients are recorded inside. The block is of this thread or coroutine and of those it makes; into a new
+        thread it goes by ``contextvars.copy_context().run``, to be waited for inside the block.
 
         Raises:
             UnknownTaskError: the current version has no such task.
-            ConfigError: a task is merged into the weights.
+            ConfigError: a task is merged into the weights, or this serving is closed; at the end of the block: tasks
+                were named, and neither the model ran in it nor :meth:`Batch.heads`. While a batch names tasks, the
+                model raises it too where it is called without any batch.
         """
         with self._changed:
+            if self._closed:
+                raise ConfigError("this serving is closed, the model is the backbone alone: make another Serving of it")
             if self._merged is not None:
                 raise ConfigError(f"task {self._merged!r} is merged into the weights: leave that block first")
             held = self._current
@@ -115,10 +131,14 @@ class Serving:
         try:
             batch = Batch(self, held, tasks, _BATCH.get())
             token = _BATCH.set(batch)
+            if not batch.idle:
+                self._with_tasks.add(batch)
             try:
                 with torch.no_grad():
                     yield batch
+                batch.check_used()
             finally:
+                self._with_tasks.discard(batch)
                 _BATCH.reset(token)
                 batch.end()
         finally:
@@ -126,6 +146,7 @@ class Serving:
                 self._in_use[held] -= 1
                 if not self._in_use[held]:
                     del self._in_use[held]
+                self._release()
                 self._changed.notify_all()
 
     def update(self, space: Space, heads: Heads | None = None) -> None:
@@ -207,7 +228,9 @@ class Serving:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             batch = self._own_batch()
             if batch is None:
+                self._refuse_stray(site)
                 return None
+            batch.used = True
             stack = batch.held.stacks.get(site)
             cores = None if stack is None else batch.cores(site, stack)
             if stack is None or cores is None:
@@ -217,6 +240,15 @@ class Serving:
             return add(place, stack, cores, x, y)
 
         return hook
+
+    def _refuse_stray(self, site: str) -> None:
+        """Refuse a call without a batch while another thread or coroutine is inside one that names tasks."""
+        if self._with_tasks:
+            raise ConfigError(
+                f"site {site!r} is called without a batch while one with tasks is open elsewhere, as in a new thread, "
+                "which knows of no batch: start it with contextvars.copy_context().run inside the block, or, for the "
+                "backbone alone, call the model in a batch of None for every row"
+            )
 
     def _look(self) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -239,7 +271,10 @@ class Batch:
         self._held: ServedVersion | None = held
         entries = [0 if task is None else entry_of(held, task) for task in self.tasks]
         self._entries: Tensor | int = entries[0] if len(set(entries)) == 1 else torch.tensor(entries)
-        self._idle = not any(entries)
+        self.idle = not any(entries)
+        """Whether no row has a task."""
+        self.used = False
+        """Whether anything has run in this batch."""
         self._flattened = {self.rows}  # what the first dimension of a matrix may be
         self._gathered: dict[str, RowCores] = {}
 
@@ -264,9 +299,22 @@ class Batch:
         self._held = None
         self._gathered.clear()
 
+    def check_used(self) -> None:
+        """Refuse that tasks were named and served to nobody.
+
+        Raises:
+            ConfigError: nothing has run in this batch.
+        """
+        if not self.used and not self.idle:
+            raise ConfigError(
+                f"a batch of {self.rows} rows with tasks is over and the model was not called in it: what came out "
+                "meanwhile is the backbone alone. Call the model that Serving got inside the block; a new thread knows "
+                "of no batch, start it with contextvars.copy_context().run and wait for it inside the block"
+            )
+
     def cores(self, site: str, stack: SiteStack) -> RowCores | None:
         """Return the coefficients of the rows at a site, looked up once per batch; None if all rows have no task."""
-        if self._idle:
+        if self.idle:
             return None
         if site not in self._gathered:
             entries = self._entries if isinstance(self._entries, int) else self._entries.to(stack.in_.device)
@@ -275,7 +323,7 @@ class Batch:
 
     def look_at_input(self, inputs: Iterable[Tensor]) -> None:
         """Note how many positions the model is called with: a layer may get them all as one matrix."""
-        if self._idle:
+        if self.idle:
             return
         self._flattened = {self.rows}
         for x in inputs:  # numbers are (..., d), everything else is names of tokens
@@ -316,6 +364,7 @@ class Batch:
         Raises:
             TensorShapeError: another number of rows, or another width.
         """
+        self.used = True
         if int(features.shape[0]) != self.rows:
             raise TensorShapeError(f"heads: expected {self.rows} rows of features, got {tuple(features.shape)}")
         outputs: list[Tensor | None] = [None] * self.rows
