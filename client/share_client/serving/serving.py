@@ -34,6 +34,26 @@ _ROUTED = re.compile(r"(^|\.)experts?[._\d]")
 """In a site's name: an expert, to which a router sends any positions of any rows."""
 
 
+class _Gradients(threading.local):
+    """Off in a thread while any batch is open in it: those of coroutines do not end in the order they began in."""
+
+    _open = 0
+    _before = True
+
+    def __enter__(self) -> None:
+        if not self._open:
+            self._before = torch.is_grad_enabled()
+        self._open += 1
+        torch.set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        self._open -= 1
+        torch.set_grad_enabled(not self._open and self._before)
+
+
+_NO_GRADIENTS = _Gradients()
+
+
 class Serving:
     """One model with the tasks of a space. Batches may run in any number of threads while :meth:`update` runs in one.
 
@@ -134,7 +154,7 @@ class Serving:
             if not batch.idle:
                 self._with_tasks.add(batch)
             try:
-                with torch.no_grad():
+                with _NO_GRADIENTS:
                     yield batch
                 batch.check_used()
             finally:

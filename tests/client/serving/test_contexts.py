@@ -94,6 +94,7 @@ def test_coroutines_made_inside_have_the_batch(model: Any, space: Space, expecte
 
     with Serving(model, space) as serving:
         got = asyncio.run(both(serving))
+    assert torch.is_grad_enabled()  # though the batches ended in the order they began in
     for names, out in zip((NAMES, NAMES[::-1]), got, strict=True):
         assert torch.allclose(out, expected(model, space, names, inputs()), atol=1e-5)
 
