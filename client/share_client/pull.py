@@ -152,7 +152,7 @@ def pull(layout: ClientLayout, link: HubLink, task: str, out: Path, options: Pul
         form="adapter" if options.merged_into is None else "model",
         rank=max((one.rank for one in factors.values()), default=0),
         cut=cut,
-        head=_place(head, like),
+        head=_place(head, like, came=options.like is None),
         head_tensors=tuple(sorted(head.tensors)),
         head_of=shared.organisations if shared else (member.organisation,) if head.tensors else (),
         head_left_out=shared.left_out if shared else (),
@@ -300,15 +300,20 @@ def _chosen(own: _Head, shared: SharedHead | None) -> _Head:
     return _Head(shared.tensors, own.frame, shared)
 
 
-def _place(head: _Head, like: PeftExport | None) -> str:
-    """Return where a head goes: into the adapter if it belongs to modules that the adapter has, or else beside."""
+def _place(head: _Head, like: PeftExport | None, came: bool) -> str:
+    """Return where a head goes: into the adapter if it belongs to modules that the adapter has, or else beside.
+
+    An own one goes where its adapter is written as it ``came``, with its biases too. PEFT leaves out without a word
+    what no module of the adapter asks for.
+    """
     if not head.tensors:
         return "none"
-    if head.shared is None:
-        return "own" if head.frame is not None and like is not None else "beside"
     modules = () if like is None else like.modules_to_save
-    belong = all(any(f".{module}." in f".{name}" for module in modules) for name in head.tensors)
-    return "shared" if belong else "shared_beside"
+    names = [name.removeprefix(WRAPPER) for name in head.tensors]
+    belong = all(any(f".{module}." in f".{name}" for module in modules) for name in names)
+    if head.shared is not None:
+        return "shared" if belong else "shared_beside"
+    return "own" if head.frame is not None and like is not None and (came or belong) else "beside"
 
 
 def _in_peft(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -351,7 +356,8 @@ def _frame(spec: SpaceSpec, options: PullOptions, own: PeftExport | None, change
     else:
         sites = {name: PeftSite(name, "linear", (site.d_out, site.d_in)) for name, site in spec.sites.items()}
     if own is not None:
-        return replace(own, sites=sites)
+        # Its head and task type are of its model class, and so the names must be: PEFT skips others silently.
+        return replace(own, sites={name: replace(site, module=own.module_of(name)) for name, site in sites.items()})
     transposed = bool(sites) and all(site.kind == "conv1d_transposed" for site in sites.values())
     return PeftExport(spec.backbone, None, transposed, (), sites)
 

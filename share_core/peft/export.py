@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,19 @@ class PeftExport:
     sites: Mapping[str, PeftSite]
     bias: str = "none"
     """Which biases were trained; written again only with their tensors."""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before most sites' names in the model, with its dot: ``bert.``, or nothing.
+
+        A head has no prefix, so single sites may differ: :attr:`PeftSite.module` is exact.
+        """
+        prefixes = Counter(site.module.removesuffix(name) for name, site in self.sites.items())
+        return prefixes.most_common(1)[0][0] if prefixes else ""
+
+    def module_of(self, site: str) -> str:
+        """Return the path of a site in this adapter's model, also of one that the adapter has not."""
+        return self.sites[site].module if site in self.sites else f"{self.prefix}{site}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +60,8 @@ class PeftAdapter:
 
     @property
     def prefix(self) -> str:
-        """What stands before most sites' names in the model, with its dot: ``bert.``, or nothing.
-
-        A head has no prefix, so single sites may differ: :attr:`PeftSite.module` is exact.
-        """
-        prefixes = Counter(site.module.removesuffix(name) for name, site in self.sites.items())
-        return prefixes.most_common(1)[0][0]
+        """As :attr:`PeftExport.prefix` says."""
+        return self.export.prefix
 
     @property
     def site_specs(self) -> dict[str, SiteSpec]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from share_core.errors import AdapterError, UnsupportedAdapterError
 from share_core.linalg import balanced, canonical, numerical_rank
+from share_core.peft.kinds import refuse_unsupported
 from share_core.peft.names import site_of
 from share_core.types import Adapter, Factors
 
@@ -37,11 +38,14 @@ def hot_swap(model: PeftModel, name: str, factors: Adapter, recreate: bool = Fal
             inference: the active adapters stay active and are not trained any more.
 
     Raises:
-        AdapterError: it does not fit in place, or no module of the model is such a site, or the adapter is merged.
-        UnsupportedAdapterError: the adapter is DoRA or at a layer whose factors are no matrices.
+        AdapterError: it does not fit in place, or no module of the model is such a site, or the adapter is merged, or
+            adding it anew would lose its ``modules_to_save``.
+        UnsupportedAdapterError: the adapter is DoRA, AdaLoRA or another relative of plain LoRA, or at a layer whose
+            factors are no matrices; or an adapter of the model has trained biases.
     """
     reduced = {site: _reduced(own) for site, own in factors.items()}
     layers = _layers(model, name)
+    _refuse_configs(model, name)
     why = _misfit(layers, reduced, name)
     if why is None:
         _write(layers, reduced, name)
@@ -71,6 +75,21 @@ def _layers(model: PeftModel, name: str) -> dict[str, Any]:
                 raise AdapterError(f"adapter {name!r} is merged into the weights: call unmerge_adapter() first")
             found[site_of(path)] = module
     return found
+
+
+def _refuse_configs(model: PeftModel, name: str) -> None:
+    """Refuse an adapter that is more than factors: what a swap does not write would stay from the task before."""
+    from peft import PeftType
+
+    for other, config in model.peft_config.items():
+        raw = {**config.to_dict(), "peft_type": PeftType(config.peft_type).value}
+        if other == name or raw["peft_type"] != "LORA":  # PEFT adds no LoRA beside another kind
+            refuse_unsupported(raw, f"adapter {other!r}")
+        if raw["bias"] != "none":
+            raise UnsupportedAdapterError(
+                f"adapter {other!r} has trained biases (bias={raw['bias']!r}), which PEFT keeps in the backbone itself "
+                "and a swap does not take out: load the backbone anew and add an adapter with bias='none'"
+            )
 
 
 def _reduced(factors: Factors) -> Factors:
@@ -135,13 +154,21 @@ def _add(model: PeftModel, name: str, factors: Adapter) -> None:
     targets = [paths[site] for site, own in factors.items() if own.rank] or [paths[site] for site in factors]
     if not targets:
         raise AdapterError("the task changes no site at all: there is nothing to add")
+    if heads := sorted(set(getattr(model.peft_config.get(name), "modules_to_save", None) or ())):
+        raise AdapterError(
+            f"adapter {name!r} has modules of its own ({', '.join(heads)}), which adding it anew would lose: make it "
+            "with the rank and target modules that the task needs, so that it is swapped in place"
+        )
     rank = max(1, *(own.rank for own in factors.values()))
-    active = list(model.active_adapters)
+    active, shown = list(model.active_adapters), model.active_adapter
     tuner: Any = model.base_model
     if name in model.peft_config:
-        tuner.set_adapter([other for other in active if other != name], inference_mode=True)
+        others = [other for other in model.peft_config if other != name]
+        # Another one instead while it is gone: PEFT takes an empty list only where no adapter has modules_to_save.
+        tuner.set_adapter([other for other in active if other != name] or others[:1], inference_mode=True)
         model.delete_adapter(name)
     # An expression for the whole name: PEFT takes a plain name for every module that ends in it.
     only = "|".join(re.escape(path) for path in targets)
     model.add_adapter(name, LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=only))
     tuner.set_adapter(active, inference_mode=True)
+    model.active_adapter = shown

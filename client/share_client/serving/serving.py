@@ -3,12 +3,16 @@
 Forward hooks add each row's change to what an adapted module returns. Nothing in the model is replaced or written to,
 and outside a batch it is the backbone alone. A batch holds one version from its first layer to its last, whatever is
 published meanwhile.
+
+A batch belongs to a context (:mod:`contextvars`): a coroutine has that of the one that made it, a new thread an empty
+one. What would be the backbone alone by that mistake is refused, never served.
 """
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -26,6 +30,28 @@ from share_core.types import Space, SpaceSpec
 
 _BATCH: ContextVar[Batch | None] = ContextVar("share_serving_batch", default=None)
 """The innermost batch of this thread or coroutine."""
+_ROUTED = re.compile(r"(^|\.)experts?[._\d]")
+"""In a site's name: an expert, to which a router sends any positions of any rows."""
+
+
+class _Gradients(threading.local):
+    """Off in a thread while any batch is open in it: those of coroutines do not end in the order they began in."""
+
+    _open = 0
+    _before = True
+
+    def __enter__(self) -> None:
+        if not self._open:
+            self._before = torch.is_grad_enabled()
+        self._open += 1
+        torch.set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        self._open -= 1
+        torch.set_grad_enabled(not self._open and self._before)
+
+
+_NO_GRADIENTS = _Gradients()
 
 
 class Serving:
@@ -57,11 +83,14 @@ class Serving:
         self._updating = threading.Lock()
         self._current = build_version(space, self._places, heads or {})
         self._in_use: dict[ServedVersion, int] = {}
+        self._with_tasks: set[Batch] = set()
+        self._closed = False
         self._merged: str | None = None
         self._hooks = [
             place.module.register_forward_hook(self._hook(site, place), with_kwargs=True)
             for site, place in self._places.items()
         ]
+        self._hooks.append(model.register_forward_pre_hook(self._look(), with_kwargs=True))
 
     def __enter__(self) -> Serving:
         return self
@@ -72,9 +101,15 @@ class Serving:
         self.close()
 
     def close(self) -> None:
-        """Take the hooks out: the model is the backbone alone again."""
-        for hook in self._hooks:
-            hook.remove()
+        """Take the hooks out, once no batch runs any more: the model is the backbone alone again."""
+        with self._changed:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        if self._closed and not self._in_use:
+            for hook in self._hooks:
+                hook.remove()
 
     @property
     def current(self) -> ServedVersion:
@@ -97,13 +132,18 @@ class Serving:
     def batch(self, tasks: Sequence[str | None]) -> Iterator[Batch]:
         """Give every row of what the model is called with inside the block its task; None is the backbone alone.
 
-        No gradients are recorded inside.
+        No gradients are recorded inside. The block is of this thread or coroutine and of those it makes; into a new
+        thread it goes by ``contextvars.copy_context().run``, to be waited for inside the block.
 
         Raises:
             UnknownTaskError: the current version has no such task.
-            ConfigError: a task is merged into the weights.
+            ConfigError: a task is merged into the weights, or this serving is closed; at the end of the block: tasks
+                were named, and neither the model ran in it nor :meth:`Batch.heads`. While a batch names tasks, the
+                model raises it too where it is called without any batch.
         """
         with self._changed:
+            if self._closed:
+                raise ConfigError("this serving is closed, the model is the backbone alone: make another Serving of it")
             if self._merged is not None:
                 raise ConfigError(f"task {self._merged!r} is merged into the weights: leave that block first")
             held = self._current
@@ -111,10 +151,14 @@ class Serving:
         try:
             batch = Batch(self, held, tasks, _BATCH.get())
             token = _BATCH.set(batch)
+            if not batch.idle:
+                self._with_tasks.add(batch)
             try:
-                with torch.no_grad():
+                with _NO_GRADIENTS:
                     yield batch
+                batch.check_used()
             finally:
+                self._with_tasks.discard(batch)
                 _BATCH.reset(token)
                 batch.end()
         finally:
@@ -122,6 +166,7 @@ class Serving:
                 self._in_use[held] -= 1
                 if not self._in_use[held]:
                     del self._in_use[held]
+                self._release()
                 self._changed.notify_all()
 
     def update(self, space: Space, heads: Heads | None = None) -> None:
@@ -203,14 +248,33 @@ class Serving:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             batch = self._own_batch()
             if batch is None:
+                self._refuse_stray(site)
                 return None
+            batch.used = True
             stack = batch.held.stacks.get(site)
             cores = None if stack is None else batch.cores(site, stack)
             if stack is None or cores is None:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            batch.check_rows(site, x)
-            return add(place, stack, cores, batch.rows, x, y)
+            batch.check_rows(place, x)
+            return add(place, stack, cores, x, y)
+
+        return hook
+
+    def _refuse_stray(self, site: str) -> None:
+        """Refuse a call without a batch while another thread or coroutine is inside one that names tasks."""
+        if self._with_tasks:
+            raise ConfigError(
+                f"site {site!r} is called without a batch while one with tasks is open elsewhere, as in a new thread, "
+                "which knows of no batch: start it with contextvars.copy_context().run inside the block, or, for the "
+                "backbone alone, call the model in a batch of None for every row"
+            )
+
+    def _look(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            batch = self._own_batch()
+            if batch is not None:
+                batch.look_at_input(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 
         return hook
 
@@ -227,7 +291,11 @@ class Batch:
         self._held: ServedVersion | None = held
         entries = [0 if task is None else entry_of(held, task) for task in self.tasks]
         self._entries: Tensor | int = entries[0] if len(set(entries)) == 1 else torch.tensor(entries)
-        self._idle = not any(entries)
+        self.idle = not any(entries)
+        """Whether no row has a task."""
+        self.used = False
+        """Whether anything has run in this batch."""
+        self._flattened = {self.rows}  # what the first dimension of a matrix may be
         self._gathered: dict[str, RowCores] = {}
 
     @property
@@ -251,28 +319,61 @@ class Batch:
         self._held = None
         self._gathered.clear()
 
+    def check_used(self) -> None:
+        """Refuse that tasks were named and served to nobody.
+
+        Raises:
+            ConfigError: nothing has run in this batch.
+        """
+        if not self.used and not self.idle:
+            raise ConfigError(
+                f"a batch of {self.rows} rows with tasks is over and the model was not called in it: what came out "
+                "meanwhile is the backbone alone. Call the model that Serving got inside the block; a new thread knows "
+                "of no batch, start it with contextvars.copy_context().run and wait for it inside the block"
+            )
+
     def cores(self, site: str, stack: SiteStack) -> RowCores | None:
         """Return the coefficients of the rows at a site, looked up once per batch; None if all rows have no task."""
-        if self._idle:
+        if self.idle:
             return None
         if site not in self._gathered:
             entries = self._entries if isinstance(self._entries, int) else self._entries.to(stack.in_.device)
             self._gathered[site] = stack.rows(entries)
         return self._gathered[site]
 
-    def check_rows(self, site: str, x: Tensor) -> None:
-        """Refuse an input whose rows are not those of this batch. (rows * n, d_in) counts as n positions per row.
+    def look_at_input(self, inputs: Iterable[Tensor]) -> None:
+        """Note how many positions the model is called with: a layer may get them all as one matrix."""
+        if self.idle:
+            return
+        self._flattened = {self.rows}
+        for x in inputs:  # numbers are (..., d), everything else is names of tokens
+            positions = x.shape[:-1].numel() if x.is_floating_point() else x.numel()
+            if x.ndim == 2 and x.is_floating_point() and positions % self.rows == 0:
+                self._flattened.add(positions)  # flattened by the caller
+            elif x.ndim > 1 and x.shape[0] == self.rows:
+                self._flattened.add(positions)
+
+    def check_rows(self, place: Place, x: Tensor) -> None:
+        """Refuse an input in which the rows of this batch cannot be told apart, unless all have one task.
+
+        They come first. A matrix has one position per row, or as many as the model itself was called with; which rows
+        the positions of an expert are of, only its router knows.
 
         Raises:
-            TensorShapeError: another number of rows.
+            TensorShapeError: other rows.
         """
-        rows = int(x.shape[0])
-        if rows == self.rows or (x.ndim == 2 and rows % self.rows == 0):
+        if isinstance(self._entries, int):
             return
-        raise TensorShapeError(
-            f"site {site!r} is called with {tuple(x.shape)}, expected {self.rows} rows first, as many as the batch has "
-            "tasks: name a task for every row that the model sees; beams and windows of an image are rows too"
-        )
+        if place.kind != "conv" and x.ndim == 2:
+            told = int(x.shape[0]) in self._flattened and not _ROUTED.search(place.site)
+        else:
+            told = x.ndim > 2 and int(x.shape[0]) == self.rows
+        if not told:
+            raise TensorShapeError(
+                f"site {place.site!r} is called with {tuple(x.shape)}, expected {self.rows} rows first, as many as the "
+                "batch has tasks: name a task for every row that the model sees; beams and windows of an image are "
+                "rows too. Experts and projections of relative positions have no rows: serve one task per batch"
+            )
 
     def heads(self, features: Tensor) -> list[Tensor | None]:
         """Return each row's outputs by the head of its task; None for rows without a task or with a task without head.
@@ -283,6 +384,7 @@ class Batch:
         Raises:
             TensorShapeError: another number of rows, or another width.
         """
+        self.used = True
         if int(features.shape[0]) != self.rows:
             raise TensorShapeError(f"heads: expected {self.rows} rows of features, got {tuple(features.shape)}")
         outputs: list[Tensor | None] = [None] * self.rows
@@ -315,20 +417,20 @@ def entry_of(held: ServedVersion, task: str) -> int:
         raise UnknownTaskError(f"version {held.version} has no task {task!r}; it has: {known}") from None
 
 
-def _add_to_linear(place: Place, stack: SiteStack, cores: RowCores, rows: int, x: Tensor, y: Tensor) -> Tensor:
+def _add_to_linear(place: Place, stack: SiteStack, cores: RowCores, x: Tensor, y: Tensor) -> Tensor:
     """Return y + left C right^T x for inputs (rows, ..., d_in) or (rows * n, d_in)."""
-    z = x.to(stack.right.dtype).reshape(rows, -1, place.d_in) @ stack.right
+    z = x.to(stack.right.dtype).reshape(cores.rows, -1, place.d_in) @ stack.right
     z = cores.apply(z).reshape(-1, stack.left_t.shape[0])
     if z.dtype != y.dtype:
         return y + (z @ stack.left_t).reshape(y.shape).to(y.dtype)
     return torch.addmm(y.reshape(-1, place.d_out), z, stack.left_t).reshape(y.shape)
 
 
-def _add_to_convolution(place: Place, stack: SiteStack, cores: RowCores, rows: int, x: Tensor, y: Tensor) -> Tensor:
+def _add_to_convolution(place: Place, stack: SiteStack, cores: RowCores, x: Tensor, y: Tensor) -> Tensor:
     """Return y + left C (right * x) for inputs (rows, channels, ...); ``right`` is a convolution to k_in channels."""
     weight, convolve = place.module.weight, place.module._conv_forward
     assert isinstance(weight, Tensor)
     assert callable(convolve)
     z: Tensor = convolve(x.to(stack.right.dtype), stack.right.T.reshape(-1, *weight.shape[1:]), None)
-    z = cores.apply(z.flatten(2).transpose(1, 2)) @ stack.left_t
-    return y + z.transpose(1, 2).reshape(y.shape).to(y.dtype)
+    z = cores.apply(z.flatten(2 - weight.ndim).transpose(-1, -2)) @ stack.left_t
+    return y + z.transpose(-1, -2).reshape(y.shape).to(y.dtype)

@@ -33,6 +33,11 @@ class RowCores:
     out: Tensor | None
     """(rows, p, k_out) or (p, k_out)."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows have a matrix of their own; 1 where all have the same."""
+        return 1 if self.in_.ndim == 2 else int(self.in_.shape[0])
+
     def apply(self, z: Tensor) -> Tensor:
         """Map coordinates (rows, n, k_in) to (rows, n, k_out)."""
         z = z @ self.in_

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertModel
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ from share_client.cli import app
 from share_client.contribute import contribute, read_contributions
 from share_client.link import HubLink
 from share_client.member import ClientLayout
-from share_client.pull import MARKER, Pulled, PullOptions, pull
+from share_client.pull import HEAD_FILE, MARKER, Pulled, PullOptions, pull, pulled_text
 from share_client.serving import hot_swap
 from share_core.durable import flush_directory
 from share_core.errors import AdapterError, ConfigError, FedshareError, ManifestError, UnknownTaskError
@@ -29,7 +30,7 @@ from share_core.linalg import balanced
 from share_core.peft.names import site_of
 from share_core.peft.reader import read_adapter
 from share_core.space import task_adapter
-from share_core.types import Adapter
+from share_core.types import Adapter, SpaceSpec
 from share_core.wire import decode_snapshot
 
 RUNNER = CliRunner()
@@ -135,6 +136,75 @@ def test_the_own_head_is_inside_and_peft_uses_it(
     bare = pull(layout, link, "films", tmp_path / "bare", PullOptions(head=False))
     assert bare.head == "none"
     assert not any("classifier" in key for key in load_file(tmp_path / "bare" / "adapter_model.safetensors"))
+
+
+def loads_whole(model: nn.Module, directory: Path) -> nn.Module:
+    """Load an adapter by PEFT, which tells of LoRA tensors that it looked for in vain only by a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        loaded: nn.Module = PeftModel.from_pretrained(model, directory)
+        return loaded
+
+
+def test_with_the_backbone_an_own_classifier_is_still_one(
+    member: Member,
+    save_adapter: Any,
+    put_in: Any,
+    load_classifier: Any,
+    bert_directory: Path,
+    features: Any,
+    tmp_path: Path,
+) -> None:
+    source = save_adapter("films", head=True)
+    put_in(source)
+    made = pull(member[0], member[1], "films", tmp_path / "out", PullOptions(backbone=str(bert_directory)))
+    assert made.head == "own"
+    original = features(PeftModel.from_pretrained(load_classifier(), source))
+    assert close(features(loads_whole(load_classifier(), tmp_path / "out")), original)
+    assert not close(features(load_classifier()), original)
+
+
+def test_like_another_model_the_own_head_is_inside_only_where_it_has_one(
+    member: Member, save_adapter: Any, put_in: Any, load_bare: Any, load_classifier: Any, features: Any, tmp_path: Path
+) -> None:
+    layout, link, organisation = member
+    source = save_adapter("films", head=True)
+    put_in(source)
+    bare = pull(layout, link, "films", tmp_path / "bare", PullOptions(like=save_adapter("like")))
+    assert bare.head == "beside"
+    assert "head.safetensors, PEFT does not load it" in pulled_text(bare)
+    assert all("lora_" in key for key in load_file(tmp_path / "bare" / "adapter_model.safetensors"))
+    assert any("classifier" in key for key in load_file(tmp_path / "bare" / HEAD_FILE))
+    expected = features(changed(load_bare(), stored(link, f"{organisation}/films")))
+    assert close(features(loads_whole(load_bare(), tmp_path / "bare")), expected)
+    like = save_adapter("classifies", 5, head=True)
+    assert pull(layout, link, "films", tmp_path / "whole", PullOptions(like=like)).head == "own"
+    original = features(PeftModel.from_pretrained(load_classifier(), source))
+    assert close(features(loads_whole(load_classifier(), tmp_path / "whole")), original)
+
+
+def test_own_biases_come_back_and_are_not_put_into_another_model(
+    member: Member, save_adapter: Any, put_in: Any, load_bare: Any, features: Any, tmp_path: Path
+) -> None:
+    source = save_adapter("films", bias="lora_only")
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors = {key: tensor + 1 if key.endswith(".bias") else tensor for key, tensor in tensors.items()}
+    save_file(tensors, source / "adapter_model.safetensors")
+    put_in(source)
+    assert pull(member[0], member[1], "films", tmp_path / "out").head == "own"
+    original = features(PeftModel.from_pretrained(load_bare(), source))
+    assert close(features(PeftModel.from_pretrained(load_bare(), tmp_path / "out")), original)
+    made = pull(member[0], member[1], "films", tmp_path / "other", PullOptions(like=save_adapter("like")))
+    assert made.head == "beside"
+
+
+def test_a_site_that_the_own_adapter_lacks_is_named_as_its_others(
+    bert_spec: SpaceSpec, bert_directory: Path, save_adapter: Any
+) -> None:
+    own = read_adapter(save_adapter("films", head=True, target_modules=["query"])).export
+    for options in (PullOptions(), PullOptions(backbone=str(bert_directory))):
+        frame = share_client.pull._frame(bert_spec, options, own, set(bert_spec.sites))
+        assert {name: site.module for name, site in frame.sites.items()} == {n: f"bert.{n}" for n in bert_spec.sites}
 
 
 def test_another_member_pulls_it_without_the_head(

@@ -116,7 +116,7 @@ def test_the_manual_runs_as_it_stands(
     monkeypatch.chdir(tmp_path)
     space_of_two(load_backbone("minilm", "cpu"), tmp_path / "space.safetensors")
     found: dict[str, Any] = {}
-    first, second, third = blocks()
+    first, second, in_threads, third = blocks()
     exec(first, found)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"version [12]: \[\d, None, \d\]", lines[0])
@@ -125,6 +125,8 @@ def test_the_manual_runs_as_it_stands(
     mixed, alone = found["mixed"], found["alone"]
     assert torch.allclose(mixed[[0, 2]], alone[[0, 2]], atol=1e-5)
     assert not torch.allclose(mixed[1], alone[1], atol=1e-3)
+    exec(in_threads, found)
+    assert torch.allclose(found["threaded"], mixed, atol=1e-6)
     exec(third, found)
     with torch.no_grad():
         hidden = found["running"](**found["inputs"]).last_hidden_state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,84 @@ def test_wrong_models_and_adapters_are_named(space: Space) -> None:
     with pytest.raises(AdapterError, match=r"no module 'decoder\.query'"):
         hot_swap(model, "served", unknown, recreate=True)
     assert outputs(model).equal(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"lora_bias": True}, "lora_bias is not supported"),
+        ({"bias": "all"}, r"'served' has trained biases \(bias='all'\)"),
+        ({"bias": "lora_only"}, r"'served' has trained biases \(bias='lora_only'\)"),
+        ({"init_lora_weights": "pissa"}, "relative to a changed backbone"),
+    ],
+)
+@pytest.mark.parametrize("recreate", [False, True])
+def test_an_adapter_that_is_more_than_factors_is_refused_untouched(
+    space: Space, options: dict[str, Any], why: str, recreate: bool
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["query", "value", "out"], **options)
+    model = peft.get_peft_model(backbone(), config, "served").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedAdapterError, match=why):
+        hot_swap(model, "served", task_adapter(space, "org/t1"), recreate)
+    assert all(model.state_dict()[name].equal(tensor) for name, tensor in before.items())
+    with pytest.raises(UnsupportedAdapterError, match="bias") if "bias" in options else nullcontext():
+        hot_swap(model, "third", task_adapter(space, "org/t1"), recreate=True)  # its biases are in the backbone
+
+
+def test_another_kind_of_adapter_is_named(space: Space) -> None:
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["query", "value", "out"])
+    model = peft.get_peft_model(backbone(), config, "served").eval()
+    for name in ("served", "third"):
+        with pytest.raises(UnsupportedAdapterError, match=r"peft_type is 'ADALORA'"):
+            hot_swap(model, name, task_adapter(space, "org/t1"), recreate=True)
+
+
+class Headed(Model):
+    """Begins from the same weights and has one linear map more, which no space adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(super().forward(x))
+        return out
+
+
+def headed() -> Headed:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Headed().eval()
+
+
+def headed_lora(rank: int, **more: Any) -> Any:
+    return peft.LoraConfig(r=rank, target_modules=["query", "value", "out"], init_lora_weights=False, **more)
+
+
+@torch.no_grad()
+def test_a_head_stays_in_place_and_is_never_lost(space: Space, written: Any) -> None:
+    factors = task_adapter(space, "org/t1")
+    small = peft.get_peft_model(headed(), headed_lora(1, modules_to_save=["head"]), "served").eval()
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"modules of its own \(head\), which adding it anew would lose"):
+        hot_swap(small, "served", factors, recreate=True)
+    assert small.active_adapters == ["served"]
+    assert all(small.state_dict()[name].equal(tensor) for name, tensor in before.items())
+    large = peft.get_peft_model(headed(), headed_lora(4, modules_to_save=["head"]), "served").eval()
+    large.base_model.model.head.modules_to_save["served"].weight += 1
+    assert hot_swap(large, "served", factors) is False
+    expected = written(headed(), space, "org/t1")
+    expected.head.weight += 1
+    assert torch.allclose(outputs(large), outputs(expected), atol=1e-5)
+
+
+def test_beside_an_adapter_with_a_head_another_one_is_added_anew(space: Space, written: Any) -> None:
+    model = peft.get_peft_model(headed(), headed_lora(1), "served").eval()
+    model.add_adapter("other", headed_lora(1, modules_to_save=["head"]))
+    assert hot_swap(model, "served", task_adapter(space, "org/t1"), recreate=True) is True
+    assert model.active_adapters == ["served"]
+    assert torch.allclose(outputs(model), outputs(written(headed(), space, "org/t1")), atol=1e-5)
 
 
 def test_planted_bugs_are_caught(space: Space, written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
