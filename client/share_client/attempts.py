@@ -1,9 +1,9 @@
 """Trainings that did not end well: which are tried again, and when.
 
 A mistake in data or settings is a refusal: another attempt is made when one of them has changed. What may pass (memory
-that something else takes, a disk that is away) is tried again later and as often as it takes. Any other failure is a
-fault of the code that trains, perhaps of a kind of the owner's own: after some tries in a row it counts as a refusal.
-Whichever it is, the other tasks go on.
+that something else takes, a disk that is away, a package that is missing) is tried again, after waits that double. Any
+other failure is a fault of the code that trains; after some tries in a row it counts as a refusal. Whichever it is, the
+other tasks go on, unless the device itself is in a state from which only a new process gets out.
 """
 
 from __future__ import annotations
@@ -14,25 +14,45 @@ from pathlib import Path
 
 import torch
 
-from share_client.records import MOST_RETRAININGS, Records
+from share_client.records import BrokenOff, Records
 from share_client.session_log import SessionLog
 from share_client.trainer import LocalTask
 from share_core.errors import ConfigError, FedshareError
 
 AGAIN_S = 60.0
-"""Seconds until a training that broke off is tried again in the same session."""
+"""Seconds until a training that broke off is tried again; each time in a row twice as long."""
+
+LONGEST_S = 3600.0
+"""Most seconds until then."""
+
+MOST_FAILURES = 5
+"""How often in a row an attempt may fail, other than in passing, before it counts as refused."""
+
+_NO_MEMORY = "DefaultCPUAllocator"
+"""PyTorch has no class of its own for a processor without memory."""
 
 
 def reason_of(error: Exception) -> str:
     """Return in words why the work on one task failed.
 
     Raises:
-        FedshareError: ``error`` itself where it is about more than that task.
+        Exception: ``error`` itself where it is about more than that task.
     """
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, FedshareError):
+    if is_about_more(error):
         raise error
+    return _in_words(error)
+
+
+def is_about_more(error: Exception) -> bool:
+    """Whether an error is about the federation, or about a device that refuses all further work of this process."""
+    if isinstance(error, FedshareError):
+        return not isinstance(error, ConfigError)
+    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, FedshareError):
+        return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     remedy = "; raise accumulate, or set checkpointing = true" if isinstance(error, torch.OutOfMemoryError) else ""
@@ -40,10 +60,10 @@ def reason_of(error: Exception) -> str:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether a failure says nothing about the task: no memory, or a file that the system did not give."""
+    """Whether a failure says nothing about the task: no memory, no package, or a file that the system did not give."""
     if error is None:
         return False
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | ImportError) or _NO_MEMORY in str(error):
         return True
     # One without a number is a library's way to say that a file is broken.
     return (isinstance(error, OSError) and error.errno is not None) or may_pass(error.__cause__)
@@ -55,28 +75,36 @@ class Attempts:
     def __init__(self, records: Records, log: SessionLog) -> None:
         self._records = records
         self._log = log
-        self._not_before: dict[str, float] = {}
 
     def is_open(self, task: LocalTask) -> bool:
         """Whether a task has yet to be trained, and may be now."""
-        wanted = self._records.get(task.name).wants(task.content_hash, task.attempt)
-        return wanted and time.monotonic() >= self._not_before.get(task.attempt, 0.0)
+        record = self._records.get(task.name)
+        if not record.wants(task.content_hash, task.attempt):
+            return False
+        wait = record.broken_off.not_before - time.time() if record.broken_off.attempt == task.attempt else 0.0
+        return not 0.0 < wait <= LONGEST_S  # more than that is of a clock that was wrong
 
     def failed(self, task: LocalTask, error: Exception) -> None:
         """Write down that a training failed; it is over for good, or put off.
 
         Raises:
-            FedshareError: ``error`` itself where it is about more than this task.
+            Exception: ``error`` itself where it is about more than this task.
         """
-        reason = reason_of(error)
-        passing = may_pass(error)
-        if not passing and isinstance(error, ConfigError):
+        if isinstance(error, FedshareError) and is_about_more(error):
+            raise error
+        reason, passing = _in_words(error), may_pass(error)
+        known = self._records.get(task.name).broken_off
+        times = known.times + 1 if known.attempt == task.attempt else 1
+        if isinstance(error, ConfigError) and not passing:
             self._refuse(task, reason)
-        elif passing or self._records.retrain(task.name):
-            self._not_before[task.attempt] = time.monotonic() + AGAIN_S
-            self._log.write("broken_off", task=task.name, reason=reason)
+        elif times >= MOST_FAILURES and not passing:
+            self._refuse(task, f"{reason} ({times} times in a row)")
         else:
-            self._refuse(task, f"{reason} ({MOST_RETRAININGS} times in a row)")
+            wait = min(AGAIN_S * 2.0 ** (times - 1), LONGEST_S)
+            self._records.broke_off(task.name, BrokenOff(task.attempt, times, time.time() + wait))
+            self._log.write("broken_off", task=task.name, reason=reason, again_in_s=wait)
+        if is_about_more(error):  # counted against the task that met it, lest it ends every session
+            raise error
 
     def _refuse(self, task: LocalTask, reason: str) -> None:
         self._records.refused(task.name, task.attempt, reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,6 +195,9 @@ def _try(config: TaskConfig, backbone: Backbone, space: Space, tried: list[TaskC
         # Only what the system says: the name of the file may be what a row holds.
         why = error.strerror or type(error).__name__
         return _named(f"a file that it needs cannot be read ({why}); see that it is there and may be read", config)
+    except Exception as error:  # of a kind of the client's own, for example; its words may be rows
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return _named(f"failed with {type(error).__name__} at {Path(last.filename).name}, line {last.lineno}", config)
     return None
 
 

@@ -79,6 +79,7 @@ class Evaluations:
         except Exception as error:  # its rows or settings may have changed; the others go on
             self._unmeasured(task, space, reason_of(error))
             return None
+        self._told = {(name, reason) for name, reason in self._told if name != task.name}
         return {"task": task.name, "version": space.version, **vars(found)}
 
     def _unmeasured(self, task: LocalTask, space: Space, reason: str) -> None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -162,12 +163,16 @@ class Outbox:
         declared: Declaration | None = None,
         schema_sha256: str = "",
         share_with: tuple[str, ...] = (),
+        ready: Callable[[], None] = lambda: None,
     ) -> Entry:
         """Make an update durable under a new update id and return it. Nothing has been sent yet.
 
         ``schema_sha256`` is the label schema of the head in it or of the shared task, ``share_with`` who else may
         contribute, ``declared`` the clipping and noise. Where that hides the whole data set, so is the number of its
-        rows.
+        rows. ``ready`` is called when all of it is on the disk and nobody sees it yet.
+
+        Raises:
+            OSError: it is not in the outbox, for example because the disk is full.
         """
         submission = Submission(
             update_id=uuid.uuid4().hex,
@@ -182,7 +187,7 @@ class Outbox:
             schema_sha256=schema_sha256,
             share_with=share_with,
         )
-        return self._put(submission, training, payload, head, adapter)
+        return self._put(submission, training, payload, head, adapter, ready)
 
     def rebase(self, entry: Entry, payload: bytes, base_version: int, create: bool, adapter: bytes = b"") -> Entry:
         """Put the same content in as a new update, expressed in ``base_version``; remove ``entry``; return the new one.
@@ -209,7 +214,15 @@ class Outbox:
         directory = self._directory / _next_id(entry.update_id)
         return _read(directory) if directory.exists() else None
 
-    def _put(self, submission: Submission, training: Training, payload: bytes, head: bytes, adapter: bytes) -> Entry:
+    def _put(
+        self,
+        submission: Submission,
+        training: Training,
+        payload: bytes,
+        head: bytes,
+        adapter: bytes,
+        ready: Callable[[], None] = lambda: None,
+    ) -> Entry:
         adapter_sha256 = hashlib.sha256(adapter).hexdigest() if adapter else ""
         temporary = make_private_directory(self._directory / f"{TEMPORARY}{submission.update_id}")
         header = {
@@ -218,12 +231,17 @@ class Outbox:
             "adapter_sha256": adapter_sha256,
         }
         files = {"payload.safetensors": payload, "head.safetensors": head, _ADAPTER: adapter}
-        for name, data in {**files, "header.json": to_json(header)}.items():
-            if name != _ADAPTER or adapter:
-                self._step(f"write {name}")
-                write_flushed(temporary / name, data)
-        self._step("flush entry")
-        flush_directory(temporary)
+        try:
+            for name, data in {**files, "header.json": to_json(header)}.items():
+                if name != _ADAPTER or adapter:
+                    self._step(f"write {name}")
+                    write_flushed(temporary / name, data)
+            self._step("flush entry")
+            flush_directory(temporary)
+            ready()
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         self._step("rename entry")
         final = temporary.rename(self._directory / submission.update_id)
         self._step("flush outbox")

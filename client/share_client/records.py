@@ -42,6 +42,18 @@ class Head:
 
 
 @dataclass(frozen=True)
+class BrokenOff:
+    """Trainings of one attempt that broke off, one after the other."""
+
+    attempt: str = ""
+    """Of which attempt."""
+    times: int = 0
+    """How many in a row."""
+    not_before: float = 0.0
+    """When it is tried again, seconds since 1970."""
+
+
+@dataclass(frozen=True)
 class TaskRecord:
     """What is known of one task; ``record.json``."""
 
@@ -55,7 +67,9 @@ class TaskRecord:
     refused_reason: str = ""
     """Why."""
     retrainings: int = 0
-    """Trainings in a row that were thrown away because their version was no longer kept, or that broke off."""
+    """Trainings thrown away in a row because their version was no longer kept."""
+    broken_off: BrokenOff = BrokenOff()
+    """What broke off since the last merge or refusal."""
     refits: int = 0
     """How often the newest data was refitted in newer bases, or could have been and was not, see :mod:`.refits`."""
     columns: int = 0
@@ -119,7 +133,7 @@ class Records:
         write_atomic(self._head_path(task, version), head)
         earlier = record.heads if record.task_id in ("", task_id) else ()  # those of another task belong to its cores
         heads = tuple(sorted((*earlier, Head(version, content_hash)), key=lambda head: head.version))
-        fresh = replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0)
+        fresh = replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0, broken_off=BrokenOff())
         refits = record.refits + 1 if refit else 0
         self._save(replace(fresh, refits=refits, columns=columns, captured=captured, task_id=task_id))
 
@@ -130,7 +144,20 @@ class Records:
 
     def refused(self, task: str, attempt: str, reason: str) -> None:
         """Record that nothing will come of an attempt: what was trained is never taken, or cannot be trained."""
-        self._save(replace(self.get(task), refused_hash=attempt, refused_reason=reason, retrainings=0))
+        fresh = replace(self.get(task), retrainings=0, broken_off=BrokenOff())
+        self._save(replace(fresh, refused_hash=attempt, refused_reason=reason))
+
+    def broke_off(self, task: str, broken_off: BrokenOff) -> None:
+        """Record that a training broke off."""
+        self._save(replace(self.get(task), broken_off=broken_off))
+
+    def moved(self, task: str, version: int, merged: int) -> None:
+        """Record that the hub has merged in the version ``merged`` what it had merged in ``version`` before."""
+        record = self.get(task)
+        write_atomic(self._head_path(task, merged), self._head_path(task, version).read_bytes())
+        heads = (replace(head, version=merged) if head.version == version else head for head in record.heads)
+        self._save(replace(record, heads=tuple(sorted(heads, key=lambda head: head.version))))
+        self._head_path(task, version).unlink(missing_ok=True)
 
     def lost(self, task: str, version: int) -> None:
         """Record that the hub no longer holds what it merged in ``version``."""
@@ -139,7 +166,7 @@ class Records:
         self._head_path(task, version).unlink(missing_ok=True)
 
     def retrain(self, task: str) -> bool:
-        """Record that a training came to nothing and another try is due; False, and nothing, if there were too many."""
+        """Record that a training was in vain and another try is due; False, and nothing, if there were too many."""
         record = self.get(task)
         if record.retrainings + 1 >= MOST_RETRAININGS:
             return False
@@ -208,7 +235,8 @@ def _read(path: Path) -> TaskRecord:
     try:
         document = json.loads(path.read_bytes())
         heads = tuple(Head(**head) for head in document.pop("heads"))
-        return TaskRecord(**document, heads=heads)
+        broken_off = BrokenOff(**document.pop("broken_off", {}))
+        return TaskRecord(**document, heads=heads, broken_off=broken_off)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}): restore it, or remove it to train the task again"

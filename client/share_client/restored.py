@@ -34,17 +34,19 @@ def forget_lost(
         on_wait: is told why it waits.
         log: is told of every task that a merge was lost of.
     """
-    stands = version
+    lost = []
     for record in records.all():
         for head in reversed(record.heads):
             if _is_held(records, record, head, link, stop, on_wait):
                 break
-            records.lost(record.task, head.version)
-            log.write("lost", task=record.task, version=head.version)
-            stands = min(stands, head.version - 1)
+            lost.append((record.task, head))
+    stands = min([version, *(head.version - 1 for _, head in lost)])
     for record in records.all():
         if max((line.get("version", 0) for line in standing(records.history(record.task))), default=0) > stands:
             records.add_history(record.task, {"event": RESTORED, "task": record.task, "version": stands})
+    for task, head in lost:  # last: a crash before leaves what all of this is found out by again
+        records.lost(task, head.version)
+        log.write("lost", task=task, version=head.version)
 
 
 def _is_held(
@@ -55,7 +57,10 @@ def _is_held(
     stop: threading.Event,
     on_wait: Callable[[FedshareError], None],
 ) -> bool:
-    """Whether the hub has merged this training in this version; True where that cannot be asked."""
+    """Whether this training is still in the hub's hands; True where that cannot be asked.
+
+    One that it has yet to merge, or that was forgotten on purpose, is; one that it merged anew gets its new version.
+    """
     merges = [line for line in records.history(record.task) if line["event"] == "merged"]
     update_id = next((line["update_id"] for line in reversed(merges) if line["version"] == head.version), None)
     if update_id is None:
@@ -64,4 +69,6 @@ def _is_held(
         found = patiently(lambda: link.get_update(update_id), stop, on_wait)
     except UnknownUpdateError:
         return False
-    return found is None or (found.state == hub_pb2.UPDATE_STATE_MERGED and found.version == head.version)
+    if found is not None and found.state == hub_pb2.UPDATE_STATE_MERGED and found.version != head.version:
+        records.moved(record.task, head.version, found.version)
+    return found is None or found.state != hub_pb2.UPDATE_STATE_REFUSED

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -365,9 +366,16 @@ class _Session:
         except Exception as error:
             self._attempts.failed(task, error)
             return
-        if trained.declared is not None:  # before anything of it can leave
+        why = "its data changed" if known else "it was new"
+        try:
+            self._keep(task, trained, space, why, refit=False, ready=partial(self._spend, task, trained))
+        except OSError as error:
+            self._attempts.failed(task, error)
+
+    def _spend(self, task: LocalTask, trained: Trained) -> None:
+        """Write down what a training spends of the privacy: before anything of it can leave, and only if it will."""
+        if trained.declared is not None:
             self._log.write("spent", **{**self._spending.add(task.name, trained.declared), "task": task.name})
-        self._keep(task, trained, space, "its data changed" if known else "it was new", refit=False)
 
     def _refit(self) -> bool:
         """Refit a task for which the subspace has grown usefully; return whether there was one to look at."""
@@ -387,8 +395,16 @@ class _Session:
     def _task_id(self, task: LocalTask) -> str:
         return f"{task.owner or self._member.organisation}/{task.name}"
 
-    def _keep(self, task: LocalTask, trained: Trained, space: Space, why: str, refit: bool) -> None:
-        """Put what was trained into the outbox: from here on no crash loses it."""
+    def _keep(
+        self,
+        task: LocalTask,
+        trained: Trained,
+        space: Space,
+        why: str,
+        refit: bool,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put what was trained into the outbox: from here on no crash loses it. ``ready`` is called just before."""
         task_id = self._task_id(task)
         payload = encode_update(trained.update)
         training = Training(
@@ -418,6 +434,7 @@ class _Session:
             declared=trained.declared,
             schema_sha256=trained.schema_sha256,
             share_with=() if task.config is None else task.config.share_with,
+            ready=ready,
         )
         self._taken += 1
         self._log.write("plan", task=task.name, sites=dict(trained.plan))

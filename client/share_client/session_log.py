@@ -39,7 +39,7 @@ _SENTENCES: Mapping[str, str] = {
     "skipped": "versions {first} to {last} were jumped over: the hub sent the one after them whole",
     "evaluation": "{task}: {metric} {value:.4f} at version {version} on {rows} rows",
     "unmeasured": "{task}: not evaluated from version {version} on: {reason}",
-    "broken_off": "{task}: training broken off, tried again later: {reason}",
+    "broken_off": "{task}: training broken off, tried again in {again_in_s:.0f} s: {reason}",
     "lost": "{task}: the hub no longer holds what it merged in version {version}: it is trained again",
     "ended": "session ended at version {version}: {submitted} submitted, {merged} merged, {evaluated} evaluations",
     "failed": "session failed: {reason}",

@@ -49,15 +49,15 @@ class LocalTask:
 
     dropped: bool = False
     """Whether it came as a folder: rows that cannot be read are then a refusal of the task, and end nothing."""
-    backbone: str = ""
-    """What it is trained on and where, in words."""
+    made_by: str = ""
+    """What trains it besides its settings: backbone, device and the code of a kind of the client's own."""
 
     @property
     def attempt(self) -> str:
         """Hash of its data and of every setting: what was refused is tried again once one of them has changed."""
         if self.config is None:
             return self.content_hash
-        return hashlib.sha256(f"{self.content_hash} {self.config} {self.backbone}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.content_hash} {self.config} {self.made_by}".encode()).hexdigest()
 
     @property
     def privacy(self) -> PrivacyConfig | None:
@@ -221,6 +221,8 @@ class BackboneTrainer:
         self._tell = tell
         self._told: frozenset[str] = frozenset()
         self._loaded: Backbone | None = None
+        self._words = ""
+        self._codes: dict[str, str] = {}
         self._hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
         self._prepared: dict[str, tuple[TaskConfig, str, PreparedTask]] = {}
 
@@ -235,16 +237,35 @@ class BackboneTrainer:
 
             file = read_tasks(self._path)
             self._loaded = load_backbone(file.backbone, file.device)
+            self._words = f"{file.backbone} on {self._loaded.device}"
         return self._loaded
+
+    def _backbone_in_words(self, file: TasksFile) -> str:
+        """Return backbone and device: those that are loaded, which stay until a restart, or that would be."""
+        from share_client.backbones.backbone import choose_device
+
+        return self._words or f"{file.backbone} on {choose_device(file.device)}"
+
+    def _code(self, kind: str) -> str:
+        """Return a hash of the module of a kind of the client's own, as it is when it is first asked for."""
+        if kind not in self._codes:
+            self._codes[kind] = code_hash(kind) if is_import_path(kind) else ""
+        return self._codes[kind]
 
     def tasks(self) -> Sequence[LocalTask]:
         """Return the tasks of the file as it is now; a changed backbone takes a restart."""
         file: TasksFile = read_tasks(self._path)
         settling = self._settling
         dropped = dropped_tasks(file, settling)
-        for remark in sorted(set(dropped.remarks) - self._told):
+        remarks, from_folders = [*dropped.remarks], []
+        for task in dropped.tasks:
+            try:
+                from_folders.append(replace(self._local(task, True, file), dropped=True))
+            except ConfigError as error:  # a file that may not be read disturbs no other task
+                remarks.append(str(error))
+        for remark in sorted(set(remarks) - self._told):
             self._tell(remark)
-        self._told = frozenset(dropped.remarks)
+        self._told = frozenset(remarks)
         tasks = [*file.tasks, *dropped.tasks]
         if any(task.privacy is not None and task.privacy.mechanism == SAMPLES for task in tasks):
             _require_packages(str(self._path))
@@ -253,13 +274,14 @@ class BackboneTrainer:
                 self._local(task, settling is None or settling.is_whole(*_data(task), named=True), file)
                 for task in file.tasks
             ),
-            *(replace(self._local(task, True, file), dropped=True) for task in dropped.tasks),
+            *from_folders,
             *(LocalTask(name, "", is_whole=False) for name in dropped.filling),
         ]
 
     def _local(self, task: TaskConfig, is_whole: bool, file: TasksFile) -> LocalTask:
         content_hash = self._hash(task, file) if is_whole else ""
-        return LocalTask(task.name, content_hash, task, is_whole, backbone=f"{file.backbone} on {file.device}")
+        made_by = " ".join([self._backbone_in_words(file), self._code(task.kind)])
+        return LocalTask(task.name, content_hash, task, is_whole, made_by=made_by)
 
     def rows(self, task: LocalTask) -> int:
         """Return the number of training rows."""
@@ -379,6 +401,17 @@ class BackboneTrainer:
             known = (task.config, task.content_hash, prepare_task(task.config, self._backbone()))
             self._prepared[task.name] = known
         return known[2]
+
+
+def code_hash(kind: str) -> str:
+    """Return the SHA-256 of the module, or of the package's files, of ``FOLDER/module:object``.
+
+    It is empty where there is none in the folder: a kind that Python finds elsewhere is not looked for.
+    """
+    path = Path(kind.partition(":")[0])
+    module = path.parent / path.name.partition(".")[0]
+    files = sorted(module.rglob("*.py")) if module.is_dir() else [module.with_suffix(".py")]
+    return content_hash(*files) if all(file.is_file() for file in files) else ""
 
 
 def _forward(progress: Callable[[Step], None]) -> Callable[[Progress], None]:

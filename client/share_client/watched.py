@@ -45,19 +45,23 @@ class Settling:
 
         ``named`` paths stand in the tasks file, where one writes what is there: what was last changed longer ago than
         the time between two looks is taken at once.
+
+        Raises:
+            ConfigError: something below must not be looked at.
         """
         try:
             stamp = tuple(one for path in paths for one in stamps(path))
-        except ConfigError:
+        except ConfigError as error:
             self._seen.pop(paths, None)
+            if isinstance(error.__cause__, PermissionError):
+                raise  # it does not go away by itself, as what is taken away or not yet there does
             return False
         clock = self._clock()
         known = self._seen.get(paths)
         if known is None or known[0] != stamp:
             known = self._seen[paths] = (stamp, clock)
         old = named and all(self._now() - changed_ns / 1e9 >= SETTLE_S for _, _, changed_ns in stamp)
-        # A named directory without a file is whole too: who reads it says what is missing.
-        return (named or bool(stamp)) and (old or clock - known[1] >= SETTLE_S)
+        return bool(stamp) and (old or clock - known[1] >= SETTLE_S)
 
 
 @dataclass(frozen=True)

@@ -343,3 +343,25 @@ def test_a_task_in_a_watched_folder_is_tried_and_measured(tmp_path: Path, monkey
     assert found.problems == ()
     assert [(task.name, task.train_rows, task.test_rows) for task in found.tasks] == [("bars", 6, 200)]
     assert judged == [12], "four times the three rows of a part"
+
+
+def test_what_fails_in_no_foreseen_way_is_a_problem_of_its_task_without_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).random((6, 8, 8), dtype=np.float32)
+    np.savez(tmp_path / "rows.npz", x=x, y=np.arange(6) % 2)
+    task = '[[task]]\nname = "{}"\nkind = "image-classification"\ntrain = "rows.npz"\ntest = "rows.npz"\n'
+    text = 'backbone = "digits-vit"\ndevice = "cpu"\n' + task.format("one") + task.format("two")
+    (tmp_path / "tasks.toml").write_text(text)
+
+    def failing(_: Any, task: Any, *others: Any) -> Any:
+        if task.config.name == "one":
+            raise ValueError(f"no such word: {SECRET}")
+        return None
+
+    monkeypatch.setattr(evaluation_module, "judged_rows", failing)
+    found = check_tasks(tmp_path / "tasks.toml")
+    assert [one.name for one in found.tasks] == ["two"]
+    assert len(found.problems) == 1
+    assert "task 'one': failed with ValueError at test_check.py, line " in found.problems[0]
+    assert SECRET not in found.problems[0]

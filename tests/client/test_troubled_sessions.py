@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import shutil
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from share_client import attempts as attempts_module
+from share_client import outbox as outbox_module
 from share_client import session as session_module
-from share_client.attempts import may_pass, reason_of
+from share_client.attempts import MOST_FAILURES, Attempts, may_pass, reason_of
 from share_client.history import client_history
 from share_client.link import HubLink
 from share_client.member import ClientLayout
-from share_client.records import MOST_RETRAININGS, Records
+from share_client.outbox import Outbox, Training
+from share_client.records import Records
+from share_client.restored import forget_lost
 from share_client.session import SessionOptions, run_session
+from share_client.session_log import SessionLog
 from share_client.tasks_file import TaskConfig
 from share_client.trainer import LocalTask, Measured
-from share_core.errors import ConfigError, StorageError
+from share_core.errors import ConfigError, StorageError, UnknownUpdateError
 from share_core.types import Adapter
+from share_proto.v1 import hub_pb2
 
 OPTIONS = SessionOptions(linger_s=0.3, poll_s=0.02, lock_s=0.5)
 
@@ -33,6 +42,10 @@ OPTIONS = SessionOptions(linger_s=0.3, poll_s=0.02, lock_s=0.5)
 def events(layout: ClientLayout, *wanted: str) -> list[tuple[str, str]]:
     lines = [json.loads(line) for line in layout.session_log.read_text().splitlines()]
     return [(line["event"], line.get("task", "")) for line in lines if line["event"] in wanted]
+
+
+def full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "no space left on device")
 
 
 def failing(fake: Any, error: Exception | None, only: str = "bad") -> type[Any]:
@@ -60,15 +73,16 @@ def write(layout: ClientLayout, *names: str) -> None:
 
 
 def test_a_training_that_crashes_ends_no_session_and_is_given_up_in_the_end(
-    hub: Any, fake: Any, tmp_path: Path
+    hub: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attempts_module, "AGAIN_S", 0.0)
     layout = hub.client(tmp_path / "c", "crashing/main")
     write(layout, "bad", "good")
     trainer = failing(fake, ZeroDivisionError("float division by zero"))
-    for _ in range(MOST_RETRAININGS + 2):
-        run(layout, trainer)
-    assert trainer.tries == MOST_RETRAININGS, "once in a session, and not for ever"
-    told = [("broken_off", "bad")] * (MOST_RETRAININGS - 1) + [("refused", "bad")]
+    run(layout, trainer)
+    run(layout, trainer)
+    assert trainer.tries == MOST_FAILURES
+    told = [("broken_off", "bad")] * (MOST_FAILURES - 1) + [("refused", "bad")]
     assert events(layout, "broken_off", "refused", "failed") == told
     assert events(layout, "merged") == [("merged", "good")]
     reason = Records(layout.tasks).get("bad").refused_reason
@@ -76,29 +90,87 @@ def test_a_training_that_crashes_ends_no_session_and_is_given_up_in_the_end(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "no space left"), torch.OutOfMemoryError("x")])
-def test_what_may_pass_is_tried_in_every_session(hub: Any, fake: Any, tmp_path: Path, error: Exception) -> None:
+def test_what_broke_off_waits_also_for_the_next_session_while_others_go_on(
+    hub: Any, fake: Any, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = hub.client(tmp_path / "c", f"passing-{type(error).__name__.lower()}/main")
     write(layout, "bad", "good")
     trainer = failing(fake, error)
-    for _ in range(MOST_RETRAININGS + 1):
+    for _ in range(2):
         run(layout, trainer)
-    assert trainer.tries == MOST_RETRAININGS + 1
-    assert events(layout, "refused", "failed") == []
+    assert trainer.tries == 1
+    assert events(layout, "broken_off", "refused", "failed", "merged") == [("broken_off", "bad"), ("merged", "good")]
+    monkeypatch.setattr(attempts_module, "LONGEST_S", 0.0)
     run(layout, fake.FakeTrainer)
     assert events(layout, "merged") == [("merged", "good"), ("merged", "bad")]
 
 
-def test_a_training_that_broke_off_is_tried_again_later_in_the_session(
+class Clock:
+    """Stands in for the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(attempts_module, "time", clock)
+    return clock
+
+
+def waits(attempts: Attempts, task: LocalTask, clock: Clock) -> float:
+    """Return after how many seconds a task is open again, to the second, and move the clock there."""
+    for waited in range(4000):
+        if attempts.is_open(task):
+            return waited
+        clock.now += 1.0
+    return math.inf
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[SessionLog]:
+    with contextlib.closing(SessionLog(tmp_path / "session.jsonl")) as opened:
+        yield opened
+
+
+def test_waits_double_up_to_an_hour_and_outlive_the_session(tmp_path: Path, clock: Clock, log: SessionLog) -> None:
+    task, seen = LocalTask("t", "hash"), []
+    for _ in range(9):
+        Attempts(Records(tmp_path), log).failed(task, MemoryError())
+        seen.append(waits(Attempts(Records(tmp_path), log), task, clock))
+    assert seen == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600], "and it is never given up"
+
+
+def test_another_attempt_does_not_wait_for_an_earlier_one_nor_count_its_failures(
+    tmp_path: Path, clock: Clock, log: SessionLog
+) -> None:
+    attempts = Attempts(Records(tmp_path), log)
+    for _ in range(MOST_FAILURES - 1):
+        attempts.failed(LocalTask("t", "hash"), ZeroDivisionError("x"))
+    assert not attempts.is_open(LocalTask("t", "hash"))
+    assert attempts.is_open(LocalTask("t", "other data"))
+    attempts.failed(LocalTask("t", "other data"), ZeroDivisionError("x"))
+    assert Records(tmp_path).get("t").broken_off.times == 1
+    clock.now -= 10 * attempts_module.LONGEST_S
+    assert attempts.is_open(LocalTask("t", "other data")), "a clock that was wrong keeps nobody waiting"
+
+
+def test_a_device_that_is_lost_ends_the_session_and_is_counted_against_one_task(
     hub: Any, fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts_module, "AGAIN_S", 0.0)
-    layout = hub.client(tmp_path / "c", "again/main")
-    write(layout, "bad")
-    trainer = failing(fake, MemoryError())
-    train = trainer.train
-    trainer.train = lambda self, *rest: train(self, *rest) if trainer.tries < 2 else fake.FakeTrainer.train(self, *rest)
+    """In the same process every other task would fail too, by no fault of its own."""
+    layout = hub.client(tmp_path / "c", "device/main")
+    write(layout, "bad", "good")
+    trainer = failing(fake, torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    with pytest.raises(torch.AcceleratorError):
+        run(layout, trainer)
+    assert events(layout, "broken_off", "failed", "merged") == [("broken_off", "bad"), ("failed", "")]
     run(layout, trainer)
-    assert events(layout, "broken_off", "merged") == [("broken_off", "bad")] * 2 + [("merged", "bad")]
+    assert events(layout, "merged") == [("merged", "good")], "the other waits, so this one gets its turn"
 
 
 def test_what_is_about_more_than_one_task_ends_the_session_and_is_told(hub: Any, fake: Any, tmp_path: Path) -> None:
@@ -115,13 +187,35 @@ def test_a_failure_of_any_kind_is_in_the_log(
     layout = hub.client(tmp_path / "c", "unexpected/main")
     write(layout, "good")
 
-    def full(*_: Any) -> Any:
-        raise OSError(errno.ENOSPC, "no space left on device")
+    def lost(*_: Any) -> Any:
+        raise ValueError("not expected by anybody")
 
-    monkeypatch.setattr(session_module, "encode_update", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(session_module, "encode_update", lost)
+    with pytest.raises(ValueError, match="not expected by anybody"):
         run(layout, fake.FakeTrainer)
     assert events(layout, "failed") == [("failed", "")]
+
+
+def test_nothing_is_spent_on_what_the_disk_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox, ready = Outbox(tmp_path / "outbox"), []
+    training = Training("t", "hash", 1, loss=0.0, steps=1, seconds=0.0, rows=1)
+
+    def put() -> Any:
+        return outbox.put(
+            b"payload", b"head", training, space_id="s", task_id="o/t", create=True, ready=lambda: ready.append(seen())
+        )
+
+    def seen() -> int:
+        return len(outbox.entries())
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(outbox_module, "write_flushed", full)
+        put()
+    assert ready == []
+    assert [path.name for path in (tmp_path / "outbox").iterdir()] == ["refused"]
+    put()
+    assert ready == [0], "before anybody sees the entry"
+    assert seen() == 1
 
 
 def test_what_may_pass_is_told_from_broken_files_and_mistakes() -> None:
@@ -130,6 +224,8 @@ def test_what_may_pass_is_told_from_broken_files_and_mistakes() -> None:
         error.__cause__ = cause
         return error
 
+    assert may_pass(caused(ModuleNotFoundError("no module named 'pyarrow'")))
+    assert may_pass(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
     assert may_pass(caused(FileNotFoundError(errno.ENOENT, "no such file")))
     assert not may_pass(caused(OSError("cannot identify image file")))
     assert not may_pass(ConfigError("lower learning_rate"))
@@ -140,7 +236,7 @@ def test_what_may_pass_is_told_from_broken_files_and_mistakes() -> None:
 
 def test_a_refused_attempt_is_made_again_when_data_or_a_setting_changes(tmp_path: Path) -> None:
     config = TaskConfig("t", "text-classification", tmp_path / "train.jsonl", tmp_path / "test.jsonl", patience=2)
-    task = LocalTask("t", "hash", config, backbone="minilm on cpu")
+    task = LocalTask("t", "hash", config, made_by="minilm on cpu")
     records = Records(tmp_path / "tasks")
     records.refused("t", task.attempt, "patience needs at least 2 rows")
     records = Records(tmp_path / "tasks")
@@ -152,7 +248,7 @@ def test_a_refused_attempt_is_made_again_when_data_or_a_setting_changes(tmp_path
     assert not wants(replace(task, config=replace(config))), "nothing has changed"
     assert wants(replace(task, config=replace(config, patience=None)))
     assert wants(replace(task, content_hash="other"))
-    assert wants(replace(task, backbone="minilm on cuda"))
+    assert wants(replace(task, made_by="minilm on cuda"))
 
 
 class Unmeasurable:
@@ -252,3 +348,43 @@ def test_a_folder_that_is_never_at_rest_is_told_once(
     told = [line for line in layout.session_log.read_text().splitlines() if "growing: its files are still" in line]
     assert len(told) == 1
     assert events(layout, "merged") == [("merged", "whole"), ("merged", "growing")]
+
+
+@pytest.mark.parametrize(
+    ("state", "version", "kept"),
+    [
+        ("MERGED", 5, [3, 5]),
+        ("MERGED", 9, [3, 9]),
+        ("ACCEPTED", 0, [3, 5]),
+        ("QUARANTINED", 0, [3, 5]),
+        ("FORGOTTEN", 0, [3, 5]),
+        ("REFUSED", 0, [3]),
+        ("", 0, [3]),
+    ],
+)
+def test_only_what_a_hub_does_not_have_any_more_counts_as_lost(
+    tmp_path: Path, log: SessionLog, state: str, version: int, kept: list[int]
+) -> None:
+    """What it will merge again must not be sent twice; what its operator has forgotten must not come back."""
+    records = Records(tmp_path / "tasks")
+    for number in (3, 5):
+        records.merged("t", f"data {number}", number, f"head {number}".encode())
+        records.add_history("t", {"event": "merged", "update_id": f"u{number}", "version": number})
+        records.add_history("t", {"event": "evaluation", "metric": "accuracy", "value": 0.5, "version": number})
+
+    class Link:
+        def get_update(self, update_id: str) -> Any:
+            if update_id == "u5" and not state:
+                raise UnknownUpdateError("no such update")
+            name = "MERGED" if update_id == "u3" else state
+            return SimpleNamespace(
+                state=getattr(hub_pb2, f"UPDATE_STATE_{name}"), version=3 if update_id == "u3" else version
+            )
+
+    forget_lost(records, cast(HubLink, Link()), 6, threading.Event(), lambda error: None, log)
+    records = Records(tmp_path / "tasks")
+    heads = records.get("t").heads
+    assert [head.version for head in heads] == kept
+    assert [records.head_bytes("t", head) for head in heads] == [b"head 3", b"head 5"][: len(kept)]
+    assert records.is_evaluated("t", 5) == (5 in kept or version == 9)
+    assert [head.content_hash for head in heads] == ["data 3", "data 5"][: len(kept)]

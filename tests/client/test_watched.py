@@ -17,6 +17,7 @@ import pytest
 
 from share_client import tasks_file, watched
 from share_client.backbones import load_backbone
+from share_client.data.content import content_hash
 from share_client.kind_names import is_import_path
 from share_client.kinds.custom import load_custom
 from share_client.records import Records
@@ -306,8 +307,59 @@ def test_a_session_trains_what_is_dropped_and_survives_what_cannot_be_read(
     assert [record.task for record in Records(layout.tasks).all() if record.heads] == ["digits"]
 
 
-def test_a_named_directory_without_files_is_not_waited_for(tmp_path: Path, settling: Settling) -> None:
-    """Who reads it says at once what is missing; a dropped folder is being filled."""
-    (tmp_path / "empty").mkdir()
-    assert settling.is_whole(tmp_path / "empty", named=True)
-    assert not settling.is_whole(tmp_path / "empty")
+def test_a_folder_that_may_not_be_read_is_told_and_disturbs_no_other(
+    incoming: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("open", "closed"):
+        drop(incoming / name, train_npz="rows", test_npz="rows")
+
+    def guarded(*paths: Path) -> str:
+        if "closed" in str(paths[0]):
+            raise ConfigError(f"{paths[0]}: cannot read the data file: permission denied")
+        return content_hash(*paths)
+
+    monkeypatch.setattr("share_client.trainer.content_hash", guarded)
+    said: list[str] = []
+    trainer = BackboneTrainer(incoming.parent / "tasks.toml", None, said.append)
+    for _ in range(2):
+        assert [task.name for task in trainer.tasks()] == ["open"]
+    assert [text.rpartition(": ")[2] for text in said] == ["permission denied"]
+
+
+def test_files_that_may_not_be_looked_at_are_told_and_not_waited_for(
+    incoming: Path, settling: Settling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop(incoming / "closed", train_npz="rows", test_npz="rows")
+
+    def refused(path: Path) -> Any:
+        raise ConfigError(f"{path}: cannot list the data") from PermissionError(13, "permission denied")
+
+    monkeypatch.setattr(watched, "stamps", refused)
+    found = dropped_tasks(read_tasks(incoming.parent / "tasks.toml"), settling)
+    assert (found.filling, len(found.remarks)) == ((), 1)
+
+
+def test_the_code_of_an_own_kind_and_the_device_are_part_of_an_attempt(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text("first = 1\n")
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl").write_text("{}\n")
+    path = tmp_path / "tasks.toml"
+    path.write_text(
+        'backbone = "digits-vit"\ndevice = "cpu"\n[[task]]\nname = "t"\nkind = "ranks:Ranks"\n'
+        'train = "train.jsonl"\ntest = "test.jsonl"\n'
+    )
+
+    def attempt(trainer: BackboneTrainer) -> str:
+        (task,) = trainer.tasks()
+        assert task.made_by.startswith(str(read_tasks(path).backbone) + " on cpu ")
+        return task.attempt
+
+    loaded = BackboneTrainer(path)
+    before = attempt(loaded)
+    (tmp_path / "ranks.py").write_text("second = 2\n")
+    assert attempt(loaded) == before, "a process goes on with the code that it has imported"
+    assert attempt(BackboneTrainer(path)) != before
+    (tmp_path / "ranks.py").unlink()
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "__init__.py").write_text("second = 2\n")
+    assert len({before, attempt(BackboneTrainer(path))}) == 2

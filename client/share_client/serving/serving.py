@@ -295,7 +295,7 @@ class Batch:
         """Whether no row has a task."""
         self.used = False
         """Whether anything has run in this batch."""
-        self._flattened = {self.rows}  # what the first dimension of a matrix may be
+        self._seen = threading.local()  # calls of the model side by side see different inputs
         self._gathered: dict[str, RowCores] = {}
 
     @property
@@ -345,13 +345,13 @@ class Batch:
         """Note how many positions the model is called with: a layer may get them all as one matrix."""
         if self.idle:
             return
-        self._flattened = {self.rows}
+        flattened = self._seen.flattened = {self.rows}
         for x in inputs:  # numbers are (..., d), everything else is names of tokens
             positions = x.shape[:-1].numel() if x.is_floating_point() else x.numel()
             if x.ndim == 2 and x.is_floating_point() and positions % self.rows == 0:
-                self._flattened.add(positions)  # flattened by the caller
+                flattened.add(positions)  # flattened by the caller
             elif x.ndim > 1 and x.shape[0] == self.rows:
-                self._flattened.add(positions)
+                flattened.add(positions)
 
     def check_rows(self, place: Place, x: Tensor) -> None:
         """Refuse an input in which the rows of this batch cannot be told apart, unless all have one task.
@@ -365,7 +365,7 @@ class Batch:
         if isinstance(self._entries, int):
             return
         if place.kind != "conv" and x.ndim == 2:
-            told = int(x.shape[0]) in self._flattened and not _ROUTED.search(place.site)
+            told = int(x.shape[0]) in getattr(self._seen, "flattened", {self.rows}) and not _ROUTED.search(place.site)
         else:
             told = x.ndim > 2 and int(x.shape[0]) == self.rows
         if not told:
