@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from share_client.member import ClientLayout, load_member
-from share_client.records import Records, standing
+from share_client.records import Records
 from share_core.errors import ConfigError
 
 PICTURES = (".png", ".svg")
@@ -44,7 +44,7 @@ def client_history(layout: ClientLayout, task: str | None = None) -> dict[str, A
     chosen = names if task is None else [task]
     return {
         "member": member.member,
-        "tasks": [{"task": name, "rows": history_rows(standing(records.history(name)))} for name in chosen],
+        "tasks": [{"task": name, "rows": history_rows(records.history(name))} for name in chosen],
     }
 
 

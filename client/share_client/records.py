@@ -103,7 +103,7 @@ class Records:
         self._records = {path.parent.name: _read(path) for path in sorted(self._directory.glob("*/record.json"))}
         self._evaluated: dict[str, set[int]] = {}
         for name in self._records:
-            for line in standing(self.history(name)):
+            for line in self.history(name):
                 self._note(name, line)
 
     def get(self, task: str) -> TaskRecord:
@@ -208,8 +208,9 @@ class Records:
             self._evaluated[task] = {version for version in known if version <= line["version"]}
 
     def history(self, task: str) -> list[dict[str, Any]]:
-        """Return the task's history, oldest first."""
-        return [line for line in read_json_lines(self._directory / task / "history.jsonl") if "event" in line]
+        """Return the task's history, oldest first, without what it says of versions that a restored hub has lost."""
+        lines = (line for line in read_json_lines(self._directory / task / "history.jsonl") if "event" in line)
+        return _standing(lines)
 
     def _head_path(self, task: str, version: int) -> Path:
         return make_private_directory(self._directory / task) / f"head-{version:08d}.safetensors"
@@ -220,8 +221,7 @@ class Records:
         self._records[record.task] = record
 
 
-def standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of a history without those of versions that a restored hub has lost: their numbers came anew."""
+def _standing(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for line in lines:
         if line["event"] == RESTORED:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from share_client.link import HubLink, patiently
-from share_client.records import RESTORED, Head, Records, TaskRecord, standing
+from share_client.records import RESTORED, Head, Records, TaskRecord
 from share_client.session_log import SessionLog
 from share_core.errors import FedshareError, UnknownUpdateError
 from share_proto.v1 import hub_pb2
@@ -42,7 +42,7 @@ def forget_lost(
             lost.append((record.task, head))
     stands = min([version, *(head.version - 1 for _, head in lost)])
     for record in records.all():
-        if max((line.get("version", 0) for line in standing(records.history(record.task))), default=0) > stands:
+        if max((line.get("version", 0) for line in records.history(record.task)), default=0) > stands:
             records.add_history(record.task, {"event": RESTORED, "task": record.task, "version": stands})
     for task, head in lost:  # last: a crash before leaves what all of this is found out by again
         records.lost(task, head.version)
