@@ -135,7 +135,8 @@ def test_a_training_is_counted_before_it_can_leave(
 ) -> None:
     layout = hub.client(tmp_path / "c", "counted/main")
     trainer = private_trainer(layout.root / "tasks.json", PRIVACY)
-    assert kill_at_every_step(layout, trainer, monkeypatch) == [(1, 0), (2, 0), (3, 1)]
+    # Nothing is spent on what is not on the disk, and everything that can leave is counted.
+    assert kill_at_every_step(layout, trainer, monkeypatch) == [(0, 0), (1, 0), (2, 1)]
     monkeypatch.setattr(Spending, "add", lambda *_: {"epsilon": 0.0, "delta": 0.1})
     other = hub.client(tmp_path / "other", "uncounted/main")
     trainer = private_trainer(other.root / "tasks.json", PRIVACY)
