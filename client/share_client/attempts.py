@@ -9,11 +9,10 @@ other tasks go on, unless the device itself is in a state from which only a new 
 from __future__ import annotations
 
 import time
-import traceback
-from pathlib import Path
 
 import torch
 
+from share_client.faults import in_words
 from share_client.records import BrokenOff, Records
 from share_client.session_log import SessionLog
 from share_client.trainer import LocalTask
@@ -51,12 +50,8 @@ def is_about_more(error: Exception) -> bool:
 
 
 def _in_words(error: Exception) -> str:
-    if isinstance(error, FedshareError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     remedy = "; raise accumulate, or set checkpointing = true" if isinstance(error, torch.OutOfMemoryError) else ""
-    return f"{type(error).__name__}: {error}{where}{remedy}"
+    return f"{in_words(error)}{remedy}"
 
 
 def may_pass(error: BaseException | None) -> bool:

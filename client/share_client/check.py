@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import resource
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from share_client.faults import in_words
 from share_client.sharing import EVERYBODY
 from share_client.tasks_file import Examined, TaskConfig, examine_tasks
 from share_client.watched import dropped_tasks
@@ -192,12 +192,10 @@ def _try(config: TaskConfig, backbone: Backbone, space: Space, tried: list[TaskC
     except MemoryError:
         return _named("out of memory; lower rows or test_rows, or raise accumulate", config)
     except OSError as error:
-        # Only what the system says: the name of the file may be what a row holds.
-        why = error.strerror or type(error).__name__
+        why = error.strerror or type(error).__name__  # not its file, whose name may be what a row holds
         return _named(f"a file that it needs cannot be read ({why}); see that it is there and may be read", config)
-    except Exception as error:  # of a kind of the client's own, for example; its words may be rows
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return _named(f"failed with {type(error).__name__} at {Path(last.filename).name}, line {last.lineno}", config)
+    except Exception as error:  # of a kind of the client's own, for example
+        return _named(f"failed with {in_words(error)}", config)
     return None
 
 

@@ -23,6 +23,7 @@ from share_client.attempts import Attempts
 from share_client.cache import SpaceCache, chain_path
 from share_client.chain import ManifestChain, open_chain
 from share_client.evaluations import Evaluations
+from share_client.faults import in_words
 from share_client.feed import VersionFeed, fetch_newest
 from share_client.heads import first_head
 from share_client.link import HubLink, SpaceDescription, patiently
@@ -134,7 +135,7 @@ def run_session(
             return session.run()
         except Exception as error:
             with contextlib.suppress(OSError):  # such as the full disk that this is about
-                log.write("failed", error=type(error).__name__, reason=str(error))
+                log.write("failed", error=type(error).__name__, reason=in_words(error))
             raise
 
 

@@ -5,8 +5,8 @@
     tasks/<task>/spent.jsonl    one object a line: what a training declared, and epsilon and delta of all so far
 
 A training is written down when its update is on the disk and before it enters the outbox, so nothing that carries noise
-leaves uncounted; after a crash in between it is counted although it stayed. The hub counts what it has published; this counts what it may have
-seen.
+leaves uncounted; after a crash in between it is counted although it stayed. The hub counts what it has published; this
+counts what it may have seen.
 """
 
 from __future__ import annotations
