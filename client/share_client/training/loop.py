@@ -91,9 +91,8 @@ def train(
 ) -> Trained:
     """Train ``head`` and ``changes`` in place by AdamW with linear warm-up and linear decay.
 
-    Deterministic given ``options.seed`` in one thread. The backbone is left as it was, however this ends. Where
-    neither has a number to train, as with a kind without a head, no step is taken. With ``options.patience`` a tenth of
-    the rows is held out and the numbers are those of the best pass, see :mod:`~.early`.
+    Deterministic given ``options.seed`` in one thread. The backbone is left as it was. Where neither has a number to
+    train no step is taken. With ``options.patience`` a tenth of the rows is held out, see :mod:`~.early`.
 
     Args:
         backbone: the encoder.
@@ -129,16 +128,13 @@ def train(
                 done += 1
                 if not first < done <= end:
                     continue
-                value = _step(backbone, task.at(done), head, chosen, options, optimizer)
-                require_finite_loss(value, done, task)
+                value = _step(backbone, task, head, chosen, options, optimizer, done)
                 schedule.step()
                 mean = smoothed(mean, value) if done > first + 1 else value
                 if progress is not None:
                     progress(Progress(epoch, epochs, done, steps, mean))
-                if options.pace > 0:
-                    time.sleep(options.pace)
-            ended = stop is not None and done > first and stop.ended()
-            if ended or done >= end:
+                time.sleep(options.pace)
+            if (stop is not None and done > first and stop.ended()) or done >= end:
                 break
         if stop is not None:
             stop.restore()
@@ -163,13 +159,15 @@ def _step(
     rows: Sequence[int],
     options: TrainingOptions,
     optimizer: torch.optim.Optimizer,
+    number: int,
 ) -> float:
-    """Take one step; return the mean loss of its rows before it."""
+    """Take the step of that number; return the mean loss of its rows before it."""
     optimizer.zero_grad()
     value = 0.0
-    for loss in part_losses(backbone, task, head, rows, options):
+    for loss in part_losses(backbone, task.at(number), head, rows, options):
         loss.backward()  # type: ignore[no-untyped-call]
         value += loss.item()
+    require_finite_loss(value, number, task)
     optimizer.step()
     return value
 
