@@ -52,9 +52,11 @@ def run_tasks(options: TasksOptions, note: Note) -> dict[str, Any]:
     a client does. All have the same rows, passes and rate. Noise is left out.
 
     Raises:
-        ConfigError: a file cannot be used.
+        ConfigError: a file cannot be used, or names no task.
     """
     file = read_tasks(options.path)
+    if not file.tasks:
+        raise ConfigError(f"{options.path}: expected a [[task]] to measure, got none: watched folders are left out")
     backbone = load_backbone(file.backbone, file.device)
     space = _space(backbone, options.snapshot)
     found: dict[str, dict[str, Any]] = {}

@@ -66,3 +66,11 @@ def test_a_version_of_the_space_that_is_not_there_is_named(tasks: Path, tmp_path
     result = CliRunner().invoke(app, ["bench", "tasks", str(tasks), "--space", str(tmp_path / "none.safetensors")])
     assert result.exit_code == 1
     assert "cannot read this version of the space" in str(result.exception)
+
+
+def test_a_file_without_tasks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "tasks.toml").write_text('backbone = "digits-vit"\nwatch = "incoming"\n')
+    result = CliRunner().invoke(app, ["bench", "tasks", str(tmp_path / "tasks.toml")])
+    assert result.exit_code == 1
+    assert "expected a [[task]] to measure, got none" in str(result.exception)
