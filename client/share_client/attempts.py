@@ -96,7 +96,7 @@ class Attempts:
             self._refuse(task, f"{reason} ({times} times in a row)")
         else:
             wait = min(AGAIN_S * 2.0 ** (times - 1), LONGEST_S)
-            self._records.broke_off(task.name, BrokenOff(task.attempt, times, time.time() + wait))
+            self._records.broke_off(task.name, BrokenOff(task.attempt, times, time.time() + wait, reason))
             self._log.write("broken_off", task=task.name, reason=reason, again_in_s=wait)
         if is_about_more(error):  # counted against the task that met it, lest it ends every session
             raise error

@@ -51,6 +51,8 @@ class BrokenOff:
     """How many in a row."""
     not_before: float = 0.0
     """When it is tried again, seconds since 1970."""
+    reason: str = ""
+    """Why, in words."""
 
 
 @dataclass(frozen=True)

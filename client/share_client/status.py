@@ -44,6 +44,7 @@ def client_status(layout: ClientLayout) -> dict[str, Any]:
                 "task": record.task,
                 "merged_version": record.heads[-1].version if record.heads else 0,
                 "refused_reason": record.refused_reason,
+                "broken_off": asdict(record.broken_off) if record.broken_off.times else None,
                 "spent": spending.total(record.task),
                 "history": records.history(record.task),
             }
@@ -72,6 +73,9 @@ def print_status(found: dict[str, Any]) -> None:
         spent = task["spent"]
         remarks = [f"epsilon {spent['epsilon']:.3f} at delta {spent['delta']:.1e} spent"] if spent else []
         remarks += [task["refused_reason"]] if task["refused_reason"] else []
+        if broken := task["broken_off"]:
+            again = datetime.fromtimestamp(broken["not_before"], UTC).strftime("%H:%M")
+            remarks.append(f"training broke off, {broken['times']} in a row, again at {again} UTC: {broken['reason']}")
         table.add_row(task["task"], str(task["merged_version"] or "-"), last, "; ".join(remarks))
     console.print(table)
     for entry in found["outbox"]:

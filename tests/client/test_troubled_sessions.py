@@ -30,6 +30,7 @@ from share_client.records import Records
 from share_client.restored import forget_lost
 from share_client.session import SessionOptions, run_session
 from share_client.session_log import SessionLog
+from share_client.status import client_status, print_status
 from share_client.tasks_file import TaskConfig
 from share_client.trainer import LocalTask, Measured
 from share_core.errors import ConfigError, StorageError, UnknownUpdateError
@@ -92,7 +93,12 @@ def test_a_training_that_crashes_ends_no_session_and_is_given_up_in_the_end(
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "no space left"), torch.OutOfMemoryError("x")])
 def test_what_broke_off_waits_also_for_the_next_session_while_others_go_on(
-    hub: Any, fake: Any, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+    hub: Any,
+    fake: Any,
+    tmp_path: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     layout = hub.client(tmp_path / "c", f"passing-{type(error).__name__.lower()}/main")
     write(layout, "bad", "good")
@@ -101,6 +107,10 @@ def test_what_broke_off_waits_also_for_the_next_session_while_others_go_on(
         run(layout, trainer)
     assert trainer.tries == 1
     assert events(layout, "broken_off", "refused", "failed", "merged") == [("broken_off", "bad"), ("merged", "good")]
+    print_status(client_status(layout))
+    assert "broke off" in capsys.readouterr().out
+    (broken,) = [task["broken_off"] for task in client_status(layout)["tasks"] if task["broken_off"]]
+    assert (broken["times"], type(error).__name__ in broken["reason"]) == (1, True)
     monkeypatch.setattr(attempts_module, "LONGEST_S", 0.0)
     run(layout, fake.FakeTrainer)
     assert events(layout, "merged") == [("merged", "good"), ("merged", "bad")]
