@@ -39,6 +39,8 @@ class Head:
     """The version whose core it was trained with."""
     content_hash: str
     """Hash of the data it knows the classes of."""
+    update_id: str = ""
+    """The update that was merged; empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Records:
         columns: int = 0,
         captured: float = 0.0,
         task_id: str = "",
+        update_id: str = "",
     ) -> None:
         """Record that a training was merged into a task in ``version``. Doing it twice changes nothing."""
         record = self.get(task)
@@ -134,7 +137,7 @@ class Records:
             return
         write_atomic(self._head_path(task, version), head)
         earlier = record.heads if record.task_id in ("", task_id) else ()  # those of another task belong to its cores
-        heads = tuple(sorted((*earlier, Head(version, content_hash)), key=lambda head: head.version))
+        heads = tuple(sorted((*earlier, Head(version, content_hash, update_id)), key=lambda head: head.version))
         fresh = replace(record, heads=heads, refused_hash="", refused_reason="", retrainings=0, broken_off=BrokenOff())
         refits = record.refits + 1 if refit else 0
         self._save(replace(fresh, refits=refits, columns=columns, captured=captured, task_id=task_id))

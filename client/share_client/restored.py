@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from share_client.link import HubLink, patiently
-from share_client.records import RESTORED, Head, Records, TaskRecord
+from share_client.records import RESTORED, Head, Records
 from share_client.session_log import SessionLog
 from share_core.errors import FedshareError, UnknownUpdateError
 from share_proto.v1 import hub_pb2
@@ -37,7 +37,7 @@ def forget_lost(
     lost = []
     for record in records.all():
         for head in reversed(record.heads):
-            if _is_held(records, record, head, link, stop, on_wait):
+            if _is_held(records, record.task, head, link, stop, on_wait):
                 break
             lost.append((record.task, head))
     stands = min([version, *(head.version - 1 for _, head in lost)])
@@ -51,7 +51,7 @@ def forget_lost(
 
 def _is_held(
     records: Records,
-    record: TaskRecord,
+    task: str,
     head: Head,
     link: HubLink,
     stop: threading.Event,
@@ -61,14 +61,12 @@ def _is_held(
 
     One that it has yet to merge, or that was forgotten on purpose, is; one that it merged anew gets its new version.
     """
-    merges = [line for line in records.history(record.task) if line["event"] == "merged"]
-    update_id = next((line["update_id"] for line in reversed(merges) if line["version"] == head.version), None)
-    if update_id is None:
+    if not head.update_id:
         return True
     try:
-        found = patiently(lambda: link.get_update(update_id), stop, on_wait)
+        found = patiently(lambda: link.get_update(head.update_id), stop, on_wait)
     except UnknownUpdateError:
         return False
     if found is not None and found.state == hub_pb2.UPDATE_STATE_MERGED and found.version != head.version:
-        records.moved(record.task, head.version, found.version)
+        records.moved(task, head.version, found.version)
     return found is None or found.state != hub_pb2.UPDATE_STATE_REFUSED

@@ -222,6 +222,7 @@ class Sender:
             columns=training.columns,
             captured=training.captured,
             task_id=entry.submission.task_id,
+            update_id=entry.update_id,
         )
         merge = {
             "event": "merged",

@@ -379,7 +379,7 @@ def test_only_what_a_hub_does_not_have_any_more_counts_as_lost(
     """What it will merge again must not be sent twice; what its operator has forgotten must not come back."""
     records = Records(tmp_path / "tasks")
     for number in (3, 5):
-        records.merged("t", f"data {number}", number, f"head {number}".encode())
+        records.merged("t", f"data {number}", number, f"head {number}".encode(), update_id=f"u{number}")
         records.add_history("t", {"event": "merged", "update_id": f"u{number}", "version": number})
         records.add_history("t", {"event": "evaluation", "metric": "accuracy", "value": 0.5, "version": number})
 
@@ -399,3 +399,32 @@ def test_only_what_a_hub_does_not_have_any_more_counts_as_lost(
     assert [records.head_bytes("t", head) for head in heads] == [b"head 3", b"head 5"][: len(kept)]
     assert records.is_evaluated("t", 5) == (5 in kept or version == 9)
     assert [head.content_hash for head in heads] == ["data 3", "data 5"][: len(kept)]
+
+
+def test_a_kill_while_losses_are_written_down_leaves_them_to_be_found_again(
+    tmp_path: Path, log: SessionLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path / "tasks")
+    for task in ("one", "two"):
+        records.merged(task, "data", 5, b"head", update_id=task)
+        records.add_history(task, {"event": "evaluation", "metric": "accuracy", "value": 0.5, "version": 5})
+
+    class Link:
+        def get_update(self, update_id: str) -> Any:
+            raise UnknownUpdateError("no such update")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def forget() -> Records:
+        fresh = Records(tmp_path / "tasks")
+        forget_lost(fresh, cast(HubLink, Link()), 9, threading.Event(), lambda error: None, log)
+        return Records(tmp_path / "tasks")
+
+    for step in ("add_history", "lost"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Records, step, killed)
+            forget()
+    found = forget()
+    for task in ("one", "two"):
+        assert (found.get(task).heads, found.is_evaluated(task, 5), found.history(task)) == ((), False, [])
