@@ -107,13 +107,15 @@ class Stand:
         return list(self.nodes)
 
     def connect(self, caller: Caller, highest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLSocket:
-        raw = socket.create_connection(("127.0.0.1", self.config.gateway_port), timeout=20)
+        raw = socket.socket()
+        raw.settimeout(20)
+        connection = caller.context(highest).wrap_socket(raw)  # ssl loses one that is reset while it is wrapped
         try:
-            raw.getpeername()  # ssl loses hold of a socket that was reset before it could be wrapped
+            connection.connect(("127.0.0.1", self.config.gateway_port))
         except OSError:
-            raw.close()
+            connection.close()
             raise
-        return caller.context(highest).wrap_socket(raw)
+        return connection
 
     def ask(self, caller: Caller, request: bytes, highest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> int | None:
         """Send raw bytes on a new connection; return the status, or None if there was no answer."""
