@@ -223,8 +223,9 @@ class _Connection:
             with contextlib.suppress(ConnectionError):
                 while not delivering.done() and (piece := await reader.read(_PIECE)):
                     if up and self._lost:
-                        # Taken by nobody from now on, as behind a dead line; cancelled when the proxy ends.
-                        await asyncio.get_running_loop().create_future()
+                        # Taken by nobody from now on, as behind a dead line, until the client's end is gone too.
+                        await self._client[1].wait_closed()
+                        break
                     due = max(due, clock() + self._delay())
                     await self._put(pieces, (due, self._count(piece, up)), delivering)
             await self._put(pieces, (due, b""), delivering)

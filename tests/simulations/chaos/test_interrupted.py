@@ -50,8 +50,9 @@ class _Experiments:
 
 
 def _clients(folder: Path) -> bool:
-    """Whether two clients of the day have a receipt."""
-    return sum(b"receipt" in path.read_bytes() for path in folder.glob("*/*.ledger")) >= 2
+    """Whether two clients of the day work and one has a receipt: another may train for long, on purpose."""
+    ledgers = [path.read_bytes() for path in folder.glob("*/*.ledger")]
+    return len(ledgers) >= 2 and any(b"receipt" in ledger for ledger in ledgers)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def _clients(folder: Path) -> bool:
     [
         (["kill", "--clients", "24", "--mutants"], _blobs, signal.SIGTERM, "acks"),
         (["network"], lambda folder: bool(list(folder.glob("*/server/store/blobs/*/*"))), signal.SIGINT, "updates"),
-        (["day", "--clients", "3"], _clients, signal.SIGTERM, "acknowledged"),
+        (["day", "--clients", "4"], _clients, signal.SIGTERM, "acknowledged"),
         (["syscalls", "--jobs", "2"], _Experiments(), signal.SIGTERM, "points"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -78,19 +79,23 @@ def test_an_interrupt_leaves_no_process_no_file_and_a_report(
             process_group=0,
         ) as process,
     ):
-        assert process.stdout is not None
-        end = time.monotonic() + _PATIENCE_S
-        while not under_way(tmp_path / "lab"):
-            assert process.poll() is None, (tmp_path / "said").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        time.sleep(1.0)
-        started = _descendants(process.pid)
-        assert started
-        process.send_signal(number)
-        process.send_signal(number)  # as GNU timeout does
-        output = process.stdout.read()
-        code = process.wait(_PATIENCE_S)
+        try:
+            assert process.stdout is not None
+            end = time.monotonic() + _PATIENCE_S
+            while not under_way(tmp_path / "lab"):
+                assert process.poll() is None, (tmp_path / "said").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(1.0)
+            started = _descendants(process.pid)
+            assert started
+            process.send_signal(number)
+            process.send_signal(number)  # as GNU timeout does
+            output = process.stdout.read()
+            code = process.wait(_PATIENCE_S)
+        finally:
+            if process.poll() is None:  # nobody waits for the end of a campaign that this test gives up
+                os.killpg(process.pid, signal.SIGKILL)
     text = (tmp_path / "said").read_text()
     assert code == 130, text
     report = json.loads(output.splitlines()[-1])

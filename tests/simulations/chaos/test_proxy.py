@@ -147,6 +147,19 @@ def test_half_open_the_client_is_not_told_and_nothing_takes_what_it_sends(echo: 
         assert proxy.bytes_up < 200_000
 
 
+def test_a_half_open_connection_that_is_reset_has_ended(echo: Echo) -> None:
+    with Proxy(echo.address, 5) as proxy, connect(proxy) as client:
+        assert exchange(client, b"x") == b"x"
+        assert proxy.half_open() == 1
+        client.sendall(b"to nobody")
+        until(lambda: proxy.bytes_up == 1 and echo.endings == ["reset"])
+        time.sleep(0.1)  # what was sent is read by now
+        assert proxy.reset() == 1
+        with pytest.raises(ConnectionError):
+            client.recv(1)
+        until(lambda: proxy.reset() == 0)
+
+
 def test_a_changed_bit_is_one_bit(echo: Echo) -> None:
     data = bytes(300_000)
     with Proxy(echo.address, 6, Conditions(corrupt_every_bytes=200_000)) as proxy, connect(proxy) as client:
